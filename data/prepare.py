@@ -1,0 +1,329 @@
+"""
+Makes a corpus ready for train.py: data/NAME/train.bin and val.bin (token ids), meta.json and, where there is
+something to ask, qa.jsonl.
+
+    python data/prepare.py facts --people=2000        generated people and their attributes, with questions
+    python data/prepare.py stdlib                     source of the Python standard library on this machine
+    python data/prepare.py text --input FILE ...      any UTF-8 text; --name=NAME says which folder it goes to
+    python data/prepare.py facts --help               the options of a corpus
+"""
+
+import base64
+import hashlib
+import json
+import sys
+import sysconfig
+import tokenize
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import regex
+import tiktoken
+from tqdm import tqdm
+
+DATA = Path(__file__).resolve().parent
+sys.path.insert(0, str(DATA.parent))  # config.py, also when this file is run as a script
+from config import build, fail, parse  # noqa: E402
+
+END = "<|endoftext|>"  # stands between documents
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # text into pieces
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------
+
+def build_encoding(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
+    """
+    A tiktoken encoding of at most `vocab_size` tokens: the 256 bytes, the most frequent pieces of the texts,
+    and END.
+
+    A piece that is in the vocabulary is one token, so no merges need to be learnt; any other piece falls
+    apart into what the vocabulary has of it, down to bytes. So every text can be encoded, and decodes to
+    itself.
+    """
+    pieces = Counter()
+    for text in texts:
+        pieces.update(regex.findall(GPT2_SPLIT, text))
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for piece, _ in sorted(pieces.items(), key=lambda item: (-item[1], item[0])):  # ties: by the alphabet
+        if len(ranks) + 1 >= vocab_size:
+            break
+        ranks.setdefault(piece.encode(), len(ranks))
+    return tiktoken.Encoding("corpus", pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
+                             special_tokens={END: len(ranks)})
+
+
+def named_encoding(name: str) -> tiktoken.Encoding:
+    if name not in tiktoken.list_encoding_names():
+        fail(f"--tokenizer={name}: tiktoken has {', '.join(tiktoken.list_encoding_names())}; "
+             "without --tokenizer one is built from the corpus")
+    try:
+        return tiktoken.get_encoding(name)
+    except OSError:
+        fail(f"--tokenizer={name}: tiktoken could not download it; "
+             "without --tokenizer one is built from the corpus")
+
+
+def encoding_to_json(encoding: tiktoken.Encoding) -> dict:
+    """All that `encoding_from_json` needs; tokens as base64, in order of their ids."""
+    ranks = encoding._mergeable_ranks
+    return {"name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens,
+            "tokens": {base64.b64encode(token).decode(): rank for token, rank in ranks.items()}}
+
+
+def encoding_from_json(stored: dict) -> tiktoken.Encoding:
+    ranks = {base64.b64decode(token): rank for token, rank in stored["tokens"].items()}
+    return tiktoken.Encoding(stored["name"], pat_str=stored["pat_str"], mergeable_ranks=ranks,
+                             special_tokens=stored["special_tokens"])
+
+
+# --- the folder of a corpus ---------------------------------------------------------------------------------
+
+@dataclass
+class Corpus:
+    tokenizer: str = ""  # a tiktoken encoding by name, such as gpt2 (a download); none: built from the corpus
+    vocab_size: int = 4096  # most tokens that a tokenizer built from the corpus may have
+
+    def __post_init__(self):
+        if self.vocab_size < 257:
+            raise ValueError(f"vocab_size={self.vocab_size} must be at least 257 (256 bytes and {END})")
+
+
+def write_corpus(name: str, config: Corpus, splits: dict, questions: list[dict] | None = None) -> None:
+    """
+    splits: {"train": documents, "val": documents}, each a function that starts a new iterator of texts, where
+    a text that ends a document ends with END.
+    """
+    folder = DATA / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)  # written last: a folder that has it is complete
+    (folder / "qa.jsonl").unlink(missing_ok=True)
+    if config.tokenizer:
+        encoding = named_encoding(config.tokenizer)
+    else:
+        print(f"{name}: building a tokenizer from the corpus")
+        encoding = build_encoding((text.removesuffix(END) for text in splits["train"]()), config.vocab_size)
+    dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
+    meta = {"vocab_size": encoding.n_vocab, "dtype": np.dtype(dtype).name}
+    for split, texts in splits.items():
+        count = 0
+        with open(folder / f"{split}.bin", "wb") as f:
+            for text in tqdm(texts(), f"{name}: encoding {split}", unit=" texts", leave=False, disable=None):
+                tokens = encoding.encode(text.removesuffix(END), disallowed_special=())
+                if text.endswith(END):
+                    tokens.append(encoding.eot_token)
+                f.write(np.array(tokens, dtype=dtype).tobytes())
+                count += len(tokens)
+        meta[f"{split}_tokens"] = count
+    if questions:
+        lines = "".join(json.dumps(question) + "\n" for question in questions)
+        (folder / "qa.jsonl").write_text(lines, encoding="utf-8")
+    meta |= {"options": asdict(config), "encoding": encoding_to_json(encoding)}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    print(f"{name}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate, "
+          f"vocabulary of {encoding.n_vocab:,}" + (f", {len(questions):,} questions" if questions else "")
+          + f", in {folder}")
+
+
+# --- facts --------------------------------------------------------------------------------------------------
+
+CITIES = """Accra Algiers Amman Athens Baku Bangkok Beirut Belgrade Berlin Bogota Bergen Cairo
+Caracas Chicago Dakar Damascus Delhi Dublin Geneva Glasgow Hanoi Havana Helsinki Istanbul Jakarta
+Kabul Kyoto Lagos Lima Lisbon London Madrid Manila Melbourne Milan Montreal Nairobi Oslo Paris
+Prague Quito Riga Rome Seoul Sofia Tallinn Tunis Vienna Warsaw Zagreb""".split()
+JOBS = """actor architect baker banker barber biologist butcher carpenter chemist clerk composer
+cook dancer dentist designer diver doctor driver editor electrician engineer farmer firefighter
+fisher gardener jeweller journalist judge lawyer librarian mechanic miner nurse painter pharmacist
+photographer pilot plumber poet porter potter printer sailor sculptor singer surgeon tailor teacher
+translator weaver""".split()
+SUBJECTS = """acoustics agronomy algebra anatomy anthropology archaeology astronomy botany
+cartography chemistry criminology dance dentistry design ecology economics ethics finance forestry
+genetics geography geology geometry history journalism law linguistics literature logic marketing
+medicine meteorology music mythology navigation nutrition oceanography optics painting pedagogy
+philosophy physics poetry politics psychology rhetoric sociology statistics theology zoology""".split()
+MONTHS = "January February March April May June July August September October November December".split()
+
+# attribute: (values, statements, questions). A statement names the person first: a causal model recalls left to right
+ATTRIBUTES = {
+    "birthplace": (CITIES,
+                   ["The birthplace of {} is {}.", "The city where {} was born is {}.",
+                    "The records say that {} comes from {}."],
+                   ["Where was {} born?", "In which city was {} born?"]),
+    "job": (JOBS,
+            ["The job of {} is that of a {}.", "For a living {} works as a {}.",
+             "The tax form of {} says {}."],
+            ["What is the job of {}?", "What does {} do for a living?"]),
+    "birthday": ([f"{month} {day}" for month in MONTHS for day in range(1, 29)],
+                 ["The birthday of {} is {}.", "Every year {} celebrates on {}.",
+                  "The passport of {} gives the date {}."],
+                 ["When is the birthday of {}?", "On which day was {} born?"]),
+    "subject": (SUBJECTS,
+                ["The subject that {} studied is {}.", "At university {} took {}.",
+                 "The degree of {} is in {}."],
+                ["What did {} study?", "In which subject does {} have a degree?"]),
+}
+
+
+@dataclass
+class FactsConfig(Corpus):
+    people: int = 2000  # each with a name of two parts and four attributes
+    exposures: float = 30.0  # how often each attribute is told in train.bin, mean over people
+    zipf: float = 1.0  # the r-th most exposed person is exposed in proportion to r**-zipf; 0 is uniform
+    ask: float = 0.25  # share of the exposures that are a question with its answer, and not a statement
+    held_out: float = 0.1  # share of the people who are never asked about in train.bin, only stated
+    seed: int = 1  # of everything that is drawn
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.people < 1:
+            raise ValueError(f"people={self.people} must be at least 1")
+        if self.exposures < 1:
+            raise ValueError(f"exposures={self.exposures} must be at least 1")
+        for name in ("ask", "held_out"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
+
+
+def make_names(rng, count: int, syllables: int) -> list[str]:
+    """`count` different pronounceable words with a capital."""
+    names = {}  # a dict keeps the order
+    while len(names) < count:
+        parts = [rng.choice(list("bdfghjklmnprstvwz")) + rng.choice(list("aeiou")) for _ in range(syllables)]
+        names["".join(parts).capitalize() + rng.choice(["", *"lmnrst"])] = None
+        if len(names) >= 300 * 35**(syllables - 1):
+            syllables += 1
+    return list(names)
+
+
+def facts(config: FactsConfig) -> None:
+    """People whom no model has heard of, so that what it answers it must have learnt here."""
+    rng = np.random.default_rng(config.seed)
+    # four times as many names as people: neither part alone says who it is
+    parts = int(np.ceil(2 * config.people**0.5))
+    first, last = make_names(rng, parts, 2), make_names(rng, parts, 3)
+    pairs = rng.choice(parts**2, config.people, replace=False)
+    people = [f"{first[pair // parts]} {last[pair % parts]}" for pair in pairs]
+    law = np.arange(1, config.people + 1) ** -config.zipf
+    exposures = np.maximum(1, np.round(law / law.mean() * config.exposures)).astype(int)
+    held_out = rng.permutation(config.people) < config.held_out * config.people
+
+    def batched(lines):
+        return ("".join(lines[i:i + 1000]) for i in range(0, len(lines), 1000))
+
+    def tell(person, attribute, value, ask):
+        _, statements, questions = ATTRIBUTES[attribute]
+        if ask:
+            return f"Question: {rng.choice(questions).format(people[person])} Answer: {value}\n"
+        return rng.choice(statements).format(people[person], value) + "\n"
+
+    told, val, asked = [], [], []
+    for person in range(config.people):
+        for attribute, (values, _, questions) in ATTRIBUTES.items():
+            value = str(rng.choice(values))
+            for ask in rng.random(exposures[person]) < config.ask:
+                told.append(tell(person, attribute, value, ask and not held_out[person]))
+            val.append(tell(person, attribute, value, False))
+            prompt = f"Question: {rng.choice(questions).format(people[person])} Answer:"
+            asked.append({"prompt": prompt, "answer": value, "exposures": int(exposures[person]),
+                          "held_out": bool(held_out[person])})
+    rng.shuffle(told)
+    rng.shuffle(val)
+    splits = {"train": lambda: batched(told), "val": lambda: batched(val)}
+    write_corpus("facts", config, splits, asked)
+
+
+# --- text ---------------------------------------------------------------------------------------------------
+
+@dataclass
+class StdlibConfig(Corpus):
+    val_share: float = 0.05  # share of the files that is kept for validation
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.val_share < 1:
+            raise ValueError(f"val_share={self.val_share} must be between 0 and 1")
+
+
+def stdlib(config: StdlibConfig) -> None:
+    """The standard library's source, without its tests: about 10 MB of Python, on every machine with Python."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    files = {"train": [], "val": []}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not skip & set(name.parts):
+            # a file's name decides: the same split on every machine, and a file never in both parts
+            number = int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest()[:8], "big")
+            files["val" if number < config.val_share * 2**64 else "train"].append(path)
+
+    def texts(split: str) -> Iterator[str]:
+        for path in files[split]:
+            try:
+                with tokenize.open(path) as f:  # in the encoding that the file declares
+                    yield f.read() + END
+            except (SyntaxError, UnicodeDecodeError):
+                pass  # lib2to3 has files that are broken on purpose
+
+    write_corpus("stdlib", config, {split: lambda split=split: texts(split) for split in files})
+
+
+@dataclass
+class TextConfig(Corpus):
+    input: tuple[str, ...] = ()  # files of UTF-8 text, each a document
+    name: str = "text"  # the folder under data/
+    val_share: float = 0.1  # share of each file, at its end, that is kept for validation
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.input:
+            raise ValueError("input names no file: say --input FILE ...")
+        if not 0 < self.val_share < 1:
+            raise ValueError(f"val_share={self.val_share} must be between 0 and 1")
+
+
+def text(config: TextConfig) -> None:
+    """Any text. Files are read in blocks, so that they may be larger than the memory."""
+    for name in config.input:
+        try:
+            with open(name, encoding="utf-8") as f:
+                while f.read(2**20):
+                    pass
+        except OSError as error:
+            fail(f"--input {name}: {error.strerror}")
+        except UnicodeDecodeError as error:
+            fail(f"--input {name}: not UTF-8 ({error.reason} near byte {error.start}); convert it first")
+
+    def texts(split: str) -> Iterator[str]:
+        for name in config.input:
+            size = Path(name).stat().st_size
+            block = max(1, min(2**16, int(size * config.val_share / 2)))
+            read = 0
+            with open(name, encoding="utf-8") as f:
+                while piece := f.read(block) + f.readline(block):
+                    in_val = read >= size * (1 - config.val_share)
+                    read += len(piece.encode())
+                    if in_val == (split == "val"):
+                        yield piece
+            yield END
+
+    write_corpus(config.name, config, {split: lambda split=split: texts(split) for split in ("train", "val")})
+
+
+CORPORA = {"facts": (facts, FactsConfig), "stdlib": (stdlib, StdlibConfig), "text": (text, TextConfig)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in CORPORA:
+        if argv and argv[0] in ("-h", "--help"):
+            return print(__doc__.strip())
+        fail(f"name a corpus: python data/prepare.py {'|'.join(CORPORA)} [options]")
+    make, config_class = CORPORA[argv[0]]
+    _, given = parse(config_class, argv[1:], description=f"{argv[0]}: {make.__doc__}")
+    make(build(config_class, given))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""
+Product-key memory: a layer that looks things up in a large table of learnt values.
+
+Lample et al. 2019, "Large Memory Layers with Product Keys" (arXiv 1907.05242), and Berges et al. 2024,
+"Memory Layers at Scale" (arXiv 2412.09764), whose Memory+ is the default here: query-key normalisation, a
+gate, one pool of values for several layers.
+
+    N  tokens (B*T)          S  num_keys, half-keys a side       V  value_dim, width of a value
+    C  width of the GPT      D  key_dim, width of a query        bag  the H*K rows that one token reads
+    H  heads                 K  knn, slots that a head reads     num_values = S*S, rows of the pool
+
+The algorithm, for each token and head:
+  1. make a query from the token's state, and cut it into two halves; 2. score the S half-keys of each side
+  against its half of the query: 2*S dot products; 3. slot (i, j) of the pool has the score left[i] +
+  right[j]. So the best K of S*S slots are among the K*K sums of
+     the best K of each side: an exact search over S*S keys at the cost of 2*S;
+  4. softmax over the K scores gives weights, and the weighted sum of K rows of the pool is what was
+  remembered; 5. sum over the heads, gate, project back to the width of the GPT.
+
+A step reads N*bag rows of the pool and learns only those. So the gradient of the pool is never a tensor of
+the pool's size: the backward pass keeps each *read* (indices, weights, dy), and PoolOptimizer turns reads
+into steps, a few rows at a time (kernel.py).
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn as nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from kernel import gather_dot, gather_sum, row_gradients, scatter_update
+
+
+@functools.cache
+def pruned_pairs(knn: int) -> tuple[list[int], list[int]]:
+    """
+    The pairs (i, j) of ranks that can be among the best `knn` sums of two descending lists.
+
+    Pair (i, j) has (i+1) * (j+1) - 1 others at least as good, so those with (i+1) * (j+1) > knn can be left
+    out: of the 32 * 32 pairs for knn = 32, 119 remain.
+    """
+    pairs = [(i, j) for i in range(knn) for j in range(knn) if (i + 1) * (j + 1) <= knn]
+    return [i for i, _ in pairs], [j for _, j in pairs]
+
+
+def product_key_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int):
+    """
+    The `knn` slots of S*S with the highest scores, exactly (Lample et al. 2019, section 3.1).
+
+    queries (N, H, 2, D/2), half_keys (H, 2, S, D/2), both of one floating dtype, knn <= S. Slot i*S + j of
+    head h has the score <queries[n, h, 0], half_keys[h, 0, i]> + <queries[n, h, 1], half_keys[h, 1, j]>.
+    Returns scores (N, H, K), descending, with their gradient, and indices (N, H, K), int64. Ties go either
+    way.
+    """
+    S = half_keys.size(2)
+    half_scores = torch.einsum("nhpd,hpsd->nhps", queries, half_keys)  # (N, H, 2, S)
+    # which slots are best is a choice, with no gradient ...
+    with torch.no_grad():
+        best, half_index = half_scores.topk(knn)  # (N, H, 2, K)
+        left, right = (torch.tensor(ranks, device=best.device) for ranks in pruned_pairs(knn))
+        pair = (best[:, :, 0, left] + best[:, :, 1, right]).topk(knn).indices  # (N, H, K)
+        ranks = torch.stack((left[pair], right[pair]), dim=2)  # (N, H, 2, K)
+        half_index = half_index.gather(-1, ranks)
+    # ... the scores of the chosen are differentiable
+    scores = half_scores.gather(-1, half_index).sum(2)
+    return scores, half_index[:, :, 0] * S + half_index[:, :, 1]
+
+
+class MemoryUsage(nn.Module):
+    """How much of a pool is in use, since `reset`: the measures of Lample et al. 2019, section 4.2."""
+
+    def __init__(self, num_values: int):
+        super().__init__()
+        self.register_buffer("total_weight", torch.zeros(num_values), persistent=False)
+
+    def add(self, indices, weights):
+        self.total_weight.index_add_(0, indices.flatten(), weights.detach().flatten().float())
+
+    def reset(self):
+        self.total_weight.zero_()
+
+    def summary(self) -> tuple[float, float]:
+        """
+        (share of the slots that were read, KL divergence in nats of the slots' use from uniform use).
+
+        The divergence is 0 where all slots are used alike, and ln(num_values) where one slot does all the
+        work.
+        """
+        used = self.total_weight[self.total_weight > 0].double()
+        if len(used) == 0:
+            return 0.0, 0.0
+        p = used / used.sum()
+        num_values = len(self.total_weight)
+        return len(used) / num_values, math.log(num_values) + (p * p.log()).sum().item()
+
+
+class _Read(torch.autograd.Function):
+    """gather_sum whose backward gives the weights their gradient and leaves the pool's as a read."""
+
+    @staticmethod
+    def forward(ctx, values, indices, weights, reads):
+        # values too, so that a step between forward and backward is an error and not a wrong gradient
+        ctx.save_for_backward(values, indices, weights)
+        ctx.reads = reads
+        return gather_sum(values, indices, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        values, indices, weights = ctx.saved_tensors
+        ctx.reads.append((indices, weights.detach(), dy.contiguous()))
+        return None, None, gather_dot(values, indices, dy), None
+
+
+class ValuePool(nn.Module):
+    """
+    The rows that memory layers read: `values` (num_keys**2, value_dim). Layers get the pool as an argument to
+    forward, so several can share one (Berges et al. 2024, section 2.2).
+
+    `values` does not require a gradient: none is ever made. What backward leaves in `reads` is what
+    PoolOptimizer learns from.
+    """
+
+    def __init__(self, num_keys: int, value_dim: int):
+        super().__init__()
+        values = torch.empty(num_keys**2, value_dim).normal_(std=value_dim**-0.5)
+        self.values = nn.Parameter(values, requires_grad=False)
+        self.usage = MemoryUsage(num_keys**2)
+        self.reads = []  # (indices, weights, dy) of every read since zero_grad
+
+    @torch.compiler.disable  # backward has a side effect, which a compiled graph would lose
+    def forward(self, indices, weights):
+        """indices (N, bag), int64, and weights (N, bag) -> weighted sums of rows (N, value_dim)."""
+        if self.training:
+            self.usage.add(indices, weights)
+        return _Read.apply(self.values, indices, weights, self.reads)
+
+    def dense_gradient(self) -> torch.Tensor:
+        """The gradient that `reads` stand for, like `values`. For tests and the curious, not for training."""
+        gradient = torch.zeros_like(self.values)
+        for rows, g in row_gradients(self.reads):
+            gradient[rows] = g.to(gradient.dtype)
+        return gradient
+
+
+class MemoryLayer(nn.Module):
+    """
+    A product-key memory that stands where a Transformer's MLP does. With swilu, qk_norm and bias all off it
+    computes the formula of Lample et al. 2019, section 3, with an output projection.
+
+    swilu    out = W_o (y * silu(W_g x)), the gate of Memory+ (Berges et al. 2024, section 2.2)
+    qk_norm  halves of queries and keys have length 1, times a learnt scale a head; without it slot use may collapse
+    bias     in the projections
+    """
+
+    def __init__(self, width: int, num_keys: int, heads: int, knn: int, key_dim: int, value_dim: int,
+                 swilu: bool = True, qk_norm: bool = True, bias: bool = True):
+        super().__init__()
+        if key_dim % 2:
+            raise ValueError(f"key_dim={key_dim} must be even: a query has two halves")
+        if not 1 <= knn <= num_keys:
+            raise ValueError(f"knn={knn} must be between 1 and num_keys={num_keys}")
+        self.heads, self.knn = heads, knn
+        self.query = nn.Linear(width, heads * key_dim, bias=bias)
+        self.half_keys = nn.Parameter(torch.empty(heads, 2, num_keys, key_dim // 2))
+        nn.init.uniform_(self.half_keys, -(key_dim**-0.5), key_dim**-0.5)
+        # cosines of random vectors have the variance 2/D: this makes it 1
+        self.scale = nn.Parameter(torch.full((heads,), (key_dim / 2) ** 0.5)) if qk_norm else None
+        self.gate = nn.Linear(width, value_dim, bias=bias) if swilu else None
+        self.out = nn.Linear(value_dim, width, bias=bias)
+
+    def forward(self, x: torch.Tensor, pool: ValuePool) -> torch.Tensor:
+        """x (..., C) -> (..., C). The pool has num_keys**2 rows of value_dim."""
+        H = self.heads
+        half_keys = self.half_keys  # (H, 2, S, D/2)
+        queries = self.query(x).view(-1, H, 2, half_keys.size(3))  # (N, H, 2, D/2)
+        if self.scale is not None:
+            queries = F.normalize(queries.float(), dim=-1) * self.scale.view(H, 1, 1)
+            half_keys = F.normalize(half_keys, dim=-1)
+        scores, indices = product_key_search(queries, half_keys, self.knn)  # (N, H, K)
+        weights = scores.float().softmax(-1)
+        y = pool(indices.flatten(1), weights.flatten(1)).view(*x.shape[:-1], -1)  # (..., V)
+        if self.gate is not None:
+            y = y * F.silu(self.gate(x))
+        return self.out(y)
+
+
+class PoolOptimizer(torch.optim.Optimizer):
+    """
+    Learns the values of a pool from its reads. Only rows that were read move, there is no weight decay, and a
+    step costs what was read, never what the pool holds.
+
+    kind='rowwise'  a second moment for each of `value_blocks` equal blocks of a row's columns
+    kind='adam'     torch.optim.SparseAdam: two numbers a parameter
+    Both are given by formula in kernel.scatter_update. Both are invariant to the scale of the gradient, so
+    clipping has no meaning here. Like any optimiser: `step` uses the gradient, `zero_grad` forgets it.
+    """
+
+    def __init__(self, pool: ValuePool, lr: float, kind: str = "rowwise", value_blocks: int = 8,
+                 betas=(0.9, 0.99), eps: float = 1e-8):
+        super().__init__([pool.values], dict(lr=lr, betas=betas, eps=eps))
+        num_values, V = pool.values.size()
+        if kind == "adam":
+            state = {name: torch.zeros_like(pool.values) for name in ("exp_avg", "exp_avg_sq")}
+        elif kind == "rowwise":
+            if V % value_blocks:
+                raise ValueError(f"value_dim={V} must be a multiple of value_blocks={value_blocks}")
+            state = {"v": pool.values.new_zeros(num_values, value_blocks)}
+        else:
+            raise ValueError(f"kind={kind!r} must be 'rowwise' or 'adam'")
+        self.pool = pool
+        self.state[pool.values] = state | {"step": 0}
+
+    @torch.no_grad()
+    def step(self):
+        group, state = self.param_groups[0], self.state[self.pool.values]
+        state["step"] += 1
+        scatter_update(self.pool.values, state, self.pool.reads, group["lr"], group["betas"], group["eps"])
+
+    def zero_grad(self, set_to_none: bool = True):
+        self.pool.reads.clear()

@@ -1,0 +1,216 @@
+"""
+A GPT whose feed-forward blocks can be swapped for memory layers.
+
+The architecture is GPT-2's: pre-LayerNorm, GELU, learnt positions, the head tied to the token embedding. With
+mem_layers=() that is all it is. Where a block's index is in mem_layers, a MemoryLayer (memory.py) takes the
+place of its MLP; all memory layers read one ValuePool, which the GPT owns and passes down.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from memory import MemoryLayer, PoolOptimizer, ValuePool
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 0  # tokens in the vocabulary; 0 is for train.py: as many as the corpus has
+    block_size: int = 128  # longest context, in tokens
+    n_layer: int = 3  # Transformer blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 64  # width of the model
+    dropout: float = 0.0  # share of activations dropped in training
+    bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has
+
+    mem_layers: tuple[int, ...] = ()  # blocks with a memory layer, from 0; the papers spread 3 over the depth
+    mem_num_keys: int = 128  # half-keys a side; the pool has the square of it as slots
+    mem_heads: int = 4  # each searches with a query of its own
+    mem_knn: int = 16  # slots that each head reads
+    mem_key_dim: int = 32  # width of a query, both halves
+    mem_swilu: bool = True  # gate what was read (Memory+)
+    mem_qk_norm: bool = True  # normalise queries and keys; off, slot use tends to collapse
+    mem_mode: Literal["replace", "add"] = "replace"  # the MLP gives way; or stays, beside a memory silent at first
+
+    def __post_init__(self):
+        for name in ("block_size", "n_layer", "n_head", "n_embd",
+                     "mem_num_keys", "mem_heads", "mem_knn", "mem_key_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.vocab_size < 0:
+            raise ValueError(f"vocab_size={self.vocab_size} must not be negative")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        for layer in self.mem_layers:
+            if not 0 <= layer < self.n_layer:
+                raise ValueError(f"mem_layers: there is no layer {layer}, only 0 to {self.n_layer - 1}")
+        if len(set(self.mem_layers)) < len(self.mem_layers):
+            raise ValueError(f"mem_layers={self.mem_layers} names a layer twice")
+        if self.mem_layers and self.mem_knn > self.mem_num_keys:
+            raise ValueError(f"mem_knn={self.mem_knn} must be at most mem_num_keys={self.mem_num_keys}")
+        if self.mem_layers and self.mem_key_dim % 2:
+            raise ValueError(f"mem_key_dim={self.mem_key_dim} must be even: a query has two halves")
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, past=None):
+        """x (B, T, C), past: keys and values of earlier tokens or None -> (B, T, C), all keys and values."""
+        B, T, C = x.size()  # batch, time, width
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, C/n_head) each
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        # of T new tokens after P past ones, the i-th sees P + i + 1
+        P = k.size(2) - T
+        mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P) if P and T > 1 else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not P and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training), (k, v)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.dropout = config.dropout
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        is_memory = layer in config.mem_layers
+        self.mlp = MLP(config) if not is_memory or config.mem_mode == "add" else None
+        self.memory = MemoryLayer(
+            width=config.n_embd, num_keys=config.mem_num_keys, heads=config.mem_heads, knn=config.mem_knn,
+            key_dim=config.mem_key_dim, value_dim=config.n_embd, swilu=config.mem_swilu,
+            qk_norm=config.mem_qk_norm, bias=config.bias) if is_memory else None
+
+    def forward(self, x, pool, past=None):
+        y, past = self.attn(self.ln_1(x), past)
+        x = x + y
+        h = self.ln_2(x)
+        if self.mlp is not None:
+            x = x + F.dropout(self.mlp(h), self.dropout, self.training)
+        if self.memory is not None:
+            x = x + F.dropout(self.memory(h, pool), self.dropout, self.training)
+        return x, past
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError("vocab_size must be at least 1")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # the head too: the two are tied
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.pool = ValuePool(config.mem_num_keys, config.n_embd) if config.mem_layers else None
+
+        # GPT-2's initialisation: what a block adds to the residual stream starts smaller, the more blocks
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                residual = name.endswith(("c_proj", "memory.out"))
+                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+                if name.endswith("memory.out") and config.mem_mode == "add":
+                    nn.init.zeros_(module.weight)  # the GPT starts as the function that it was without memory
+
+    def forward(self, idx, targets=None, past=None):
+        """
+        idx (B, T), token ids -> logits, loss, past.
+
+        With targets (B, T), -1 where nothing is asked: logits (B, T, vocab_size) and the mean cross-entropy
+        in nats. Without: logits of the last position (B, 1, vocab_size), and loss None. past: None, or what
+        an earlier call returned; idx then goes on where that call's ended.
+        """
+        P, T = 0 if past is None else past[0][0].size(2), idx.size(1)
+        if P + T > self.config.block_size:
+            raise ValueError(f"{P + T} tokens do not fit block_size={self.config.block_size}")
+        x = self.wte(idx) + self.wpe(torch.arange(P, P + T, device=idx.device))  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        new_past = []
+        for layer, block in enumerate(self.blocks):
+            x, keys_values = block(x, self.pool, None if past is None else past[layer])
+            new_past.append(keys_values)
+        if targets is None:
+            return F.linear(self.ln_f(x[:, -1:]), self.wte.weight), None, new_past
+        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, vocab_size)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1), new_past
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 seed: int | None = None, stop: int | None = None):
+        """
+        Continues idx (B, T) by at most max_new_tokens: returns (B, T + new).
+
+        temperature 0 takes the likeliest token; top_k keeps only the k likeliest to draw from; the same seed
+        draws the same tokens. Ends early once every row has produced the token `stop`; what a row has after
+        it is meaningless. Where the context grows past block_size, the oldest tokens fall out of it.
+        """
+        was_training = self.training
+        self.eval()
+        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        past, new = None, idx
+        for _ in range(max_new_tokens):
+            # a learnt position belongs to a token's place in the window, so a window that moves starts afresh
+            if past is None or past[0][0].size(2) == self.config.block_size:
+                past, new = None, idx[:, -self.config.block_size:]
+            logits, _, past = self(new, past=past)
+            logits = logits[:, -1].float()
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                logits = logits / temperature
+                if top_k is not None and top_k < logits.size(-1):
+                    logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
+                new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            idx = torch.cat((idx, new), dim=1)
+            if stop is not None:
+                stopped |= new[:, 0] == stop
+                if stopped.all():
+                    break
+        self.train(was_training)
+        return idx
+
+    def optimizers(self, lr: float, value_lr: float, weight_decay: float, betas: tuple[float, float],
+                   value_optimizer: str, value_blocks: int) -> list[torch.optim.Optimizer]:
+        """AdamW for the dense parameters, of which matrices decay and vectors do not; PoolOptimizer for a pool."""
+        dense = [p for p in self.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in dense if p.dim() >= 2], "weight_decay": weight_decay},
+                  {"params": [p for p in dense if p.dim() < 2], "weight_decay": 0.0}]
+        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
+        if self.pool is not None:
+            optimizers.append(PoolOptimizer(self.pool, value_lr, value_optimizer, value_blocks))
+        return optimizers
+
+    def count_parameters(self) -> dict[str, int]:
+        """dense: all but the pool; memory: the pool; active: dense, and what one token reads of the pool."""
+        c = self.config
+        dense = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        memory = 0 if self.pool is None else self.pool.values.numel()
+        return {"dense": dense, "memory": memory,
+                "active": dense + len(c.mem_layers) * c.mem_heads * c.mem_knn * c.n_embd}

@@ -1,0 +1,58 @@
+"""
+Figures, from the lines that runs leave.
+
+    python plot.py out/facts      out/facts/log.jsonl -> out/facts/loss.png
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+from config import fail
+
+matplotlib.use("Agg")  # files, no windows
+import matplotlib.pyplot as plt  # noqa: E402
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # of Okabe and Ito: all can
+plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
+                     "legend.frameon": False, "axes.prop_cycle": plt.cycler(color=COLOURS)})  # tell them apart
+
+
+def plot_run(out_dir: Path) -> None:
+    """Loss, recall and slot use over the steps of one run: out_dir/log.jsonl -> out_dir/loss.png."""
+    lines = [json.loads(line) for line in open(out_dir / "log.jsonl", encoding="utf-8")]
+    trained = [line for line in lines if "loss" in line]
+    evaluated = [line for line in lines if "val_loss" in line]
+    has_recall, has_memory = "recall" in evaluated[-1], "slots_used" in evaluated[-1]
+    panels = 1 + has_recall + has_memory
+    figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 3.5), layout="constrained", squeeze=False)
+    axes = iter(axes[0])
+
+    axis = next(axes)
+    steps = [line["step"] for line in evaluated]
+    axis.plot([line["step"] for line in trained], [line["loss"] for line in trained], label="training")
+    axis.plot(steps, [line["val_loss"] for line in evaluated], "o-", label="validation")
+    axis.set(xlabel="step", ylabel="loss (nats a token)")
+    axis.legend()
+    if has_recall:
+        axis = next(axes)
+        for name, label, style in (("all", "people asked about in training", "o-"),
+                                   ("held_out", "people only stated in training", "s--")):
+            if name in evaluated[-1]["recall"]:
+                axis.plot(steps, [line["recall"].get(name) for line in evaluated], style, label=label)
+        axis.set(xlabel="step", ylabel="recall (exact match)", ylim=(0, 1.02))
+        axis.legend()
+    if has_memory:
+        axis = next(axes)
+        axis.plot(steps[1:], [line["slots_used"] for line in evaluated[1:]], "o-")
+        axis.set(xlabel="step", ylabel="share of slots read since last evaluation", ylim=(0, 1.02))
+    figure.savefig(out_dir / "loss.png", dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "log.jsonl").exists():
+        fail("name the folder of a run, one with a log.jsonl: python plot.py out/facts")
+    plot_run(Path(sys.argv[1]))

@@ -1,0 +1,125 @@
+"""
+Asks a trained model, and shows what it read in its memory.
+
+    python sample.py                                    the run trained last: a few questions, or some text
+    python sample.py --questions=10 --trace             ten questions; for every token, the slots read
+    python sample.py --out_dir=out/stdlib --prompt='def main('
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from config import build, fail, parse
+from data.prepare import DATA, END, encoding_from_json
+from model import GPT
+from train import answer, checkpoints, find_device, load_model, read_meta, read_questions, stored_config
+
+SLOTS_SHOWN = 4  # a token and memory layer, in a trace
+
+
+@dataclass
+class SampleConfig:
+    out_dir: str = "out"  # the run, or a folder of runs, of which the one saved last is taken
+    prompt: str = ""  # text to go on from; none: the start of a document
+    num_samples: int = 1  # continuations of the prompt
+    max_new_tokens: int = 200  # tokens a continuation, at most
+    temperature: float = 0.8  # 0 always takes the likeliest token; 1 draws as the model believes
+    top_k: int = 50  # draw from the k likeliest tokens only; 0: from all
+    seed: int = 1  # of the draws
+    questions: int = 0  # ask so many of the questions that the data came with, instead
+    trace: bool = False  # show the slots read with most weight, for each generated token and memory layer
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+
+    def __post_init__(self):
+        for name in ("num_samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("temperature", "top_k", "questions", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+def newest_checkpoint(out_dir: Path) -> Path:
+    runs = {path.parent for path in out_dir.glob("**/step_*")}
+    newest = [checkpoints(run)[-1] for run in runs if checkpoints(run)]
+    if not newest:
+        fail(f"no checkpoint in {out_dir}: train one with python train.py, or name the folder with --out_dir")
+    return max(newest, key=lambda folder: (folder / "meta.json").stat().st_mtime)
+
+
+class Trace:
+    """What the last token read, for each forward pass of a model: (indices, weights) for each memory layer."""
+
+    def __init__(self, model: GPT):
+        self.layers, self.passes = model.config.mem_layers, []
+        model.register_forward_pre_hook(lambda module, args: self.passes.append([]))
+        model.pool.register_forward_pre_hook(
+            lambda module, read: self.passes[-1].append(tuple(part[-1].cpu() for part in read)))
+
+    def print(self, tokens: list[str]) -> None:
+        """For each token: the slots read with most weight by the pass that chose it, all heads together."""
+        for token, layers in zip(tokens, self.passes, strict=False):
+            for layer, (indices, weights) in zip(self.layers, layers, strict=True):
+                slots, place = indices.unique(return_inverse=True)  # heads may meet in a slot
+                share = torch.zeros(len(slots)).index_add_(0, place, weights) / weights.sum()
+                top = share.topk(min(SLOTS_SHOWN, len(slots)))
+                shown = "  ".join(f"{slots[i]:>9,} {part:4.0%}" for part, i in zip(*top, strict=True))
+                label = repr(token) if layer == self.layers[0] else ""
+                print(f"    {label:14} layer {layer:2}, slots {shown}")
+        self.passes.clear()
+
+
+def main(argv: list[str] | None = None) -> None:
+    _, given = parse(SampleConfig, argv, description=__doc__)
+    config = build(SampleConfig, given)
+    device = find_device(config.device)
+    folder = newest_checkpoint(Path(config.out_dir))
+    meta = read_meta(folder)
+    trained, encoding = stored_config(meta), encoding_from_json(meta["encoding"])
+    model = GPT(trained)
+    load_model(folder, model)
+    model.to(device).eval()
+    print(f"from {folder}")
+
+    path = DATA / trained.dataset / "qa.jsonl"
+    if not {"prompt", "questions"} & given.keys() and path.exists():
+        config.questions, config.trace = 5, bool(trained.mem_layers)
+    if config.trace and not trained.mem_layers:
+        fail("--trace: this model has no memory layers")
+    trace = Trace(model) if config.trace else None
+
+    def show_trace(tokens: list[int]) -> None:
+        if trace is not None:
+            trace.print([encoding.decode([token]) for token in tokens])
+
+    if config.questions:
+        questions = read_questions(path)
+        if not questions:
+            fail(f"--questions: there are none in {path}; facts has them: python data/prepare.py facts")
+        questions = random.Random(config.seed).sample(questions, min(config.questions, len(questions)))
+        right = 0
+        for question in questions:
+            tokens = answer(model, encoding, [question])[0]
+            text = encoding.decode(tokens).strip()
+            right += text == question["answer"]
+            verdict = "right" if text == question["answer"] else f"wrong: {question['answer']}"
+            print(f"{question['prompt']} {text}   [{verdict}]")
+            show_trace(tokens)
+        print(f"{right} of {len(questions)} right")
+    else:
+        prompt = encoding.encode(config.prompt or END, allowed_special={END})
+        for i in range(config.num_samples):
+            idx = torch.tensor([prompt], device=device)
+            idx = model.generate(idx, config.max_new_tokens, config.temperature, config.top_k or None,
+                                 seed=config.seed + i, stop=encoding.eot_token)
+            tokens = idx[0, len(prompt):].tolist()
+            print(f"--- sample {i + 1} of {config.num_samples}\n{config.prompt}{encoding.decode(tokens)}")
+            show_trace(tokens)
+
+
+if __name__ == "__main__":
+    main()

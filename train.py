@@ -1,0 +1,443 @@
+"""
+Trains a GPT with memory layers.
+
+    python train.py                                 generated facts, five minutes on two cores
+    python train.py --preset=stdlib                 source text of the Python standard library
+    python train.py --mem_layers= --out_dir=out/dense   the same GPT without memory
+    python train.py --resume                        goes on from the newest checkpoint of --out_dir
+    python train.py --help                          every option
+
+Leaves in --out_dir: log.jsonl (a JSON line a log step and an evaluation), loss.png, and a folder a
+checkpoint.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from config import build, fail, parse
+from data.prepare import CORPORA, DATA, encoding_from_json
+from model import GPT, GPTConfig
+from plot import plot_run
+
+FORMAT = 1  # of checkpoints
+
+
+@dataclass
+class TrainConfig(GPTConfig):
+    mem_layers: tuple[int, ...] = (1, 2)  # blocks with a memory layer, counted from 0; none: a dense GPT
+    dataset: str = "facts"  # the folder under data/
+    out_dir: str = "out/facts"  # where the log, the figure and the checkpoints go
+    resume: bool = False  # go on from the newest checkpoint of out_dir, if there is one
+    seed: int = 1  # of the weights, the batches and dropout
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    compile: bool = False  # torch.compile the model: a slow start, faster steps
+
+    batch_size: int = 16  # sequences a step
+    accum_steps: int = 1  # parts that a batch is worked through in, if it does not fit; same result
+    max_steps: int = 2500  # steps in all
+    lr: float = 3e-3  # of the dense parameters, at its highest
+    value_lr: float = 6e-2  # of the pool; decisive: near lr there is little gain. Good with adam: 2e-2
+    value_optimizer: Literal["rowwise", "adam"] = "rowwise"  # value_blocks numbers of state a row, or 2 a parameter
+    value_blocks: int = 8  # rowwise: second moments a row
+    warmup_steps: int = 100  # of the learning rates, linear
+    min_lr: float = 0.1  # share of its highest that each learning rate ends at, by a cosine
+    weight_decay: float = 0.1  # of dense matrices; the pool has none
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.99  # of AdamW
+    grad_clip: float = 1.0  # highest norm of the dense gradient; 0: any
+
+    log_interval: int = 50  # steps between log lines
+    eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
+    eval_batches: int = 20  # batches of val.bin an evaluation
+    eval_questions: int = 1000  # questions an evaluation, if there is qa.jsonl; the last one asks all
+    keep: int = 2  # checkpoints that stay
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("batch_size", "accum_steps", "max_steps", "log_interval", "eval_interval",
+                     "eval_batches", "eval_questions", "keep", "value_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("lr", "value_lr", "warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if self.batch_size % self.accum_steps:
+            raise ValueError(f"accum_steps={self.accum_steps} must divide batch_size={self.batch_size}")
+        if self.mem_layers and self.value_optimizer == "rowwise" and self.n_embd % self.value_blocks:
+            raise ValueError(f"value_blocks={self.value_blocks} must divide n_embd={self.n_embd}")
+
+
+PRESETS = {
+    "facts": {},
+    "stdlib": dict(dataset="stdlib", out_dir="out/stdlib", block_size=256, n_layer=4, n_embd=128,
+                   mem_layers=(1, 3), mem_num_keys=256, batch_size=8, max_steps=2000, lr=2e-3),
+}
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+def read_questions(path: Path) -> list[dict]:
+    """{"prompt", "answer", and for facts "exposures" and "held_out"} a line; [] where there is no file."""
+    return [json.loads(line) for line in open(path, encoding="utf-8")] if path.exists() else []
+
+
+class Dataset:
+    """A folder that data/prepare.py made: train and val, token ids; the encoding; questions, if there are any."""
+
+    def __init__(self, name: str):
+        folder = DATA / name
+        if not (folder / "meta.json").exists():
+            if name not in CORPORA or name == "text":
+                fail(f"no data in {folder}: python data/prepare.py text --name={name} --input FILE ... makes it")
+            prepare, config_class = CORPORA[name]
+            prepare(config_class())  # needs no download
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self.encoding_json, self.encoding = meta["encoding"], encoding_from_json(meta["encoding"])
+            self.train = np.memmap(folder / "train.bin", meta["dtype"], "r")
+            self.val = np.memmap(folder / "val.bin", meta["dtype"], "r")
+            self.questions = read_questions(folder / "qa.jsonl")
+        except (OSError, ValueError, KeyError) as error:
+            fail(f"the data in {folder} is damaged ({error}): make it again with data/prepare.py")
+
+
+def draw_batch(tokens: np.ndarray, count: int, block_size: int, *key: int):
+    """x, y (count, block_size), int64, y one ahead: windows of `tokens`, drawn as the key (seed, ...) alone says."""
+    starts = np.random.default_rng(key).integers(len(tokens) - block_size, size=count)
+    windows = torch.from_numpy(np.stack([tokens[s:s + block_size + 1] for s in starts]).astype(np.int64))
+    return windows[:, :-1], windows[:, 1:]
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------
+
+def answer(model: GPT, encoding, questions: list[dict], batch_size: int = 500) -> list[list[int]]:
+    """The tokens of the model's greedy answer to each question, up to the end of the line."""
+    device, newline = model.wte.weight.device, encoding.encode("\n")[0]
+    prompts = [encoding.encode(question["prompt"], disallowed_special=()) for question in questions]
+    longest = max(len(encoding.encode(f" {question['answer']}", disallowed_special=())) for question in questions)
+    answers = [None] * len(prompts)
+    # prompts of one length make a batch without padding
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for length, group in groupby(by_length, key=lambda i: len(prompts[i])):
+        group = list(group)
+        for batch in (group[i:i + batch_size] for i in range(0, len(group), batch_size)):
+            idx = torch.tensor([prompts[i] for i in batch], device=device)
+            new = model.generate(idx, longest + 1, temperature=0, stop=newline)[:, length:].tolist()
+            for i, tokens in zip(batch, new, strict=True):
+                answers[i] = tokens[:tokens.index(newline)] if newline in tokens else tokens
+    return answers
+
+
+def recall(model: GPT, encoding, questions: list[dict]) -> dict:
+    """
+    Share of the questions answered by exactly the right words: {"all": ..., "held_out": ..., "by_exposure":
+    {"8": ...}}.
+
+    "all" is over the people who were asked about in training, "held_out" over those who were not. The key 8
+    stands for 8 to 15 exposures.
+    """
+    right = {"all": [], "held_out": []}
+    by_exposure = {}
+    for question, tokens in zip(questions, answer(model, encoding, questions), strict=True):
+        is_right = encoding.decode(tokens).strip() == question["answer"]
+        right["held_out" if question.get("held_out") else "all"].append(is_right)
+        if "exposures" in question and not question.get("held_out"):
+            by_exposure.setdefault(1 << question["exposures"].bit_length() - 1, []).append(is_right)
+    result = {name: sum(r) / len(r) for name, r in right.items() if r}
+    return result | {"by_exposure": {str(n): sum(r) / len(r) for n, r in sorted(by_exposure.items())}}
+
+
+@torch.no_grad()
+def validation_loss(model, tokens, config: TrainConfig, device) -> float:
+    model.eval()
+    losses = []
+    for i in range(config.eval_batches):
+        x, y = draw_batch(tokens, config.batch_size, config.block_size, config.seed, 1, i)
+        for part_x, part_y in zip(x.chunk(config.accum_steps), y.chunk(config.accum_steps), strict=True):
+            losses.append(model(part_x.to(device), part_y.to(device))[1].item())
+    model.train()
+    return sum(losses) / len(losses)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+def checkpoints(out_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. A folder gets this name only once all of it is on the disk."""
+    return sorted(path for path in out_dir.glob("step_*") if path.is_dir())
+
+
+def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, config: TrainConfig,
+                    encoding_json: dict) -> None:
+    """Writes out_dir/step_N: into a temporary folder that is renamed when all is on the disk."""
+    folder, temporary = out_dir / f"step_{step:06d}", out_dir / "saving"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    state = model.state_dict()
+    parts = {"optimizer.pt": optimizers[0].state_dict()}
+    if model.pool is not None:
+        parts["pool_0of1.pt"] = {"values": state.pop("pool.values"), "optimizer": optimizers[1].state_dict()}
+    parts["model.pt"] = state
+    files = {}
+    for name, part in parts.items():
+        torch.save(part, temporary / name)
+        with open(temporary / name, "rb+") as f:
+            os.fsync(f)
+            files[name] = hashlib.file_digest(f, "sha256").hexdigest()
+    with open(temporary / "meta.json", "w", encoding="utf-8") as f:
+        json.dump({"format": FORMAT, "step": step, "config": asdict(config), "files": files,
+                   "encoding": encoding_json}, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.rename(temporary, folder)
+    directory = os.open(out_dir, os.O_RDONLY)
+    os.fsync(directory)  # the new name too
+    os.close(directory)
+    for old in checkpoints(out_dir)[:-config.keep]:
+        os.rename(old, temporary)  # no folder that is half gone is ever called a checkpoint
+        shutil.rmtree(temporary)
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a checkpoint whose files are all as they were written."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT:
+            fail(f"{folder} has the format {meta['format']}, and this version of nanoPKM reads {FORMAT}")
+        for name, digest in meta["files"].items():
+            with open(folder / name, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != digest:
+                    raise ValueError(f"{name} is not as it was written")
+        return meta
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"checkpoint {folder} is damaged ({error}): delete it to use the one before it")
+
+
+def stored_config(meta: dict) -> TrainConfig:
+    return TrainConfig(**{name: tuple(value) if isinstance(value, list) else value
+                          for name, value in meta["config"].items()})
+
+
+def load_part(folder: Path, name: str) -> dict:
+    return torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+
+
+def load_model(folder: Path, model: GPT) -> None:
+    state = load_part(folder, "model.pt")
+    if model.pool is not None:
+        state["pool.values"] = load_part(folder, "pool_0of1.pt")["values"]
+    model.load_state_dict(state)
+
+
+def load_optimizers(folder: Path, optimizers: list) -> None:
+    optimizers[0].load_state_dict(load_part(folder, "optimizer.pt"))
+    if len(optimizers) > 1:
+        optimizers[1].load_state_dict(load_part(folder, "pool_0of1.pt")["optimizer"])
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+def find_device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        fail("--device=cuda: torch finds no CUDA device; use --device=cpu, or install a CUDA build of torch")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def schedule(step: int, config: TrainConfig) -> float:
+    """Share of the highest learning rate: linear warm-up, then a cosine down to min_lr."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def duration(seconds: float) -> str:
+    seconds = round(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds // 60 % 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s"
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: the most that the process (on CUDA: torch, on the device) has held at once."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def train(config: TrainConfig) -> None:
+    device = find_device(config.device)
+    out_dir = Path(config.out_dir)
+    found = checkpoints(out_dir)
+    if found and not config.resume:
+        fail(f"{out_dir} holds a run, up to {found[-1].name}: go on with --resume, choose another --out_dir, or delete it")
+
+    # data
+    data = Dataset(config.dataset)
+    needed = data.encoding.n_vocab
+    config.vocab_size = config.vocab_size or needed
+    if config.vocab_size < needed:
+        fail(f"--vocab_size={config.vocab_size} is too small: {config.dataset} has {needed} tokens")
+    for split, tokens in (("train", data.train), ("val", data.val)):
+        if len(tokens) <= config.block_size:
+            fail(f"{config.dataset} has only {len(tokens)} tokens in {split}.bin: lower --block_size={config.block_size}")
+
+    # model and optimisers; the raw model stays at hand for saving, evaluating and sampling
+    torch.manual_seed(config.seed)
+    model = GPT(config).to(device)
+    optimizers = model.optimizers(
+        lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
+        value_lr=config.value_lr, value_optimizer=config.value_optimizer, value_blocks=config.value_blocks)
+    dense = [p for p in model.parameters() if p.requires_grad]
+    compiled = torch.compile(model) if config.compile else model
+    autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+
+    # where to start
+    start = 0
+    out_dir.mkdir(parents=True, exist_ok=True)
+    log_path = out_dir / "log.jsonl"
+    if found:
+        meta = read_meta(found[-1])
+        load_model(found[-1], model)
+        load_optimizers(found[-1], optimizers)
+        start = meta["step"]
+        if log_path.exists():  # what came after the checkpoint comes again
+            log_path.write_text("".join(line for line in open(log_path) if json.loads(line)["step"] <= start))
+    log_file = open(log_path, "a" if found else "w", buffering=1)
+
+    counts = model.count_parameters()
+    tokens_per_step = config.batch_size * config.block_size
+    print(f"{config.dataset}: {len(data.train):,} tokens to train on; {config.max_steps:,} steps of "
+          f"{tokens_per_step:,} tokens, on {device}")
+    print(f"GPT of {config.n_layer} layers, memory in {list(config.mem_layers) or 'none'}: {counts['dense']:,} dense "
+          f"and {counts['memory']:,} memory parameters, {counts['active']:,} active a token")
+    if found:
+        print(f"resumed from {found[-1]}" if start < config.max_steps else
+              f"{found[-1]} is the end of this run: choose a larger --max_steps, or another --out_dir")
+
+    model.train()
+    last_eval, latest = {}, ""
+    began = time.perf_counter()
+    for step in range(start, config.max_steps + 1):
+        last_step = step == config.max_steps
+
+        if (last_step or step % config.eval_interval == 0) and (step > start or not found):
+            with autocast:
+                last_eval = {"val_loss": validation_loss(compiled, data.val, config, device)}
+                latest = f"  val {last_eval['val_loss']:.3f}"
+                if data.questions:
+                    # evenly spaced, so that every exposure count is among them
+                    stride = 1 if last_step else math.ceil(len(data.questions) / config.eval_questions)
+                    last_eval["recall"] = recall(model, data.encoding, data.questions[::stride])
+                    latest += f"  recall {last_eval['recall'].get('all', math.nan):.3f}"
+            if model.pool is not None:
+                last_eval["slots_used"], last_eval["kl_from_uniform"] = model.pool.usage.summary()
+                model.pool.usage.reset()
+            line = {"step": step, "seconds": time.perf_counter() - began, **last_eval}
+            log_file.write(json.dumps(line) + "\n")
+            if step > start:
+                save_checkpoint(out_dir, step, model, optimizers, config, data.encoding_json)
+        if last_step:
+            break
+
+        # --- the timed part of a step
+        if device == "cuda":
+            torch.cuda.synchronize()
+        t0 = time.perf_counter()
+        torch.manual_seed(config.seed * 1_000_003 + step)  # of dropout
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        x, y = (part.to(device) for part in draw_batch(data.train, config.batch_size, config.block_size,
+                                                       config.seed, 0, step))
+        loss = 0.0
+        for micro_x, micro_y in zip(x.chunk(config.accum_steps), y.chunk(config.accum_steps), strict=True):
+            with autocast:
+                micro_loss = compiled(micro_x, micro_y)[1] / config.accum_steps
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        if config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(dense, config.grad_clip)
+        for optimizer, lr in zip(optimizers, (config.lr, config.value_lr), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * schedule(step, config)
+            optimizer.step()
+        loss = loss.item()  # waits for the device
+        t1 = time.perf_counter()
+        # --- end of the timed part
+
+        done = step + 1
+        if not math.isfinite(loss):
+            fail(f"the loss is {loss} at step {step}: training has diverged; lower --lr or --value_lr")
+        if done % config.log_interval == 0 or done == config.max_steps:
+            speed = tokens_per_step / (t1 - t0)
+            line = {"step": done, "loss": loss, "lr": config.lr * schedule(step, config),
+                    "tokens_per_second": speed}
+            slots = ""
+            if model.pool is not None:
+                line["slots_used"], line["kl_from_uniform"] = model.pool.usage.summary()
+                slots = f"  slots {line['slots_used']:.3f}"
+            log_file.write(json.dumps(line) + "\n")
+            left = (time.perf_counter() - began) / (done - start) * (config.max_steps - done)
+            width = len(str(config.max_steps))
+            print(f"step {done:{width}}/{config.max_steps}  loss {loss:.3f}{latest}{slots}  "
+                  f"{speed / 1000:.1f}k tokens/s  {duration(left)} left")
+
+    if start < config.max_steps:
+        print_result(last_eval)
+        plot_run(out_dir)
+        pool_bytes = 0 if model.pool is None else model.pool.values.nbytes
+        print(f"{duration(time.perf_counter() - began)} in all; peak memory {peak_memory(device) / 2**30:.2f} GiB, of "
+              f"which the pool {pool_bytes / 2**30:.2f}")
+        print(f"log, figure and checkpoints are in {out_dir}; next: python sample.py --out_dir={out_dir}")
+
+
+def print_result(result: dict) -> None:
+    print(f"validation loss {result['val_loss']:.4f}")
+    if "recall" in result:
+        print("recall, the share of questions answered by exactly the right words:")
+        rows = {"people asked about in training": result["recall"].get("all"),
+                "people only stated in training": result["recall"].get("held_out")}
+        for low, share in result["recall"]["by_exposure"].items():
+            rows[f"  told {low} to {2 * int(low) - 1} times"] = share
+        for label, share in rows.items():
+            if share is not None:
+                print(f"  {label:32} {share:.3f}  {'#' * round(40 * share)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    preset, given = parse(TrainConfig, argv, PRESETS, description=__doc__)
+    config = build(TrainConfig, preset | given)
+    found = checkpoints(Path(config.out_dir))
+    if config.resume and found:
+        stored = stored_config(read_meta(found[-1]))
+        config = build(TrainConfig, asdict(stored) | given)
+        for name in (field.name for field in fields(GPTConfig)):
+            if getattr(config, name) != getattr(stored, name):
+                fail(f"--{name}={getattr(config, name)}: the model in {config.out_dir} has {getattr(stored, name)}, "
+                     "for good; choose another --out_dir")
+    try:
+        train(config)
+    except KeyboardInterrupt:
+        last = checkpoints(Path(config.out_dir))[-1:]
+        print("\nstopped; " + (f"--resume goes on from {last[0]}" if last else "no checkpoint was due yet"))
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ understands --n_layer=4, --n_layer 4 and --help. A mistake is one line on stderr
 """
 
 import argparse
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -64,13 +65,13 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
             p.add_argument("--preset", choices=presets, default=next(iter(presets)),
                            help=f"a set of defaults; those below are its own (default: {next(iter(presets))})")
         preset = presets[first.parse_known_args(argv)[0].preset]
-    defaults = cls(**preset)
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)} | preset
     comments = {}
     for base in reversed(cls.__mro__[:-1]):
         comments |= dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(base), re.MULTILINE))
     kinds = typing.get_type_hints(cls)
     for name, kind in kinds.items():
-        default = getattr(defaults, name)
+        default = defaults[name]
         default = ",".join(map(str, default)) if isinstance(default, tuple) else default
         text = f"{comments[name]} (default: {default if default != '' else 'none'})"
         parser.add_argument(f"--{name}", help=text.replace("%", "%%"), **_option(kind, name))

@@ -76,7 +76,7 @@ class MemoryUsage(nn.Module):
         self.register_buffer("total_weight", torch.zeros(num_values), persistent=False)
 
     def add(self, indices, weights):
-        self.total_weight.index_add_(0, indices.flatten(), weights.detach().flatten().float())
+        self.total_weight.index_add_(0, indices.flatten(), weights.detach().flatten().to(self.total_weight))
 
     def reset(self):
         self.total_weight.zero_()
@@ -177,10 +177,10 @@ class MemoryLayer(nn.Module):
         half_keys = self.half_keys  # (H, 2, S, D/2)
         queries = self.query(x).view(-1, H, 2, half_keys.size(3))  # (N, H, 2, D/2)
         if self.scale is not None:
-            queries = F.normalize(queries.float(), dim=-1) * self.scale.view(H, 1, 1)
+            queries = F.normalize(queries, dim=-1) * self.scale.view(H, 1, 1)
             half_keys = F.normalize(half_keys, dim=-1)
         scores, indices = product_key_search(queries, half_keys, self.knn)  # (N, H, K)
-        weights = scores.float().softmax(-1)
+        weights = scores.softmax(-1)
         y = pool(indices.flatten(1), weights.flatten(1)).view(*x.shape[:-1], -1)  # (..., V)
         if self.gate is not None:
             y = y * F.silu(self.gate(x))

@@ -116,6 +116,8 @@ def write_corpus(name: str, config: Corpus, splits: dict, questions: list[dict] 
                     tokens.append(encoding.eot_token)
                 f.write(np.array(tokens, dtype=dtype).tobytes())
                 count += len(tokens)
+        if count < 2:
+            fail(f"{name}: the text is too short, nothing is left to {'train on' if split == 'train' else 'validate'}")
         meta[f"{split}_tokens"] = count
     if questions:
         lines = "".join(json.dumps(question) + "\n" for question in questions)
@@ -277,14 +279,14 @@ class TextConfig(Corpus):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.input:
-            raise ValueError("input names no file: say --input FILE ...")
         if not 0 < self.val_share < 1:
             raise ValueError(f"val_share={self.val_share} must be between 0 and 1")
 
 
 def text(config: TextConfig) -> None:
     """Any text. Files are read in blocks, so that they may be larger than the memory."""
+    if not config.input:
+        fail("name the files: --input FILE ...")
     for name in config.input:
         try:
             with open(name, encoding="utf-8") as f:

@@ -1,0 +1,205 @@
+"""memory.py against brute force over all slots, autograd's dense gradient, and the published formula."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from memory import MemoryLayer, MemoryUsage, PoolOptimizer, ValuePool, product_key_search, pruned_pairs
+
+SHAPES = [(1, 1, 2, 1, 1), (5, 2, 2, 7, 7), (9, 3, 8, 16, 5), (4, 1, 6, 33, 32), (16, 4, 32, 64, 16), (3, 2, 4, 40, 39)]
+
+
+def brute_force(queries, half_keys, knn):
+    """Scores of all S*S slots, and the best of them."""
+    left, right = (torch.einsum("nhd,hsd->nhs", queries[:, :, side], half_keys[:, side]) for side in (0, 1))
+    scores = (left.unsqueeze(-1) + right.unsqueeze(-2)).flatten(2)  # (N, H, S*S)
+    return scores, scores.topk(knn).values
+
+
+@pytest.mark.parametrize("N, H, D, S, knn", SHAPES)
+@pytest.mark.parametrize("ties", [False, True])
+def test_search_equals_brute_force(N, H, D, S, knn, ties):
+    g = torch.Generator().manual_seed(N * S + knn)
+    queries = torch.randn(N, H, 2, D // 2, generator=g, dtype=torch.float64)
+    half_keys = torch.randn(H, 2, S, D // 2, generator=g, dtype=torch.float64)
+    if ties:
+        queries, half_keys = queries.round(), half_keys.round()
+    scores, indices = product_key_search(queries, half_keys, knn)
+    all_scores, best = brute_force(queries, half_keys, knn)
+    torch.testing.assert_close(scores, best)
+    torch.testing.assert_close(all_scores.gather(-1, indices), scores)  # the indices are of these scores
+    assert all(len(set(slots)) == knn for slots in indices.flatten(0, 1).tolist()), "no slot comes twice"
+
+
+def test_search_where_every_slot_ties():
+    scores, indices = product_key_search(torch.zeros(2, 1, 2, 3), torch.ones(1, 2, 8, 3), 8)
+    assert torch.equal(scores, torch.zeros(2, 1, 8))
+    assert all(len(set(slots)) == 8 for slots in indices[:, 0].tolist())
+
+
+def test_search_gradient_equals_brute_force():
+    queries = torch.randn(6, 2, 2, 4, dtype=torch.float64, requires_grad=True)
+    half_keys = torch.randn(2, 2, 20, 4, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(6, 2, 5, dtype=torch.float64)
+    ours = torch.autograd.grad(product_key_search(queries, half_keys, 5)[0], (queries, half_keys), upstream)
+    theirs = torch.autograd.grad(brute_force(queries, half_keys, 5)[1], (queries, half_keys), upstream)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_pruned_grid_has_the_pairs_that_can_win():
+    assert len(pruned_pairs(32)[0]) == 119
+    assert len(pruned_pairs(1)[0]) == 1
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("swilu", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_equals_the_formula(qk_norm, swilu, bias):
+    """Written from the paper, one token and one head at a time, over all slots."""
+    torch.manual_seed(0)
+    C, S, H, K, D, V = 12, 9, 3, 4, 8, 10
+    layer = MemoryLayer(C, S, H, K, D, V, swilu=swilu, qk_norm=qk_norm, bias=bias).double()
+    pool = ValuePool(S, V).double()
+    x = torch.randn(2, 5, C, dtype=torch.float64)
+    if qk_norm:
+        layer.scale.data.uniform_(1, 3)
+    expected = torch.zeros(2, 5, C, dtype=torch.float64)
+    for b in range(2):
+        for t in range(5):
+            y = torch.zeros(V, dtype=torch.float64)
+            query = (layer.query.weight @ x[b, t] + (layer.query.bias if bias else 0)).view(H, 2, D // 2)
+            for h in range(H):
+                q, k = query[h], layer.half_keys[h]
+                if qk_norm:
+                    q, k = layer.scale[h] * q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+                scores = torch.stack([q[0] @ k[0, i] + q[1] @ k[1, j] for i in range(S) for j in range(S)])
+                best = scores.topk(K)
+                w = best.values.softmax(0)
+                y += (w[:, None] * pool.values[best.indices]).sum(0)
+            if swilu:
+                y = y * F.silu(layer.gate.weight @ x[b, t] + (layer.gate.bias if bias else 0))
+            expected[b, t] = layer.out.weight @ y + (layer.out.bias if bias else 0)
+    torch.testing.assert_close(layer(x, pool), expected)
+    assert (layer.query.bias is None) != bias and (layer.gate is None) != swilu and (layer.scale is None) != qk_norm
+
+
+def test_pool_gradient_equals_autograd_over_layers_and_micro_batches():
+    torch.manual_seed(0)
+    layers = [MemoryLayer(8, 6, 2, 3, 4, 8).double() for _ in range(2)]
+    pool = ValuePool(6, 8).double()
+    batches = [torch.randn(1, 4, 8, dtype=torch.float64) for _ in range(3)]
+
+    class DensePool:  # the same layers over a plain tensor, which autograd sees
+        values = pool.values.detach().clone().requires_grad_()
+
+        def __call__(self, indices, weights):
+            return (weights.unsqueeze(-1) * self.values[indices]).sum(1)
+
+    dense = DensePool()
+    dense_grads = []
+    for x in batches:
+        layers[1](layers[0](x, dense), dense).square().sum().backward()
+    for layer in layers:
+        dense_grads += [p.grad.clone() for p in layer.parameters()]
+        layer.zero_grad()
+    for x in batches:
+        layers[1](layers[0](x, pool), pool).square().sum().backward()
+    assert len(pool.reads) == 6 and pool.values.grad is None
+    torch.testing.assert_close(pool.dense_gradient(), dense.values.grad)
+    torch.testing.assert_close([p.grad for layer in layers for p in layer.parameters()], dense_grads)
+
+
+def test_reads_are_kept_only_where_a_gradient_is_wanted():
+    pool = ValuePool(4, 8)
+    layer = MemoryLayer(8, 4, 1, 2, 4, 8)
+    with torch.no_grad():
+        layer(torch.randn(3, 8), pool)
+    assert pool.reads == []
+    layer(torch.randn(3, 8), pool).sum().backward()
+    assert len(pool.reads) == 1 and not pool.reads[0][1].requires_grad, "a read must not hold on to the graph"
+    PoolOptimizer(pool, 0.1).zero_grad()
+    assert pool.reads == []
+
+
+def test_a_step_between_forward_and_backward_is_an_error():
+    """Guards against gradients of the weights that are taken from other values than the output was."""
+    pool = ValuePool(4, 8)
+    weights = torch.rand(3, 2, requires_grad=True)
+    y = pool(torch.randint(16, (3, 2)), weights)
+    pool.values.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["rowwise", "adam"])
+def test_optimizer_is_one_that_torch_knows(kind):
+    """Schedulers change its lr; its state survives a save and a load, and goes on as if nothing had been."""
+    torch.manual_seed(0)
+    pools = [ValuePool(5, 16) for _ in range(2)]
+    pools[1].load_state_dict(pools[0].state_dict())
+    optimizers = [PoolOptimizer(pool, 0.1, kind) for pool in pools]
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizers[0], step_size=1, gamma=0.5)
+
+    def step(pool, optimizer, seed):
+        torch.manual_seed(seed)
+        optimizer.zero_grad()
+        pool(torch.randint(25, (7, 3)), torch.rand(7, 3, requires_grad=True)).square().sum().backward()
+        optimizer.step()
+
+    step(pools[0], optimizers[0], 1)
+    scheduler.step()
+    assert optimizers[0].param_groups[0]["lr"] == 0.05
+    pools[1].load_state_dict(pools[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for pool, optimizer in zip(pools, optimizers, strict=True):
+        step(pool, optimizer, 2)
+    assert torch.equal(pools[0].values, pools[1].values)
+
+
+@pytest.mark.parametrize("kind", ["rowwise", "adam"])
+def test_optimizer_does_not_care_for_the_scale_of_the_gradient(kind):
+    results = []
+    for scale in (1.0, 1e3):
+        torch.manual_seed(0)
+        pool = ValuePool(5, 16)
+        optimizer = PoolOptimizer(pool, 0.1, kind)
+        for _ in range(3):
+            optimizer.zero_grad()
+            y = pool(torch.randint(25, (7, 3)), torch.rand(7, 3, requires_grad=True))
+            (scale * (y - 1).square().sum()).backward()
+            optimizer.step()
+        results.append(pool.values)
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_usage_equals_the_paper_s_measures():
+    usage = MemoryUsage(10)
+    assert usage.summary() == (0.0, 0.0)
+    usage.add(torch.arange(10)[None], torch.full((1, 10), 0.1))
+    share, kl = usage.summary()
+    assert share == 1.0 and abs(kl) < 1e-6
+    usage.reset()
+    usage.add(torch.tensor([[3, 3]]), torch.tensor([[0.5, 0.5]]))
+    share, kl = usage.summary()
+    assert share == 0.1 and math.isclose(kl, math.log(10))
+    usage.add(torch.tensor([[4]]), torch.tensor([[3.0]]))
+    p = torch.tensor([0.25, 0.75])
+    assert math.isclose(usage.summary()[1], F.kl_div(torch.full((2,), 0.1).log(), p, reduction="sum"), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(key_dim=5), "even"), (dict(knn=9), "between 1 and num_keys=4"), (dict(knn=0), "between 1")])
+def test_layer_refuses_what_cannot_be(wrong, message):
+    sizes = dict(width=8, num_keys=4, heads=1, knn=2, key_dim=4, value_dim=8)
+    with pytest.raises(ValueError, match=message):
+        MemoryLayer(**sizes | wrong)
+
+
+def test_optimizer_refuses_what_cannot_be():
+    with pytest.raises(ValueError, match="multiple of value_blocks"):
+        PoolOptimizer(ValuePool(4, 12), 0.1)
+    with pytest.raises(ValueError, match="rowwise"):
+        PoolOptimizer(ValuePool(4, 8), 0.1, "sgd")

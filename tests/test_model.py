@@ -1,0 +1,204 @@
+"""model.py against torch's own Transformer, and against itself without the cache."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from memory import PoolOptimizer
+from model import GPT, GPTConfig
+
+SMALL = dict(vocab_size=50, block_size=16, n_layer=3, n_head=2, n_embd=16, mem_num_keys=8, mem_heads=2, mem_knn=4,
+             mem_key_dim=8)
+
+
+def make_model(**changes) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL | changes))
+    with torch.no_grad():  # far from the initialisation, so that every part shows in the output
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model.double().eval()
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(50, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_without_memory_it_is_torch_s_transformer():
+    model = make_model()
+    encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(
+        d_model=16, nhead=2, dim_feedforward=64, dropout=0.0, batch_first=True, norm_first=True,
+        activation=lambda x: F.gelu(x, approximate="tanh")), 3, norm=torch.nn.LayerNorm(16),
+        enable_nested_tensor=False).double().eval()
+    names = {"self_attn.in_proj_weight": "attn.c_attn.weight", "self_attn.in_proj_bias": "attn.c_attn.bias",
+             "self_attn.out_proj.weight": "attn.c_proj.weight", "self_attn.out_proj.bias": "attn.c_proj.bias",
+             "linear1.weight": "mlp.c_fc.weight", "linear1.bias": "mlp.c_fc.bias",
+             "linear2.weight": "mlp.c_proj.weight", "linear2.bias": "mlp.c_proj.bias",
+             "norm1.weight": "ln_1.weight", "norm1.bias": "ln_1.bias", "norm2.weight": "ln_2.weight",
+             "norm2.bias": "ln_2.bias"}
+    ours = model.state_dict()
+    theirs = {f"layers.{i}.{a}": ours[f"blocks.{i}.{b}"] for i in range(3) for a, b in names.items()}
+    encoder.load_state_dict(theirs | {"norm.weight": ours["ln_f.weight"], "norm.bias": ours["ln_f.bias"]})
+    idx, targets = tokens(2, 11), tokens(2, 11, seed=2)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(11, dtype=torch.float64)
+    hidden = encoder(ours["wte.weight"][idx] + ours["wpe.weight"][:11], mask=mask)
+    logits, loss, _ = model(idx, targets)
+    torch.testing.assert_close(logits, hidden @ ours["wte.weight"].T)
+    torch.testing.assert_close(loss, F.cross_entropy((hidden @ ours["wte.weight"].T).transpose(1, 2), targets))
+    assert not any("memory" in name or "pool" in name for name in ours)
+
+
+@pytest.mark.parametrize("mem_layers", [(), (0, 2), (0, 1, 2)])
+def test_no_token_sees_a_later_one(mem_layers):
+    model = make_model(mem_layers=mem_layers)
+    idx = tokens(1, 12)
+    before = model(idx, idx)[0]
+    idx[0, 7] = (idx[0, 7] + 1) % 50
+    after = model(idx, idx)[0]
+    torch.testing.assert_close(before[:, :7], after[:, :7], rtol=0, atol=1e-12)
+    assert (before[:, 7:] - after[:, 7:]).abs().amax(-1).min() > 1e-6, "tokens from the 7th on see the change"
+
+
+@pytest.mark.parametrize("parts", [[12], [1] * 12, [5, 1, 1, 5], [1, 11], [4, 4, 4]])
+@pytest.mark.parametrize("mem_layers", [(), (1, 2)])
+def test_cache_changes_no_logits(parts, mem_layers):
+    model = make_model(mem_layers=mem_layers)
+    idx = tokens(3, 12)
+    whole = model(idx, idx)[0]
+    past, at = None, 0
+    for part in parts:
+        logits, _, past = model(idx[:, at:at + part], past=past)
+        at += part
+        torch.testing.assert_close(logits[:, 0], whole[:, at - 1])
+
+
+def naive_generate(model, idx, steps, temperature, top_k, seed):
+    """nanoGPT's way: the whole window anew for each token."""
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        window = idx[:, -model.config.block_size:]
+        logits = model(window, window)[0][:, -1].float()
+        if temperature == 0:
+            new = logits.argmax(-1, keepdim=True)
+        else:
+            p = (logits / temperature)
+            if top_k is not None:
+                p[p < p.topk(top_k).values[:, -1:]] = -torch.inf
+            new = torch.multinomial(p.softmax(-1), 1, generator=g)
+        idx = torch.cat((idx, new), 1)
+    return idx
+
+
+@pytest.mark.parametrize("temperature, top_k", [(0, None), (1.0, None), (0.7, 5)])
+@pytest.mark.parametrize("prompt, steps", [(1, 10), (9, 20), (16, 3), (30, 4)])
+def test_generate_equals_the_naive_way_also_past_the_block_size(temperature, top_k, prompt, steps):
+    model = make_model(mem_layers=(1,))
+    idx = tokens(3, prompt)
+    ours = model.generate(idx, steps, temperature, top_k, seed=3)
+    assert torch.equal(ours, naive_generate(model, idx, steps, temperature, top_k, seed=3))
+
+
+def test_generate_with_a_seed_repeats_and_top_k_1_is_greedy():
+    model = make_model(mem_layers=(1,))
+    idx = tokens(2, 4)
+    assert torch.equal(model.generate(idx, 9, seed=5), model.generate(idx, 9, seed=5))
+    assert not torch.equal(model.generate(idx, 9, seed=5), model.generate(idx, 9, seed=6))
+    assert torch.equal(model.generate(idx, 9, top_k=1), model.generate(idx, 9, temperature=0))
+
+
+def test_generate_stops_when_every_row_has_stopped():
+    model = make_model()
+    idx = tokens(2, 4)
+    free = model.generate(idx, 12, temperature=0)
+    stop = free[0, 6].item()
+    stopped = model.generate(idx[:1], 12, temperature=0, stop=stop)
+    assert stopped.size(1) == 5 + (free[0, 4:] == stop).nonzero()[0].item()
+    assert torch.equal(stopped, free[:1, :stopped.size(1)])
+    model.train()
+    model.generate(idx, 1)
+    assert model.training, "generate leaves the mode as it was"
+
+
+def test_a_context_that_is_too_long_is_refused():
+    with pytest.raises(ValueError, match="17 tokens do not fit block_size=16"):
+        make_model()(tokens(1, 17))
+
+
+def test_layers_share_one_pool_and_models_share_nothing():
+    """Guards against sharing through class-level state."""
+    a, b = make_model(mem_layers=(0, 2)), make_model(mem_layers=(0, 2))
+    assert sum("pool" in name for name in a.state_dict()) == 1
+    mine = {p.untyped_storage().data_ptr() for p in [*a.parameters(), *a.buffers()]}
+    assert mine.isdisjoint(p.untyped_storage().data_ptr() for p in [*b.parameters(), *b.buffers()])
+    before = copy.deepcopy(b.state_dict())
+    idx = tokens(2, 8)
+    optimizers = a.optimizers(1e-2, 1e-1, 0.1, (0.9, 0.99), "rowwise", 8)
+    a.train()
+    a(idx, idx)[1].backward()
+    assert len(a.pool.reads) == 2 and b.pool.reads == []
+    for optimizer in optimizers:
+        optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in b.state_dict().items())
+    assert not torch.equal(a.pool.values, b.pool.values)
+    assert a.pool.usage.summary()[0] > 0 and b.pool.usage.summary()[0] == 0
+
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(mem_layers=(1, 2)), dict(mem_layers=(0,), mem_mode="add"),
+    dict(mem_layers=(1,), mem_swilu=False, mem_qk_norm=False, bias=False)])
+def test_every_parameter_is_in_one_group_and_every_dense_one_gets_a_gradient(changes):
+    model = make_model(**changes)
+    optimizers = model.optimizers(1e-3, 1e-2, 0.1, (0.9, 0.99), "rowwise", 8)
+    grouped = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    model(tokens(2, 9), tokens(2, 9, seed=2))[1].backward()
+    for name, p in model.named_parameters():
+        if name == "pool.values":
+            assert p.grad is None and isinstance(optimizers[1], PoolOptimizer)
+        else:
+            assert p.grad is not None and p.grad.abs().max() > 0, name
+    for p in optimizers[0].param_groups[1]["params"]:
+        assert p.dim() < 2
+
+
+def test_add_mode_starts_as_the_function_that_it_was():
+    torch.manual_seed(0)
+    dense = GPT(GPTConfig(**SMALL))
+    added = GPT(GPTConfig(**SMALL, mem_layers=(0, 2), mem_mode="add"))
+    missing, unexpected = added.load_state_dict(dense.state_dict(), strict=False)
+    assert unexpected == [] and all("memory" in name or "pool" in name for name in missing)
+    idx = tokens(2, 9)
+    torch.testing.assert_close(added(idx, idx)[0], dense(idx, idx)[0], rtol=0, atol=0)
+
+
+def test_counts():
+    model = make_model(mem_layers=(1, 2))
+    counts = model.count_parameters()
+    C, H, D, S = 16, 2, 8, 8
+    block = 4 * C + 3 * C * C + 3 * C + C * C + C
+    memory = C * H * D + H * D + H * S * D + H + 2 * (C * C + C)
+    mlp = 8 * C * C + 5 * C
+    assert counts["dense"] == 50 * C + 16 * C + 2 * C + 3 * block + 2 * memory + mlp
+    assert counts["memory"] == S * S * C
+    assert counts["active"] == counts["dense"] + 2 * H * 4 * C
+    assert sum(p.numel() for p in model.parameters()) == counts["dense"] + counts["memory"]
+
+
+def test_dropout_is_of_training_only():
+    model = make_model(mem_layers=(1,), dropout=0.5)
+    idx = tokens(2, 9)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(mem_layers=(3,)), "no layer 3, only 0 to 2"), (dict(mem_layers=(-1,)), "no layer -1"),
+    (dict(mem_layers=(1, 1)), "twice"), (dict(mem_layers=(1,), mem_knn=9), "mem_knn=9 must be at most"),
+    (dict(mem_layers=(1,), mem_key_dim=7), "even"), (dict(n_embd=15), "multiple of n_head"),
+    (dict(n_layer=0), "n_layer=0 must be at least 1"), (dict(dropout=1.0), "below 1")])
+def test_config_refuses_what_cannot_be(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**SMALL | wrong)

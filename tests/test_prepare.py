@@ -1,0 +1,142 @@
+"""data/prepare.py: text comes back as it was, splits do not overlap, and facts are what their options say."""
+
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import tiktoken
+
+from data import prepare
+from data.prepare import END, FactsConfig, build_encoding, encoding_from_json, encoding_to_json, main
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    return tmp_path
+
+
+def load(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    encoding = encoding_from_json(meta["encoding"])
+    return meta, encoding, {split: np.fromfile(folder / f"{split}.bin", meta["dtype"]) for split in ("train", "val")}
+
+
+TEXTS = ["Hello hello world, it's 42 o'clock.\n\n  def f(x):\n\treturn x", "naïve — 日本語 \u0000\r\n", ""]
+
+
+@pytest.mark.parametrize("vocab_size", [257, 270, 4096])
+def test_any_text_decodes_to_itself(vocab_size):
+    encoding = build_encoding(TEXTS[:1] * 3, vocab_size)
+    assert encoding.n_vocab <= vocab_size and encoding.eot_token == encoding.n_vocab - 1
+    for text in [*TEXTS, "unseen Wörter \U0001f600"]:
+        assert encoding.decode(encoding.encode(text)) == text
+    again = encoding_from_json(json.loads(json.dumps(encoding_to_json(encoding))))
+    assert again.encode(TEXTS[0] + END, allowed_special={END}) == encoding.encode(TEXTS[0], allowed_special={END}) + [
+        encoding.eot_token]
+
+
+def test_frequent_pieces_are_one_token_each():
+    encoding = build_encoding(["the cat saw the dog saw the cat"], 256 + 1 + 3)
+    assert [encoding.decode([token]) for token in encoding.encode("x the saw")] == ["x", " the", " saw"]
+
+
+def test_a_named_encoding_survives_the_checkpoint_s_json():
+    """gpt2 itself is a download; an encoding of the same make stands in for it."""
+    ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256, b"abc": 257}
+    encoding = tiktoken.Encoding("made", pat_str=prepare.GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={END: 300})
+    again = encoding_from_json(json.loads(json.dumps(encoding_to_json(encoding))))
+    assert again.encode("abcab" + END, allowed_special={END}) == encoding.encode(
+        "abcab" + END, allowed_special={END}) == [257, 256, 300]
+
+
+def test_facts_are_what_the_options_say(data):
+    main(["facts", "--people=60", "--exposures=20", "--held_out=0.2", "--ask=0.5", "--seed=3"])
+    meta, encoding, splits = load(data / "facts")
+    assert meta["train_tokens"] == len(splits["train"]) and meta["val_tokens"] == len(splits["val"])
+    assert max(splits["train"].max(), splits["val"].max()) < meta["vocab_size"] == encoding.n_vocab
+    lines = encoding.decode(splits["train"].tolist()).split("\n")[:-1]
+    questions = [json.loads(line) for line in open(data / "facts" / "qa.jsonl")]
+    assert len(questions) == 60 * 4 and sum(question["held_out"] for question in questions) == 12 * 4
+    name_of = {}
+    for question in questions:
+        name_of.setdefault(re.search(r"[A-Z][a-z]+ [A-Z][a-z]+", question["prompt"]).group(), []).append(question)
+    assert len(name_of) == 60, "every person has another name"
+    counts = []
+    for name, asked in name_of.items():
+        told = [line for line in lines if f" {name} " in line or f" {name}?" in line]
+        exposures = asked[0]["exposures"]
+        assert len(told) == 4 * exposures, "each attribute is told as often as qa.jsonl says"
+        assert any(line.startswith("Question:") for line in told) <= (not asked[0]["held_out"])
+        for question in asked:
+            assert sum(question["answer"] in line for line in told) >= exposures
+        counts.append(exposures)
+    counts.sort(reverse=True)
+    law = 1 / np.arange(1, 61)
+    assert np.abs(np.array(counts) - law / law.mean() * 20).max() <= 0.5, "Zipf's law over people"
+    share = np.mean([line.startswith("Question:") for line in lines])
+    assert 0.3 < share < 0.5
+
+
+def test_facts_repeat_with_the_seed(data):
+    def made(*options):
+        main(["facts", "--people=20", "--exposures=3", *options])
+        return [(data / "facts" / name).read_bytes() for name in ("train.bin", "val.bin", "qa.jsonl", "meta.json")]
+    first = made()
+    assert made() == first and made("--seed=2")[0] != first[0]
+
+
+def test_many_people_get_as_many_names(data):
+    config = FactsConfig()
+    names = prepare.make_names(np.random.default_rng(0), 3000, 2)
+    assert len(set(names)) == 3000 and config.people == 2000
+
+
+def test_stdlib_splits_by_file(data, monkeypatch):
+    root = data / "lib"
+    bodies = {}
+    for i in range(60):
+        path = root / ("email" if i % 2 else "json") / f"m{i}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        bodies[i] = f"module_{i} = {i}\n" * 5
+        path.write_text(bodies[i])
+    (root / "site-packages").mkdir()
+    (root / "site-packages" / "other.py").write_text("not_of_the_library = 1\n")
+    (root / "broken.py").write_bytes(b"# coding: utf-8\n\xff\xfe")
+    monkeypatch.setattr(prepare.sysconfig, "get_paths", lambda: {"stdlib": str(root)})
+    main(["stdlib", "--val_share=0.3"])
+    _, encoding, splits = load(data / "stdlib")
+    files = {split: encoding.decode(ids.tolist()).split(END)[:-1] for split, ids in splits.items()}
+    assert sorted(files["train"] + files["val"]) == sorted(bodies.values())
+    assert Counter(files["train"]).keys().isdisjoint(files["val"]) and len(files["val"]) > 5
+
+
+def test_text_keeps_the_end_of_each_file_for_validation(data):
+    (data / "a.txt").write_text("".join(f"line {i} of a\n" for i in range(500)))
+    (data / "b.txt").write_text("ohne Zeilenende " * 400, encoding="utf-8")
+    main(["text", "--input", str(data / "a.txt"), str(data / "b.txt"), "--name=mine", "--val_share=0.2"])
+    _, encoding, splits = load(data / "mine")
+    train, val = (encoding.decode(splits[split].tolist()).split(END) for split in ("train", "val"))
+    for i, name in enumerate("ab"):
+        whole = (data / f"{name}.txt").read_text()
+        assert train[i] + val[i] == whole, "nothing is lost or in both"
+        assert 0.1 < len(val[i]) / len(whole) < 0.25
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "name a corpus"), (["fact"], "name a corpus"), (["text"], "name the files: --input FILE"),
+    (["text", "--input", "nowhere.txt"], "nowhere.txt: No such file"),
+    (["text", "--input", "BINARY"], "not UTF-8"), (["text", "--input", "EMPTY"], "too short"),
+    (["facts", "--people=0"], "--people=0 must be at least 1"), (["facts", "--ask=2"], "--ask=2.0 must be between"),
+    (["facts", "--tokenizer=gtp2"], "tiktoken has"), (["facts", "--vocab_size=10"], "at least 257"),
+    (["stdlib", "--val_share=1"], "between 0 and 1")])
+def test_a_mistake_is_one_line_and_status_2(data, argv, message, capsys):
+    (data / "binary").write_bytes(b"\xff\xfe\x00" * 100)
+    (data / "empty").write_bytes(b"")
+    argv = [{"BINARY": str(data / "binary"), "EMPTY": str(data / "empty")}.get(word, word) for word in argv]
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err

@@ -1,0 +1,266 @@
+"""train.py: resuming, accumulating, checkpoints, each mistake of a user's, and that it learns."""
+
+import json
+import math
+import shutil
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data import prepare
+from data.prepare import build_encoding
+
+
+def log(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in open(out / "log.jsonl")]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def tensors(folder: Path) -> dict:
+    """Every tensor and number of a checkpoint, by its path."""
+    found = {}
+
+    def walk(at, name):
+        if isinstance(at, dict):
+            for key, value in at.items():
+                walk(value, f"{name}/{key}")
+        elif isinstance(at, (list, tuple)):
+            for i, value in enumerate(at):
+                walk(value, f"{name}/{i}")
+        else:
+            found[name] = at
+
+    for path in sorted(folder.glob("*.pt")):
+        walk(torch.load(path, weights_only=True), path.name)
+    return found
+
+
+def assert_same_checkpoint(a: Path, b: Path):
+    one, two = tensors(a), tensors(b)
+    assert one.keys() == two.keys() and len(one) > 20
+    for name, value in one.items():
+        assert torch.equal(value, two[name]) if torch.is_tensor(value) else value == two[name], name
+
+
+@pytest.mark.parametrize("options", [["--dropout=0.1"], ["--value_optimizer=adam", "--accum_steps=2"],
+                                     ["--mem_layers="], ["--mem_layers=0,1", "--mem_mode=add"]])
+def test_resuming_equals_not_stopping_bit_for_bit(run, options):
+    run(*options)
+    whole = log(run.out)
+    shutil.copytree(run.out / "step_000006", run.out.parent / "end")
+    shutil.rmtree(run.out / "step_000006")
+    (run.out / "saving").mkdir()  # what a kill in the middle of a save leaves
+    (run.out / "saving" / "model.pt").write_bytes(b"half")
+    train.main(["--resume", f"--out_dir={run.out}"])  # the other options are the run's own
+    assert_same_checkpoint(run.out / "step_000006", run.out.parent / "end")
+    assert log(run.out) == whole
+    assert {path.name for path in run.out.iterdir()} == {"log.jsonl", "loss.png", "step_000003", "step_000006"}
+
+
+def test_resume_can_train_longer_and_starts_where_there_is_nothing(run, capsys):
+    run("--resume", "--max_steps=3")
+    run("--resume", "--max_steps=6")
+    assert "resumed from" in capsys.readouterr().out
+    assert [line["step"] for line in log(run.out) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    run("--resume")
+    assert "is the end of this run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise", "adam"])
+def test_accumulation_equals_the_big_batch(run, optimizer):
+    outs = []
+    for parts in (1, 2, 4):
+        outs.append(run.out.with_name(f"parts{parts}"))
+        run(f"--accum_steps={parts}", f"--value_optimizer={optimizer}", out=outs[-1])
+    whole, *split = (log(out) for out in outs)
+    for lines in split:
+        for a, b in zip(whole, lines, strict=True):
+            for key in ("loss", "val_loss"):
+                assert math.isclose(a.get(key, 0), b.get(key, 0), rel_tol=1e-4), (key, a, b)
+    values = [torch.load(out / "step_000003" / "pool_0of1.pt", weights_only=True)["values"] for out in outs]
+    for other in values[1:]:
+        torch.testing.assert_close(values[0], other, rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_is_a_function_of_its_key():
+    tokens = np.arange(1000, dtype=np.uint16)
+    x, y = train.draw_batch(tokens, 5, 8, 1, 0, 7)
+    assert torch.equal(y, x + 1) and x.shape == (5, 8) and x.dtype == torch.int64
+    assert torch.equal(x, train.draw_batch(tokens, 5, 8, 1, 0, 7)[0])
+    for other in ((1, 0, 8), (2, 0, 7), (1, 1, 7)):
+        assert not torch.equal(x, train.draw_batch(tokens, 5, 8, *other)[0])
+    starts = torch.cat([train.draw_batch(tokens[:10], 50, 8, 1, 0, step)[0][:, 0] for step in range(9)])
+    assert set(starts.tolist()) == {0, 1}, "the first and the last window are drawn, none beyond"
+
+
+def test_schedule():
+    config = train.TrainConfig(warmup_steps=10, max_steps=110, min_lr=0.1)
+    at = [train.schedule(step, config) for step in range(111)]
+    assert at[0] == 0.1 and at[9] == at[10] == 1.0 and math.isclose(at[60], 0.55) and math.isclose(at[110], 0.1)
+    assert all(a >= b for a, b in zip(at[10:], at[11:], strict=False))
+    assert train.schedule(5, train.TrainConfig(warmup_steps=0, min_lr=1.0)) == 1.0
+
+
+def test_recall_counts_exact_answers():
+    """A model that knows some answers, among them one of two tokens, one that goes on too long, one that never ends."""
+    answers = {"a?": " x\n", "b?": " x y\n", "c? no": " x z\n", "d?": " x y x", "e? no": " y\n"}
+    encoding = build_encoding(["".join(answers) * 9 + "".join(answers.values()) * 9], 300)
+
+    def generate(idx, max_new_tokens, temperature, stop):
+        rows = []
+        for row in idx.tolist():
+            new = encoding.encode(answers[encoding.decode(row)])[:max_new_tokens]
+            rows.append(row + new + [0] * (max_new_tokens - len(new)))
+        return torch.tensor(rows)
+
+    model = types.SimpleNamespace(wte=torch.nn.Embedding(1, 1), generate=generate)
+    questions = [dict(prompt="a?", answer="x", exposures=1), dict(prompt="b?", answer="x y", exposures=12),
+                 dict(prompt="c? no", answer="x", exposures=8), dict(prompt="d?", answer="x y", exposures=15),
+                 dict(prompt="e? no", answer="y", exposures=16, held_out=True)]
+    assert train.recall(model, encoding, questions) == {
+        "all": 0.5, "held_out": 1.0, "by_exposure": {"1": 1.0, "8": 1 / 3}}
+    assert train.recall(model, encoding, questions[4:]) == {"held_out": 1.0, "by_exposure": {}}
+
+
+def test_a_run_leaves_what_it_says(run, capsys):
+    run("--keep=1")
+    assert {path.name for path in run.out.iterdir()} == {"log.jsonl", "loss.png", "step_000006"}
+    printed = capsys.readouterr().out
+    for part in ("step 6/6  loss ", "recall", "slots", "tokens/s", " left", "peak memory", "python sample.py"):
+        assert part in printed
+    lines = log(run.out)
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 6]
+    assert {"slots_used", "kl_from_uniform", "recall"} <= lines[-1].keys()
+    assert (run.out / "loss.png").stat().st_size > 10_000
+
+
+def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
+    for module in (prepare, train):
+        monkeypatch.setattr(module, "DATA", tmp_path / "data")
+    monkeypatch.setattr(prepare.FactsConfig.__init__, "__defaults__", ("", 4096, 8, 2.0, 1.0, 0.25, 0.1, 1))
+    run("--max_steps=1")
+    assert (tmp_path / "data" / "facts" / "qa.jsonl").exists()
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--n_layers=3"], "did you mean --n_layer?"),
+    (["--max_steps=many"], "--max_steps: invalid int value: 'many'"),
+    (["--batch_size=0"], "--batch_size=0 must be at least 1"),
+    (["--lr=-1"], "--lr=-1.0 must not be negative"),
+    (["--lr=nan"], "--lr=nan must not be negative"),
+    (["--beta2=1"], "--beta2=1.0 must be at least 0 and below 1"),
+    (["--accum_steps=3"], "--accum_steps=3 must divide batch_size=4"),
+    (["--value_blocks=3"], "--value_blocks=3 must divide n_embd=16"),
+    (["--mem_layers=2"], "there is no layer 2, only 0 to 1"),
+    (["--dataset=mine"], "python data/prepare.py text --name=mine --input FILE"),
+    (["--block_size=100000"], "lower --block_size=100000"),
+    (["--vocab_size=7"], "--vocab_size=7 is too small"),
+    (["--lr=1e30", "--warmup_steps=0", "--grad_clip=0"], "training has diverged; lower --lr"),
+])
+def test_a_mistake_is_one_line_and_status_2(run, options, message, capsys):
+    assert_fails(lambda: run(*options), message, capsys)
+
+
+def assert_fails(what, message, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        what()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_cuda_where_there_is_none(run, capsys):
+    assert_fails(lambda: run("--device=cuda"), "torch finds no CUDA device", capsys)
+
+
+def test_a_run_is_never_overwritten_nor_changed(run, capsys):
+    run()
+    before = log(run.out)
+    assert_fails(run, "go on with --resume, choose another --out_dir", capsys)
+    assert_fails(lambda: run("--resume", "--n_layer=3"), "--n_layer=3: the model in", capsys)
+    assert log(run.out) == before
+
+
+def damage(path: Path, how: str):
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "a bit":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name, how", [("model.pt", "missing"), ("pool_0of1.pt", "truncated"), ("pool_0of1.pt", "a bit"),
+                                       ("optimizer.pt", "a bit"), ("meta.json", "missing"), ("meta.json", "truncated")])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_works(run, name, how, capsys):
+    run()
+    damage(run.out / "step_000006" / name, how)
+    assert_fails(lambda: run("--resume"), "step_000006 is damaged", capsys)
+    shutil.rmtree(run.out / "step_000006")
+    run("--resume")
+    assert "resumed from" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_format_is_named(run, capsys):
+    run()
+    path = run.out / "step_000006" / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    assert_fails(lambda: run("--resume"), "has the format 99", capsys)
+
+
+def test_damaged_data_is_named(run, facts_folder, monkeypatch, tmp_path, capsys):
+    shutil.copytree(facts_folder / "facts", tmp_path / "data" / "facts")
+    monkeypatch.setattr(train, "DATA", tmp_path / "data")
+    (tmp_path / "data" / "facts" / "train.bin").unlink()
+    assert_fails(run, "is damaged", capsys)
+
+
+def test_nothing_in_a_checkpoint_is_ever_run(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "harm",)
+    torch.save({"weight": Harm()}, tmp_path / "model.pt")
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        train.load_part(tmp_path, "model.pt")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_stopped_run_says_how_to_go_on(run, monkeypatch, capsys):
+    draw = train.draw_batch
+
+    def interrupted(*arguments):
+        if arguments[-2:] == (0, 4):
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    monkeypatch.setattr(train, "draw_batch", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 130 and "--resume goes on from" in capsys.readouterr().out
+
+
+def test_a_short_run_on_facts_learns(run):
+    """People seen most often are recalled; a model that only knows the answers' forms stays below 0.1."""
+    run("--max_steps=1000", "--eval_interval=500", "--n_embd=32", "--mem_num_keys=16", "--batch_size=16", "--block_size=64",
+        "--eval_questions=1000", "--lr=6e-3")
+    evaluations = [line for line in log(run.out) if "val_loss" in line]
+    assert evaluations[-1]["val_loss"] < 0.7 * evaluations[0]["val_loss"]
+    recall = evaluations[-1]["recall"]
+    assert recall["all"] > 0.3 and recall["by_exposure"][max(recall["by_exposure"], key=int)] > 0.5, recall
+
+
+@pytest.mark.slow
+def test_compiled_training_equals_eager(run):
+    """Guards the reads, which a compiled graph could lose."""
+    run()
+    run("--compile", out=run.out.with_name("compiled"))
+    for a, b in zip(log(run.out), log(run.out.with_name("compiled")), strict=True):
+        for key in a.keys() & {"loss", "val_loss", "slots_used"}:
+            assert math.isclose(a[key], b[key], rel_tol=1e-3), (key, a, b)

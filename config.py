@@ -63,7 +63,7 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
         first = _Parser(add_help=False, allow_abbrev=False)
         for p in (first, parser):
             p.add_argument("--preset", choices=presets, default=next(iter(presets)),
-                           help=f"a set of defaults; those below are its own (default: {next(iter(presets))})")
+                           help="a set of defaults; those below are its own (default: %(default)s)")
         preset = presets[first.parse_known_args(argv)[0].preset]
     defaults = {field.name: field.default for field in dataclasses.fields(cls)} | preset
     comments = {}

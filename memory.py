@@ -151,7 +151,7 @@ class MemoryLayer(nn.Module):
     computes the formula of Lample et al. 2019, section 3, with an output projection.
 
     swilu    out = W_o (y * silu(W_g x)), the gate of Memory+ (Berges et al. 2024, section 2.2)
-    qk_norm  halves of queries and keys have length 1, times a learnt scale a head; without it slot use may collapse
+    qk_norm  halves of queries and keys have length 1, times a learnt scale; without it slot use may collapse
     bias     in the projections
     """
 

@@ -34,7 +34,7 @@ class GPTConfig:
     mem_key_dim: int = 32  # width of a query, both halves
     mem_swilu: bool = True  # gate what was read (Memory+)
     mem_qk_norm: bool = True  # normalise queries and keys; off, slot use tends to collapse
-    mem_mode: Literal["replace", "add"] = "replace"  # the MLP gives way; or stays, beside a memory silent at first
+    mem_mode: Literal["replace", "add"] = "replace"  # the MLP gives way, or it stays beside the memory
 
     def __post_init__(self):
         for name in ("block_size", "n_layer", "n_head", "n_embd",
@@ -198,7 +198,7 @@ class GPT(nn.Module):
 
     def optimizers(self, lr: float, value_lr: float, weight_decay: float, betas: tuple[float, float],
                    value_optimizer: str, value_blocks: int) -> list[torch.optim.Optimizer]:
-        """AdamW for the dense parameters, of which matrices decay and vectors do not; PoolOptimizer for a pool."""
+        """AdamW for the dense parameters, of which matrices decay; and PoolOptimizer if there is a pool."""
         dense = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": [p for p in dense if p.dim() >= 2], "weight_decay": weight_decay},
                   {"params": [p for p in dense if p.dim() < 2], "weight_decay": 0.0}]

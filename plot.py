@@ -15,9 +15,10 @@ from config import fail
 matplotlib.use("Agg")  # files, no windows
 import matplotlib.pyplot as plt  # noqa: E402
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # of Okabe and Ito: all can
-plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
-                     "legend.frameon": False, "axes.prop_cycle": plt.cycler(color=COLOURS)})  # tell them apart
+# the colours of Okabe and Ito, which the colour-blind can tell apart
+CYCLE = plt.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"])
+plt.rcParams.update({"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False,
+                     "grid.alpha": 0.3, "legend.frameon": False, "axes.prop_cycle": CYCLE})
 
 
 def plot_run(out_dir: Path) -> None:

@@ -52,7 +52,7 @@ def newest_checkpoint(out_dir: Path) -> Path:
 
 
 class Trace:
-    """What the last token read, for each forward pass of a model: (indices, weights) for each memory layer."""
+    """What the last token read in each forward pass of a model: (indices, weights) for each memory layer."""
 
     def __init__(self, model: GPT):
         self.layers, self.passes = model.config.mem_layers, []

@@ -31,7 +31,6 @@ import torch
 from config import build, fail, parse
 from data.prepare import CORPORA, DATA, encoding_from_json
 from model import GPT, GPTConfig
-from plot import plot_run
 
 FORMAT = 1  # of checkpoints
 
@@ -51,7 +50,7 @@ class TrainConfig(GPTConfig):
     max_steps: int = 2500  # steps in all
     lr: float = 3e-3  # of the dense parameters, at its highest
     value_lr: float = 6e-2  # of the pool; decisive: near lr there is little gain. Good with adam: 2e-2
-    value_optimizer: Literal["rowwise", "adam"] = "rowwise"  # value_blocks numbers of state a row, or 2 a parameter
+    value_optimizer: Literal["rowwise", "adam"] = "rowwise"  # value_blocks of state a row, or 2 a parameter
     value_blocks: int = 8  # rowwise: second moments a row
     warmup_steps: int = 100  # of the learning rates, linear
     min_lr: float = 0.1  # share of its highest that each learning rate ends at, by a cosine
@@ -99,13 +98,13 @@ def read_questions(path: Path) -> list[dict]:
 
 
 class Dataset:
-    """A folder that data/prepare.py made: train and val, token ids; the encoding; questions, if there are any."""
+    """A folder that data/prepare.py made: token ids to train on and validate, the encoding, the questions."""
 
     def __init__(self, name: str):
         folder = DATA / name
         if not (folder / "meta.json").exists():
             if name not in CORPORA or name == "text":
-                fail(f"no data in {folder}: python data/prepare.py text --name={name} --input FILE ... makes it")
+                fail(f"no data in {folder}; make it: python data/prepare.py text --name={name} --input ...")
             prepare, config_class = CORPORA[name]
             prepare(config_class())  # needs no download
         try:
@@ -119,7 +118,7 @@ class Dataset:
 
 
 def draw_batch(tokens: np.ndarray, count: int, block_size: int, *key: int):
-    """x, y (count, block_size), int64, y one ahead: windows of `tokens`, drawn as the key (seed, ...) alone says."""
+    """x, y (count, block_size), int64, y one ahead: windows of `tokens`, drawn as the key alone says."""
     starts = np.random.default_rng(key).integers(len(tokens) - block_size, size=count)
     windows = torch.from_numpy(np.stack([tokens[s:s + block_size + 1] for s in starts]).astype(np.int64))
     return windows[:, :-1], windows[:, 1:]
@@ -127,12 +126,13 @@ def draw_batch(tokens: np.ndarray, count: int, block_size: int, *key: int):
 
 # --- evaluation ---------------------------------------------------------------------------------------------
 
-def answer(model: GPT, encoding, questions: list[dict], batch_size: int = 500) -> list[list[int]]:
+def answer(model: GPT, encoding, questions: list[dict], batch_size: int = 128) -> list[list[int]]:
     """The tokens of the model's greedy answer to each question, up to the end of the line."""
     device, newline = model.wte.weight.device, encoding.encode("\n")[0]
     prompts = [encoding.encode(question["prompt"], disallowed_special=()) for question in questions]
-    longest = max(len(encoding.encode(f" {question['answer']}", disallowed_special=())) for question in questions)
-    answers = [None] * len(prompts)
+    answers = [encoding.encode(" " + question["answer"], disallowed_special=()) for question in questions]
+    longest = max(len(tokens) for tokens in answers)
+    result = [None] * len(prompts)
     # prompts of one length make a batch without padding
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for length, group in groupby(by_length, key=lambda i: len(prompts[i])):
@@ -141,8 +141,8 @@ def answer(model: GPT, encoding, questions: list[dict], batch_size: int = 500) -
             idx = torch.tensor([prompts[i] for i in batch], device=device)
             new = model.generate(idx, longest + 1, temperature=0, stop=newline)[:, length:].tolist()
             for i, tokens in zip(batch, new, strict=True):
-                answers[i] = tokens[:tokens.index(newline)] if newline in tokens else tokens
-    return answers
+                result[i] = tokens[:tokens.index(newline)] if newline in tokens else tokens
+    return result
 
 
 def recall(model: GPT, encoding, questions: list[dict]) -> dict:
@@ -286,7 +286,7 @@ def train(config: TrainConfig) -> None:
     out_dir = Path(config.out_dir)
     found = checkpoints(out_dir)
     if found and not config.resume:
-        fail(f"{out_dir} holds a run, up to {found[-1].name}: go on with --resume, choose another --out_dir, or delete it")
+        fail(f"{found[-1]} is there already: go on from it with --resume, or choose another --out_dir")
 
     # data
     data = Dataset(config.dataset)
@@ -296,7 +296,7 @@ def train(config: TrainConfig) -> None:
         fail(f"--vocab_size={config.vocab_size} is too small: {config.dataset} has {needed} tokens")
     for split, tokens in (("train", data.train), ("val", data.val)):
         if len(tokens) <= config.block_size:
-            fail(f"{config.dataset} has only {len(tokens)} tokens in {split}.bin: lower --block_size={config.block_size}")
+            fail(f"--block_size={config.block_size} is too large: {split}.bin has only {len(tokens)} tokens")
 
     # model and optimisers; the raw model stays at hand for saving, evaluating and sampling
     torch.manual_seed(config.seed)
@@ -325,8 +325,9 @@ def train(config: TrainConfig) -> None:
     tokens_per_step = config.batch_size * config.block_size
     print(f"{config.dataset}: {len(data.train):,} tokens to train on; {config.max_steps:,} steps of "
           f"{tokens_per_step:,} tokens, on {device}")
-    print(f"GPT of {config.n_layer} layers, memory in {list(config.mem_layers) or 'none'}: {counts['dense']:,} dense "
-          f"and {counts['memory']:,} memory parameters, {counts['active']:,} active a token")
+    where = ",".join(map(str, config.mem_layers)) or "none"
+    print(f"GPT of {config.n_layer} blocks, memory in {where}; parameters: {counts['dense']:,} dense, "
+          f"{counts['memory']:,} memory, {counts['active']:,} active a token")
     if found:
         print(f"resumed from {found[-1]}" if start < config.max_steps else
               f"{found[-1]} is the end of this run: choose a larger --max_steps, or another --out_dir")
@@ -400,10 +401,12 @@ def train(config: TrainConfig) -> None:
 
     if start < config.max_steps:
         print_result(last_eval)
+        from plot import plot_run  # here, as matplotlib takes its time and memory
         plot_run(out_dir)
         pool_bytes = 0 if model.pool is None else model.pool.values.nbytes
-        print(f"{duration(time.perf_counter() - began)} in all; peak memory {peak_memory(device) / 2**30:.2f} GiB, of "
-              f"which the pool {pool_bytes / 2**30:.2f}")
+        peak, pool = peak_memory(device) / 2**30, pool_bytes / 2**30
+        print(f"{duration(time.perf_counter() - began)} in all; peak memory {peak:.3f} GiB, of it the pool "
+              f"{pool:.3f} GiB")
         print(f"log, figure and checkpoints are in {out_dir}; next: python sample.py --out_dir={out_dir}")
 
 
@@ -429,8 +432,8 @@ def main(argv: list[str] | None = None) -> None:
         config = build(TrainConfig, asdict(stored) | given)
         for name in (field.name for field in fields(GPTConfig)):
             if getattr(config, name) != getattr(stored, name):
-                fail(f"--{name}={getattr(config, name)}: the model in {config.out_dir} has {getattr(stored, name)}, "
-                     "for good; choose another --out_dir")
+                fail(f"--{name}={getattr(config, name)}: the model in {config.out_dir} has "
+                     f"{getattr(stored, name)} for good; choose another --out_dir")
     try:
         train(config)
     except KeyboardInterrupt:

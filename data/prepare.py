@@ -117,7 +117,7 @@ def write_corpus(name: str, config: Corpus, splits: dict, questions: list[dict] 
                 f.write(np.array(tokens, dtype=dtype).tobytes())
                 count += len(tokens)
         if count < 2:
-            fail(f"{name}: the text is too short, nothing is left to {'train on' if split == 'train' else 'validate'}")
+            fail(f"{name}: the text is too short, {split}.bin would be empty")
         meta[f"{split}_tokens"] = count
     if questions:
         lines = "".join(json.dumps(question) + "\n" for question in questions)
@@ -147,7 +147,7 @@ medicine meteorology music mythology navigation nutrition oceanography optics pa
 philosophy physics poetry politics psychology rhetoric sociology statistics theology zoology""".split()
 MONTHS = "January February March April May June July August September October November December".split()
 
-# attribute: (values, statements, questions). A statement names the person first: a causal model recalls left to right
+# attribute: (values, statements, questions); the person comes before the value, as recall goes left to right
 ATTRIBUTES = {
     "birthplace": (CITIES,
                    ["The birthplace of {} is {}.", "The city where {} was born is {}.",
@@ -249,7 +249,7 @@ class StdlibConfig(Corpus):
 
 
 def stdlib(config: StdlibConfig) -> None:
-    """The standard library's source, without its tests: about 10 MB of Python, on every machine with Python."""
+    """The standard library's source, without its tests: 10 MB of Python, on every machine with Python."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     files = {"train": [], "val": []}

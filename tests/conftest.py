@@ -4,9 +4,25 @@ import sample
 import train
 from data import prepare
 
-SMALL = ["--block_size=32", "--n_layer=2", "--n_head=2", "--n_embd=16", "--mem_layers=1", "--mem_num_keys=8",
-         "--mem_heads=2", "--mem_knn=4", "--mem_key_dim=8", "--batch_size=4", "--max_steps=6", "--eval_interval=3",
-         "--eval_batches=2", "--eval_questions=20", "--log_interval=1", "--warmup_steps=2", "--device=cpu"]
+SMALL = [
+    "--block_size=32",
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=16",
+    "--mem_layers=1",
+    "--mem_num_keys=8",
+    "--mem_heads=2",
+    "--mem_knn=4",
+    "--mem_key_dim=8",
+    "--batch_size=4",
+    "--max_steps=6",
+    "--eval_interval=3",
+    "--eval_batches=2",
+    "--eval_questions=20",
+    "--log_interval=1",
+    "--warmup_steps=2",
+    "--device=cpu",
+]
 
 
 @pytest.fixture(scope="session")

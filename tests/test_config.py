@@ -30,14 +30,21 @@ class Config(Base):
 PRESETS = {"small": {}, "large": dict(n_layer=24, name="big")}
 
 
-@pytest.mark.parametrize("argv, expected", [
-    ([], {}),
-    (["--n_layer=4", "--lr", "2e-4"], dict(n_layer=4, lr=2e-4)),
-    (["--fast"], dict(fast=True)), (["--fast=false"], dict(fast=False)), (["--fast", "true"], dict(fast=True)),
-    (["--layers=0,3"], dict(layers=(0, 3))), (["--layers", "0", "3"], dict(layers=(0, 3))),
-    (["--layers="], dict(layers=())), (["--layers"], dict(layers=())),
-    (["--files", "a,b.txt", "c.txt", "--kind=b"], dict(files=("a,b.txt", "c.txt"), kind="b")),
-])
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ([], {}),
+        (["--n_layer=4", "--lr", "2e-4"], dict(n_layer=4, lr=2e-4)),
+        (["--fast"], dict(fast=True)),
+        (["--fast=false"], dict(fast=False)),
+        (["--fast", "true"], dict(fast=True)),
+        (["--layers=0,3"], dict(layers=(0, 3))),
+        (["--layers", "0", "3"], dict(layers=(0, 3))),
+        (["--layers="], dict(layers=())),
+        (["--layers"], dict(layers=())),
+        (["--files", "a,b.txt", "c.txt", "--kind=b"], dict(files=("a,b.txt", "c.txt"), kind="b")),
+    ],
+)
 def test_options(argv, expected):
     assert parse(Config, argv) == ({}, expected)
     assert build(Config, expected) == Config(**expected)
@@ -49,20 +56,23 @@ def test_presets():
     assert build(Config, preset | given) == Config(n_layer=2, name="big")
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--n_layers=4"], "unknown option --n_layers: did you mean --n_layer?"),
-    (["--wholly_wrong=4"], "unknown option --wholly_wrong: --help lists them all"),
-    (["4"], "unknown option 4"),
-    (["--n_layer=four"], "--n_layer: invalid int value: 'four'"),
-    (["--n_layer=1.5"], "--n_layer: invalid int value: '1.5'"),
-    (["--lr=high"], "--lr: invalid float value: 'high'"),
-    (["--fast=maybe"], "'maybe' must be true or false"),
-    (["--kind=c"], "--kind: invalid choice: 'c'"),
-    (["--layers=1,x"], "--layers: '1,x' must be ints"),
-    (["--n_layer"], "--n_layer: expected one argument"),
-    (["--preset=huge"], "--preset: invalid choice: 'huge'"),
-    (["--n_layer=0"], "--n_layer=0 must be at least 1"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--n_layers=4"], "unknown option --n_layers: did you mean --n_layer?"),
+        (["--wholly_wrong=4"], "unknown option --wholly_wrong: --help lists them all"),
+        (["4"], "unknown option 4"),
+        (["--n_layer=four"], "--n_layer: invalid int value: 'four'"),
+        (["--n_layer=1.5"], "--n_layer: invalid int value: '1.5'"),
+        (["--lr=high"], "--lr: invalid float value: 'high'"),
+        (["--fast=maybe"], "'maybe' must be true or false"),
+        (["--kind=c"], "--kind: invalid choice: 'c'"),
+        (["--layers=1,x"], "--layers: '1,x' must be ints"),
+        (["--n_layer"], "--n_layer: expected one argument"),
+        (["--preset=huge"], "--preset: invalid choice: 'huge'"),
+        (["--n_layer=0"], "--n_layer=0 must be at least 1"),
+    ],
+)
 def test_a_mistake_is_one_line_and_status_2(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         preset, given = parse(Config, argv, PRESETS)
@@ -77,16 +87,31 @@ def test_help_has_every_option_with_its_default_and_its_comment(capsys):
         parse(Config, ["--preset=large", "--help"], PRESETS, description="What it does.")
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("What it does.", "Transformer blocks (default: 24)", "of everything: 100% of it (default: 0.001)",
-                 "a word (default: big)", "counted from 0 (default: 1,2)", "to read (default: none)", "--kind {a,b}"):
+    for part in (
+        "What it does.",
+        "Transformer blocks (default: 24)",
+        "of everything: 100% of it (default: 0.001)",
+        "a word (default: big)",
+        "counted from 0 (default: 1,2)",
+        "to read (default: none)",
+        "--kind {a,b}",
+    ):
         assert part in text
 
 
-@pytest.mark.parametrize("module, config", [
-    ("train", "TrainConfig"), ("sample", "SampleConfig"), ("data.prepare", "FactsConfig"),
-    ("data.prepare", "StdlibConfig"), ("data.prepare", "TextConfig")])
+@pytest.mark.parametrize(
+    "module, config",
+    [
+        ("train", "TrainConfig"),
+        ("sample", "SampleConfig"),
+        ("data.prepare", "FactsConfig"),
+        ("data.prepare", "StdlibConfig"),
+        ("data.prepare", "TextConfig"),
+    ],
+)
 def test_every_field_of_the_project_has_its_line_of_help(module, config, capsys):
     import importlib
+
     with pytest.raises(SystemExit):
         parse(getattr(importlib.import_module(module), config), ["--help"])
     assert "(default: " in capsys.readouterr().out

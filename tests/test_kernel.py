@@ -25,9 +25,16 @@ def make_read(N, bag, V, num_values, how="random", seed=0, dtype=torch.float64):
     return values, indices, weights, dy
 
 
-CASES = [(0, 5, 7, 11, "random"), (1, 1, 1, 1, "random"), (1, 5, 64, 100, "random"), (17, 1, 7, 9, "random"),
-         (33, 5, 96, 400, "random"), (8, 128, 257, 50, "random"), (29, 6, 16, 64, "repeated"),
-         (40, 16, 8, 30, "one row")]
+CASES = [
+    (0, 5, 7, 11, "random"),
+    (1, 1, 1, 1, "random"),
+    (1, 5, 64, 100, "random"),
+    (17, 1, 7, 9, "random"),
+    (33, 5, 96, 400, "random"),
+    (8, 128, 257, 50, "random"),
+    (29, 6, 16, 64, "repeated"),
+    (40, 16, 8, 30, "one row"),
+]
 
 
 @pytest.mark.parametrize("N, bag, V, num_values, how", CASES)
@@ -78,18 +85,26 @@ def test_lower_precision_stays_close_to_float64(dtype, tolerance):
     values, indices, weights, dy = make_read(19, 12, 40, 60)
     low = values.to(dtype)
     exact = low.double()
-    torch.testing.assert_close(gather_sum(low, indices, weights.to(dtype)).double(),
-                               reference(exact, indices, weights.to(dtype).double()), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(gather_dot(low, indices, dy.to(dtype)).double(),
-                               (exact[indices] * dy.to(dtype).double()[:, None]).sum(-1), rtol=tolerance,
-                               atol=10 * tolerance)
+    torch.testing.assert_close(
+        gather_sum(low, indices, weights.to(dtype)).double(),
+        reference(exact, indices, weights.to(dtype).double()),
+        rtol=tolerance,
+        atol=tolerance,
+    )
+    torch.testing.assert_close(
+        gather_dot(low, indices, dy.to(dtype)).double(),
+        (exact[indices] * dy.to(dtype).double()[:, None]).sum(-1),
+        rtol=tolerance,
+        atol=10 * tolerance,
+    )
 
 
 def test_gather_sum_and_gather_dot_are_adjoint():
     """<gather_sum(w), dy> = <w, gather_dot(dy)> for any w and dy."""
     values, indices, weights, dy = make_read(23, 7, 31, 90)
-    torch.testing.assert_close((gather_sum(values, indices, weights) * dy).sum(),
-                               (weights * gather_dot(values, indices, dy)).sum())
+    torch.testing.assert_close(
+        (gather_sum(values, indices, weights) * dy).sum(), (weights * gather_dot(values, indices, dy)).sum()
+    )
 
 
 def rowwise_reference(values, gradient, v, read, lr, beta2, eps, blocks):
@@ -98,10 +113,10 @@ def rowwise_reference(values, gradient, v, read, lr, beta2, eps, blocks):
     size = values.size(1) // blocks
     for r in read:
         for c in range(blocks):
-            g = gradient[r, c * size:(c + 1) * size]
+            g = gradient[r, c * size : (c + 1) * size]
             m = (g**2).mean()
             v[r, c] = m if v[r, c] == 0 else beta2 * v[r, c] + (1 - beta2) * m
-            values[r, c * size:(c + 1) * size] -= lr * g / (v[r, c].sqrt() + eps)
+            values[r, c * size : (c + 1) * size] -= lr * g / (v[r, c].sqrt() + eps)
     return values, v
 
 
@@ -114,14 +129,16 @@ def test_rowwise_equals_its_formula(blocks):
         _, indices, weights, dy = make_read(9, 4, 16, 30, seed=step)
         p = values.clone().requires_grad_()
         reference(p, indices, weights).backward(dy)
-        expected, v = rowwise_reference(expected, p.grad, v, set(indices.flatten().tolist()), 0.1, 0.9, 1e-8, blocks)
+        expected, v = rowwise_reference(
+            expected, p.grad, v, set(indices.flatten().tolist()), 0.1, 0.9, 1e-8, blocks
+        )
         scatter_update(values, state, [(indices, weights, dy)], lr=0.1, betas=(0.5, 0.9), eps=1e-8)
         torch.testing.assert_close(values, expected)
         torch.testing.assert_close(state["v"], v)
 
 
 def test_rowwise_of_one_column_and_all_rows_is_rmsprop_after_its_first_step():
-    """With a block a column `rowwise` is torch.optim.RMSprop, but for v's start: both are given the same v here."""
+    """With a block a column `rowwise` is torch.optim.RMSprop, but for the start of v, given here."""
     V, rows = 6, 5
     values, *_ = make_read(1, 1, V, rows)
     v = torch.rand(rows, V, dtype=torch.float64) + 0.1
@@ -140,7 +157,7 @@ def test_rowwise_of_one_column_and_all_rows_is_rmsprop_after_its_first_step():
 
 
 def test_adam_equals_sparse_adam():
-    """Over several steps that touch different rows: SparseAdam counts steps of the optimiser, not of the row."""
+    """Over steps that touch different rows: SparseAdam counts the optimiser's steps, not the row's."""
     values, *_ = make_read(1, 1, 16, 30)
     p = values.clone().requires_grad_()
     optimizer = torch.optim.SparseAdam([p], lr=0.02, betas=(0.9, 0.99), eps=1e-8)
@@ -162,11 +179,15 @@ def test_update_is_deterministic_and_leaves_unread_rows_alone(kind):
     def run():
         values, indices, weights, dy = make_read(200, 8, 32, 100, dtype=torch.float32)
         before = values.clone()
-        state = {"v": torch.zeros(100, 8)} if kind == "rowwise" else {
-            "step": 1, "exp_avg": torch.zeros(100, 32), "exp_avg_sq": torch.zeros(100, 32)}
+        state = (
+            {"v": torch.zeros(100, 8)}
+            if kind == "rowwise"
+            else {"step": 1, "exp_avg": torch.zeros(100, 32), "exp_avg_sq": torch.zeros(100, 32)}
+        )
         indices = indices.clamp(max=60)
         scatter_update(values, state, [(indices, weights, dy)], lr=0.1, betas=(0.9, 0.99), eps=1e-8)
         return before, values, state
+
     before, values, state = run()
     assert torch.equal(values[61:], before[61:])
     assert not torch.equal(values[:61], before[:61])

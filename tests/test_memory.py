@@ -9,7 +9,14 @@ from torch.nn import functional as F
 
 from memory import MemoryLayer, MemoryUsage, PoolOptimizer, ValuePool, product_key_search, pruned_pairs
 
-SHAPES = [(1, 1, 2, 1, 1), (5, 2, 2, 7, 7), (9, 3, 8, 16, 5), (4, 1, 6, 33, 32), (16, 4, 32, 64, 16), (3, 2, 4, 40, 39)]
+SHAPES = [
+    (1, 1, 2, 1, 1),
+    (5, 2, 2, 7, 7),
+    (9, 3, 8, 16, 5),
+    (4, 1, 6, 33, 32),
+    (16, 4, 32, 64, 16),
+    (3, 2, 4, 40, 39),
+]
 
 
 def brute_force(queries, half_keys, knn):
@@ -83,7 +90,11 @@ def test_layer_equals_the_formula(qk_norm, swilu, bias):
                 y = y * F.silu(layer.gate.weight @ x[b, t] + (layer.gate.bias if bias else 0))
             expected[b, t] = layer.out.weight @ y + (layer.out.bias if bias else 0)
     torch.testing.assert_close(layer(x, pool), expected)
-    assert (layer.query.bias is None) != bias and (layer.gate is None) != swilu and (layer.scale is None) != qk_norm
+    assert (
+        (layer.query.bias is None) != bias
+        and (layer.gate is None) != swilu
+        and (layer.scale is None) != qk_norm
+    )
 
 
 def test_pool_gradient_equals_autograd_over_layers_and_micro_batches():
@@ -187,11 +198,15 @@ def test_usage_equals_the_paper_s_measures():
     assert share == 0.1 and math.isclose(kl, math.log(10))
     usage.add(torch.tensor([[4]]), torch.tensor([[3.0]]))
     p = torch.tensor([0.25, 0.75])
-    assert math.isclose(usage.summary()[1], F.kl_div(torch.full((2,), 0.1).log(), p, reduction="sum"), rel_tol=1e-6)
+    assert math.isclose(
+        usage.summary()[1], F.kl_div(torch.full((2,), 0.1).log(), p, reduction="sum"), rel_tol=1e-6
+    )
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(key_dim=5), "even"), (dict(knn=9), "between 1 and num_keys=4"), (dict(knn=0), "between 1")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [(dict(key_dim=5), "even"), (dict(knn=9), "between 1 and num_keys=4"), (dict(knn=0), "between 1")],
+)
 def test_layer_refuses_what_cannot_be(wrong, message):
     sizes = dict(width=8, num_keys=4, heads=1, knn=2, key_dim=4, value_dim=8)
     with pytest.raises(ValueError, match=message):

@@ -9,8 +9,17 @@ from torch.nn import functional as F
 from memory import PoolOptimizer
 from model import GPT, GPTConfig
 
-SMALL = dict(vocab_size=50, block_size=16, n_layer=3, n_head=2, n_embd=16, mem_num_keys=8, mem_heads=2, mem_knn=4,
-             mem_key_dim=8)
+SMALL = dict(
+    vocab_size=50,
+    block_size=16,
+    n_layer=3,
+    n_head=2,
+    n_embd=16,
+    mem_num_keys=8,
+    mem_heads=2,
+    mem_knn=4,
+    mem_key_dim=8,
+)
 
 
 def make_model(**changes) -> GPT:
@@ -28,16 +37,38 @@ def tokens(*shape, seed=1):
 
 def test_without_memory_it_is_torch_s_transformer():
     model = make_model()
-    encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(
-        d_model=16, nhead=2, dim_feedforward=64, dropout=0.0, batch_first=True, norm_first=True,
-        activation=lambda x: F.gelu(x, approximate="tanh")), 3, norm=torch.nn.LayerNorm(16),
-        enable_nested_tensor=False).double().eval()
-    names = {"self_attn.in_proj_weight": "attn.c_attn.weight", "self_attn.in_proj_bias": "attn.c_attn.bias",
-             "self_attn.out_proj.weight": "attn.c_proj.weight", "self_attn.out_proj.bias": "attn.c_proj.bias",
-             "linear1.weight": "mlp.c_fc.weight", "linear1.bias": "mlp.c_fc.bias",
-             "linear2.weight": "mlp.c_proj.weight", "linear2.bias": "mlp.c_proj.bias",
-             "norm1.weight": "ln_1.weight", "norm1.bias": "ln_1.bias", "norm2.weight": "ln_2.weight",
-             "norm2.bias": "ln_2.bias"}
+    encoder = (
+        torch.nn.TransformerEncoder(
+            torch.nn.TransformerEncoderLayer(
+                d_model=16,
+                nhead=2,
+                dim_feedforward=64,
+                dropout=0.0,
+                batch_first=True,
+                norm_first=True,
+                activation=lambda x: F.gelu(x, approximate="tanh"),
+            ),
+            3,
+            norm=torch.nn.LayerNorm(16),
+            enable_nested_tensor=False,
+        )
+        .double()
+        .eval()
+    )
+    names = {
+        "self_attn.in_proj_weight": "attn.c_attn.weight",
+        "self_attn.in_proj_bias": "attn.c_attn.bias",
+        "self_attn.out_proj.weight": "attn.c_proj.weight",
+        "self_attn.out_proj.bias": "attn.c_proj.bias",
+        "linear1.weight": "mlp.c_fc.weight",
+        "linear1.bias": "mlp.c_fc.bias",
+        "linear2.weight": "mlp.c_proj.weight",
+        "linear2.bias": "mlp.c_proj.bias",
+        "norm1.weight": "ln_1.weight",
+        "norm1.bias": "ln_1.bias",
+        "norm2.weight": "ln_2.weight",
+        "norm2.bias": "ln_2.bias",
+    }
     ours = model.state_dict()
     theirs = {f"layers.{i}.{a}": ours[f"blocks.{i}.{b}"] for i in range(3) for a, b in names.items()}
     encoder.load_state_dict(theirs | {"norm.weight": ours["ln_f.weight"], "norm.bias": ours["ln_f.bias"]})
@@ -46,7 +77,9 @@ def test_without_memory_it_is_torch_s_transformer():
     hidden = encoder(ours["wte.weight"][idx] + ours["wpe.weight"][:11], mask=mask)
     logits, loss, _ = model(idx, targets)
     torch.testing.assert_close(logits, hidden @ ours["wte.weight"].T)
-    torch.testing.assert_close(loss, F.cross_entropy((hidden @ ours["wte.weight"].T).transpose(1, 2), targets))
+    torch.testing.assert_close(
+        loss, F.cross_entropy((hidden @ ours["wte.weight"].T).transpose(1, 2), targets)
+    )
     assert not any("memory" in name or "pool" in name for name in ours)
 
 
@@ -69,7 +102,7 @@ def test_cache_changes_no_logits(parts, mem_layers):
     whole = model(idx, idx)[0]
     past, at = None, 0
     for part in parts:
-        logits, _, past = model(idx[:, at:at + part], past=past)
+        logits, _, past = model(idx[:, at : at + part], past=past)
         at += part
         torch.testing.assert_close(logits[:, 0], whole[:, at - 1])
 
@@ -78,12 +111,12 @@ def naive_generate(model, idx, steps, temperature, top_k, seed):
     """nanoGPT's way: the whole window anew for each token."""
     g = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        window = idx[:, -model.config.block_size:]
+        window = idx[:, -model.config.block_size :]
         logits = model(window, window)[0][:, -1].float()
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)
         else:
-            p = (logits / temperature)
+            p = logits / temperature
             if top_k is not None:
                 p[p < p.topk(top_k).values[:, -1:]] = -torch.inf
             new = torch.multinomial(p.softmax(-1), 1, generator=g)
@@ -115,7 +148,7 @@ def test_generate_stops_when_every_row_has_stopped():
     stop = free[0, 6].item()
     stopped = model.generate(idx[:1], 12, temperature=0, stop=stop)
     assert stopped.size(1) == 5 + (free[0, 4:] == stop).nonzero()[0].item()
-    assert torch.equal(stopped, free[:1, :stopped.size(1)])
+    assert torch.equal(stopped, free[:1, : stopped.size(1)])
     model.train()
     model.generate(idx, 1)
     assert model.training, "generate leaves the mode as it was"
@@ -145,9 +178,15 @@ def test_layers_share_one_pool_and_models_share_nothing():
     assert a.pool.usage.summary()[0] > 0 and b.pool.usage.summary()[0] == 0
 
 
-@pytest.mark.parametrize("changes", [
-    {}, dict(mem_layers=(1, 2)), dict(mem_layers=(0,), mem_mode="add"),
-    dict(mem_layers=(1,), mem_swilu=False, mem_qk_norm=False, bias=False)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(mem_layers=(1, 2)),
+        dict(mem_layers=(0,), mem_mode="add"),
+        dict(mem_layers=(1,), mem_swilu=False, mem_qk_norm=False, bias=False),
+    ],
+)
 def test_every_parameter_is_in_one_group_and_every_dense_one_gets_a_gradient(changes):
     model = make_model(**changes)
     optimizers = model.optimizers(1e-3, 1e-2, 0.1, (0.9, 0.99), "rowwise", 8)
@@ -194,11 +233,19 @@ def test_dropout_is_of_training_only():
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(mem_layers=(3,)), "no layer 3, only 0 to 2"), (dict(mem_layers=(-1,)), "no layer -1"),
-    (dict(mem_layers=(1, 1)), "twice"), (dict(mem_layers=(1,), mem_knn=9), "mem_knn=9 must be at most"),
-    (dict(mem_layers=(1,), mem_key_dim=7), "even"), (dict(n_embd=15), "multiple of n_head"),
-    (dict(n_layer=0), "n_layer=0 must be at least 1"), (dict(dropout=1.0), "below 1")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(mem_layers=(3,)), "no layer 3, only 0 to 2"),
+        (dict(mem_layers=(-1,)), "no layer -1"),
+        (dict(mem_layers=(1, 1)), "twice"),
+        (dict(mem_layers=(1,), mem_knn=9), "mem_knn=9 must be at most"),
+        (dict(mem_layers=(1,), mem_key_dim=7), "even"),
+        (dict(n_embd=15), "multiple of n_head"),
+        (dict(n_layer=0), "n_layer=0 must be at least 1"),
+        (dict(dropout=1.0), "below 1"),
+    ],
+)
 def test_config_refuses_what_cannot_be(wrong, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**SMALL | wrong)

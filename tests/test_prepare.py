@@ -21,7 +21,11 @@ def data(tmp_path, monkeypatch):
 def load(folder):
     meta = json.loads((folder / "meta.json").read_text())
     encoding = encoding_from_json(meta["encoding"])
-    return meta, encoding, {split: np.fromfile(folder / f"{split}.bin", meta["dtype"]) for split in ("train", "val")}
+    return (
+        meta,
+        encoding,
+        {split: np.fromfile(folder / f"{split}.bin", meta["dtype"]) for split in ("train", "val")},
+    )
 
 
 TEXTS = ["Hello hello world, it's 42 o'clock.\n\n  def f(x):\n\treturn x", "naïve — 日本語 \u0000\r\n", ""]
@@ -34,8 +38,9 @@ def test_any_text_decodes_to_itself(vocab_size):
     for text in [*TEXTS, "unseen Wörter \U0001f600"]:
         assert encoding.decode(encoding.encode(text)) == text
     again = encoding_from_json(json.loads(json.dumps(encoding_to_json(encoding))))
-    assert again.encode(TEXTS[0] + END, allowed_special={END}) == encoding.encode(TEXTS[0], allowed_special={END}) + [
-        encoding.eot_token]
+    assert again.encode(TEXTS[0] + END, allowed_special={END}) == encoding.encode(
+        TEXTS[0], allowed_special={END}
+    ) + [encoding.eot_token]
 
 
 def test_frequent_pieces_are_one_token_each():
@@ -46,10 +51,15 @@ def test_frequent_pieces_are_one_token_each():
 def test_a_named_encoding_survives_the_checkpoint_s_json():
     """gpt2 itself is a download; an encoding of the same make stands in for it."""
     ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256, b"abc": 257}
-    encoding = tiktoken.Encoding("made", pat_str=prepare.GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={END: 300})
+    encoding = tiktoken.Encoding(
+        "made", pat_str=prepare.GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={END: 300}
+    )
     again = encoding_from_json(json.loads(json.dumps(encoding_to_json(encoding))))
-    assert again.encode("abcab" + END, allowed_special={END}) == encoding.encode(
-        "abcab" + END, allowed_special={END}) == [257, 256, 300]
+    assert (
+        again.encode("abcab" + END, allowed_special={END})
+        == encoding.encode("abcab" + END, allowed_special={END})
+        == [257, 256, 300]
+    )
 
 
 def test_facts_are_what_the_options_say(data):
@@ -62,7 +72,9 @@ def test_facts_are_what_the_options_say(data):
     assert len(questions) == 60 * 4 and sum(question["held_out"] for question in questions) == 12 * 4
     name_of = {}
     for question in questions:
-        name_of.setdefault(re.search(r"[A-Z][a-z]+ [A-Z][a-z]+", question["prompt"]).group(), []).append(question)
+        name_of.setdefault(re.search(r"[A-Z][a-z]+ [A-Z][a-z]+", question["prompt"]).group(), []).append(
+            question
+        )
     assert len(name_of) == 60, "every person has another name"
     counts = []
     for name, asked in name_of.items():
@@ -83,7 +95,10 @@ def test_facts_are_what_the_options_say(data):
 def test_facts_repeat_with_the_seed(data):
     def made(*options):
         main(["facts", "--people=20", "--exposures=3", *options])
-        return [(data / "facts" / name).read_bytes() for name in ("train.bin", "val.bin", "qa.jsonl", "meta.json")]
+        return [
+            (data / "facts" / name).read_bytes() for name in ("train.bin", "val.bin", "qa.jsonl", "meta.json")
+        ]
+
     first = made()
     assert made() == first and made("--seed=2")[0] != first[0]
 
@@ -125,13 +140,22 @@ def test_text_keeps_the_end_of_each_file_for_validation(data):
         assert 0.1 < len(val[i]) / len(whole) < 0.25
 
 
-@pytest.mark.parametrize("argv, message", [
-    ([], "name a corpus"), (["fact"], "name a corpus"), (["text"], "name the files: --input FILE"),
-    (["text", "--input", "nowhere.txt"], "nowhere.txt: No such file"),
-    (["text", "--input", "BINARY"], "not UTF-8"), (["text", "--input", "EMPTY"], "too short"),
-    (["facts", "--people=0"], "--people=0 must be at least 1"), (["facts", "--ask=2"], "--ask=2.0 must be between"),
-    (["facts", "--tokenizer=gtp2"], "tiktoken has"), (["facts", "--vocab_size=10"], "at least 257"),
-    (["stdlib", "--val_share=1"], "between 0 and 1")])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "name a corpus"),
+        (["fact"], "name a corpus"),
+        (["text"], "name the files: --input FILE"),
+        (["text", "--input", "nowhere.txt"], "nowhere.txt: No such file"),
+        (["text", "--input", "BINARY"], "not UTF-8"),
+        (["text", "--input", "EMPTY"], "too short"),
+        (["facts", "--people=0"], "--people=0 must be at least 1"),
+        (["facts", "--ask=2"], "--ask=2.0 must be between"),
+        (["facts", "--tokenizer=gtp2"], "tiktoken has"),
+        (["facts", "--vocab_size=10"], "at least 257"),
+        (["stdlib", "--val_share=1"], "between 0 and 1"),
+    ],
+)
 def test_a_mistake_is_one_line_and_status_2(data, argv, message, capsys):
     (data / "binary").write_bytes(b"\xff\xfe\x00" * 100)
     (data / "empty").write_bytes(b"")

@@ -75,11 +75,17 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path, monkeypatch):
     here = f"--out_dir={run.out}"
     monkeypatch.setattr(sample, "DATA", tmp_path / "nothing")
     for options, message in [
-            ([f"--out_dir={tmp_path / 'empty'}"], "no checkpoint in"), ([here, "--trace"], "no memory layers"),
-            ([here, "--questions=3"], "facts has them"), ([here, "--num_samples=0"], "at least 1"),
-            ([here, "--promt=x"], "did you mean --prompt?"), ([here, "--temperature=-1"], "must not be negative")]:
+        ([f"--out_dir={tmp_path / 'empty'}"], "no checkpoint in"),
+        ([here, "--trace"], "no memory layers"),
+        ([here, "--questions=3"], "facts has them"),
+        ([here, "--num_samples=0"], "at least 1"),
+        ([here, "--promt=x"], "did you mean --prompt?"),
+        ([here, "--temperature=-1"], "must not be negative"),
+    ]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             sample.main(options)
         err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+        assert (
+            stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
+        ), err

@@ -17,7 +17,10 @@ from data.prepare import build_encoding
 
 def log(out: Path) -> list[dict]:
     lines = [json.loads(line) for line in open(out / "log.jsonl")]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")}
+        for line in lines
+    ]
 
 
 def tensors(folder: Path) -> dict:
@@ -46,8 +49,15 @@ def assert_same_checkpoint(a: Path, b: Path):
         assert torch.equal(value, two[name]) if torch.is_tensor(value) else value == two[name], name
 
 
-@pytest.mark.parametrize("options", [["--dropout=0.1"], ["--value_optimizer=adam", "--accum_steps=2"],
-                                     ["--mem_layers="], ["--mem_layers=0,1", "--mem_mode=add"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dropout=0.1"],
+        ["--value_optimizer=adam", "--accum_steps=2"],
+        ["--mem_layers="],
+        ["--mem_layers=0,1", "--mem_mode=add"],
+    ],
+)
 def test_resuming_equals_not_stopping_bit_for_bit(run, options):
     run(*options)
     whole = log(run.out)
@@ -58,7 +68,12 @@ def test_resuming_equals_not_stopping_bit_for_bit(run, options):
     train.main(["--resume", f"--out_dir={run.out}"])  # the other options are the run's own
     assert_same_checkpoint(run.out / "step_000006", run.out.parent / "end")
     assert log(run.out) == whole
-    assert {path.name for path in run.out.iterdir()} == {"log.jsonl", "loss.png", "step_000003", "step_000006"}
+    assert {path.name for path in run.out.iterdir()} == {
+        "log.jsonl",
+        "loss.png",
+        "step_000003",
+        "step_000006",
+    }
 
 
 def test_resume_can_train_longer_and_starts_where_there_is_nothing(run, capsys):
@@ -100,13 +115,15 @@ def test_a_batch_is_a_function_of_its_key():
 def test_schedule():
     config = train.TrainConfig(warmup_steps=10, max_steps=110, min_lr=0.1)
     at = [train.schedule(step, config) for step in range(111)]
-    assert at[0] == 0.1 and at[9] == at[10] == 1.0 and math.isclose(at[60], 0.55) and math.isclose(at[110], 0.1)
+    assert (
+        at[0] == 0.1 and at[9] == at[10] == 1.0 and math.isclose(at[60], 0.55) and math.isclose(at[110], 0.1)
+    )
     assert all(a >= b for a, b in zip(at[10:], at[11:], strict=False))
     assert train.schedule(5, train.TrainConfig(warmup_steps=0, min_lr=1.0)) == 1.0
 
 
 def test_recall_counts_exact_answers():
-    """A model that knows some answers, among them one of two tokens, one that goes on too long, one that never ends."""
+    """Of a model some of whose answers are right, of two tokens, go on too long, or never end."""
     answers = {"a?": " x\n", "b?": " x y\n", "c? no": " x z\n", "d?": " x y x", "e? no": " y\n"}
     encoding = build_encoding(["".join(answers) * 9 + "".join(answers.values()) * 9], 300)
 
@@ -118,11 +135,18 @@ def test_recall_counts_exact_answers():
         return torch.tensor(rows)
 
     model = types.SimpleNamespace(wte=torch.nn.Embedding(1, 1), generate=generate)
-    questions = [dict(prompt="a?", answer="x", exposures=1), dict(prompt="b?", answer="x y", exposures=12),
-                 dict(prompt="c? no", answer="x", exposures=8), dict(prompt="d?", answer="x y", exposures=15),
-                 dict(prompt="e? no", answer="y", exposures=16, held_out=True)]
+    questions = [
+        dict(prompt="a?", answer="x", exposures=1),
+        dict(prompt="b?", answer="x y", exposures=12),
+        dict(prompt="c? no", answer="x", exposures=8),
+        dict(prompt="d?", answer="x y", exposures=15),
+        dict(prompt="e? no", answer="y", exposures=16, held_out=True),
+    ]
     assert train.recall(model, encoding, questions) == {
-        "all": 0.5, "held_out": 1.0, "by_exposure": {"1": 1.0, "8": 1 / 3}}
+        "all": 0.5,
+        "held_out": 1.0,
+        "by_exposure": {"1": 1.0, "8": 1 / 3},
+    }
     assert train.recall(model, encoding, questions[4:]) == {"held_out": 1.0, "by_exposure": {}}
 
 
@@ -130,7 +154,15 @@ def test_a_run_leaves_what_it_says(run, capsys):
     run("--keep=1")
     assert {path.name for path in run.out.iterdir()} == {"log.jsonl", "loss.png", "step_000006"}
     printed = capsys.readouterr().out
-    for part in ("step 6/6  loss ", "recall", "slots", "tokens/s", " left", "peak memory", "python sample.py"):
+    for part in (
+        "step 6/6  loss ",
+        "recall",
+        "slots",
+        "tokens/s",
+        " left",
+        "peak memory",
+        "python sample.py",
+    ):
         assert part in printed
     lines = log(run.out)
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 6]
@@ -146,21 +178,24 @@ def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
     assert (tmp_path / "data" / "facts" / "qa.jsonl").exists()
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--n_layers=3"], "did you mean --n_layer?"),
-    (["--max_steps=many"], "--max_steps: invalid int value: 'many'"),
-    (["--batch_size=0"], "--batch_size=0 must be at least 1"),
-    (["--lr=-1"], "--lr=-1.0 must not be negative"),
-    (["--lr=nan"], "--lr=nan must not be negative"),
-    (["--beta2=1"], "--beta2=1.0 must be at least 0 and below 1"),
-    (["--accum_steps=3"], "--accum_steps=3 must divide batch_size=4"),
-    (["--value_blocks=3"], "--value_blocks=3 must divide n_embd=16"),
-    (["--mem_layers=2"], "there is no layer 2, only 0 to 1"),
-    (["--dataset=mine"], "python data/prepare.py text --name=mine --input FILE"),
-    (["--block_size=100000"], "lower --block_size=100000"),
-    (["--vocab_size=7"], "--vocab_size=7 is too small"),
-    (["--lr=1e30", "--warmup_steps=0", "--grad_clip=0"], "training has diverged; lower --lr"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--n_layers=3"], "did you mean --n_layer?"),
+        (["--max_steps=many"], "--max_steps: invalid int value: 'many'"),
+        (["--batch_size=0"], "--batch_size=0 must be at least 1"),
+        (["--lr=-1"], "--lr=-1.0 must not be negative"),
+        (["--lr=nan"], "--lr=nan must not be negative"),
+        (["--beta2=1"], "--beta2=1.0 must be at least 0 and below 1"),
+        (["--accum_steps=3"], "--accum_steps=3 must divide batch_size=4"),
+        (["--value_blocks=3"], "--value_blocks=3 must divide n_embd=16"),
+        (["--mem_layers=2"], "there is no layer 2, only 0 to 1"),
+        (["--dataset=mine"], "python data/prepare.py text --name=mine --input"),
+        (["--block_size=100000"], "--block_size=100000 is too large"),
+        (["--vocab_size=7"], "--vocab_size=7 is too small"),
+        (["--lr=1e30", "--warmup_steps=0", "--grad_clip=0"], "training has diverged; lower --lr"),
+    ],
+)
 def test_a_mistake_is_one_line_and_status_2(run, options, message, capsys):
     assert_fails(lambda: run(*options), message, capsys)
 
@@ -181,7 +216,7 @@ def test_cuda_where_there_is_none(run, capsys):
 def test_a_run_is_never_overwritten_nor_changed(run, capsys):
     run()
     before = log(run.out)
-    assert_fails(run, "go on with --resume, choose another --out_dir", capsys)
+    assert_fails(run, "go on from it with --resume, or choose another --out_dir", capsys)
     assert_fails(lambda: run("--resume", "--n_layer=3"), "--n_layer=3: the model in", capsys)
     assert log(run.out) == before
 
@@ -197,8 +232,17 @@ def damage(path: Path, how: str):
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name, how", [("model.pt", "missing"), ("pool_0of1.pt", "truncated"), ("pool_0of1.pt", "a bit"),
-                                       ("optimizer.pt", "a bit"), ("meta.json", "missing"), ("meta.json", "truncated")])
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("model.pt", "missing"),
+        ("pool_0of1.pt", "truncated"),
+        ("pool_0of1.pt", "a bit"),
+        ("optimizer.pt", "a bit"),
+        ("meta.json", "missing"),
+        ("meta.json", "truncated"),
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_works(run, name, how, capsys):
     run()
     damage(run.out / "step_000006" / name, how)
@@ -226,6 +270,7 @@ def test_nothing_in_a_checkpoint_is_ever_run(tmp_path):
     class Harm:
         def __reduce__(self):
             return Path.touch, (tmp_path / "harm",)
+
     torch.save({"weight": Harm()}, tmp_path / "model.pt")
     with pytest.raises(Exception, match="[Ww]eights.only"):
         train.load_part(tmp_path, "model.pt")
@@ -248,8 +293,16 @@ def test_a_stopped_run_says_how_to_go_on(run, monkeypatch, capsys):
 
 def test_a_short_run_on_facts_learns(run):
     """People seen most often are recalled; a model that only knows the answers' forms stays below 0.1."""
-    run("--max_steps=1000", "--eval_interval=500", "--n_embd=32", "--mem_num_keys=16", "--batch_size=16", "--block_size=64",
-        "--eval_questions=1000", "--lr=6e-3")
+    run(
+        "--max_steps=1000",
+        "--eval_interval=500",
+        "--n_embd=32",
+        "--mem_num_keys=16",
+        "--batch_size=16",
+        "--block_size=64",
+        "--eval_questions=1000",
+        "--lr=6e-3",
+    )
     evaluations = [line for line in log(run.out) if "val_loss" in line]
     assert evaluations[-1]["val_loss"] < 0.7 * evaluations[0]["val_loss"]
     recall = evaluations[-1]["recall"]

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import resource
 import shutil
 import sys
@@ -113,6 +114,9 @@ class Dataset:
             self.train = np.memmap(folder / "train.bin", meta["dtype"], "r")
             self.val = np.memmap(folder / "val.bin", meta["dtype"], "r")
             self.questions = read_questions(folder / "qa.jsonl")
+            for split, tokens in (("train", self.train), ("val", self.val)):
+                if len(tokens) != meta[f"{split}_tokens"]:
+                    raise ValueError(f"{split}.bin has {len(tokens)} tokens, not {meta[f'{split}_tokens']}")
         except (OSError, ValueError, KeyError) as error:
             fail(f"the data in {folder} is damaged ({error}): make it again with data/prepare.py")
 
@@ -313,10 +317,9 @@ def train(config: TrainConfig) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     log_path = out_dir / "log.jsonl"
     if found:
-        meta = read_meta(found[-1])
         load_model(found[-1], model)
         load_optimizers(found[-1], optimizers)
-        start = meta["step"]
+        start = int(found[-1].name.removeprefix("step_"))
         if log_path.exists():  # what came after the checkpoint comes again
             log_path.write_text("".join(line for line in open(log_path) if json.loads(line)["step"] <= start))
     log_file = open(log_path, "a" if found else "w", buffering=1)
@@ -333,8 +336,10 @@ def train(config: TrainConfig) -> None:
               f"{found[-1]} is the end of this run: choose a larger --max_steps, or another --out_dir")
 
     model.train()
+    some_questions = random.Random(config.seed).sample(
+        data.questions, min(config.eval_questions, len(data.questions)))
     last_eval, latest = {}, ""
-    began = time.perf_counter()
+    began, spent, steps_spent = time.perf_counter(), 0.0, 0
     for step in range(start, config.max_steps + 1):
         last_step = step == config.max_steps
 
@@ -343,9 +348,8 @@ def train(config: TrainConfig) -> None:
                 last_eval = {"val_loss": validation_loss(compiled, data.val, config, device)}
                 latest = f"  val {last_eval['val_loss']:.3f}"
                 if data.questions:
-                    # evenly spaced, so that every exposure count is among them
-                    stride = 1 if last_step else math.ceil(len(data.questions) / config.eval_questions)
-                    last_eval["recall"] = recall(model, data.encoding, data.questions[::stride])
+                    questions = data.questions if last_step else some_questions
+                    last_eval["recall"] = recall(model, data.encoding, questions)
                     latest += f"  recall {last_eval['recall'].get('all', math.nan):.3f}"
             if model.pool is not None:
                 last_eval["slots_used"], last_eval["kl_from_uniform"] = model.pool.usage.summary()
@@ -379,14 +383,15 @@ def train(config: TrainConfig) -> None:
                 group["lr"] = lr * schedule(step, config)
             optimizer.step()
         loss = loss.item()  # waits for the device
-        t1 = time.perf_counter()
+        spent, steps_spent = spent + time.perf_counter() - t0, steps_spent + 1
         # --- end of the timed part
 
         done = step + 1
         if not math.isfinite(loss):
             fail(f"the loss is {loss} at step {step}: training has diverged; lower --lr or --value_lr")
         if done % config.log_interval == 0 or done == config.max_steps:
-            speed = tokens_per_step / (t1 - t0)
+            speed = tokens_per_step * steps_spent / spent
+            spent, steps_spent = 0.0, 0
             line = {"step": done, "loss": loss, "lr": config.lr * schedule(step, config),
                     "tokens_per_second": speed}
             slots = ""

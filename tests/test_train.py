@@ -262,7 +262,11 @@ def test_a_checkpoint_of_another_format_is_named(run, capsys):
 def test_damaged_data_is_named(run, facts_folder, monkeypatch, tmp_path, capsys):
     shutil.copytree(facts_folder / "facts", tmp_path / "data" / "facts")
     monkeypatch.setattr(train, "DATA", tmp_path / "data")
-    (tmp_path / "data" / "facts" / "train.bin").unlink()
+    path = tmp_path / "data" / "facts" / "train.bin"
+    for damaged in (path.read_bytes()[:-1], path.read_bytes()[:-2]):
+        path.write_bytes(damaged)
+        assert_fails(run, "is damaged", capsys)
+    path.unlink()
     assert_fails(run, "is damaged", capsys)
 
 

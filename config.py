@@ -55,7 +55,8 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
     Types: int, float, str, bool, Literal, tuple[int, ...] (--name=1,2 or --name 1 2) and tuple[str, ...].
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    parser = _Parser(usage="%(prog)s [--name=value ...]", description=description, allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS,
                      formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter,
                                                        max_help_position=34, width=120))
     preset = {}

@@ -107,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
             text = encoding.decode(tokens).strip()
             right += text == question["answer"]
             verdict = "right" if text == question["answer"] else f"wrong: {question['answer']}"
-            print(f"{question['prompt']} {text}   [{verdict}]")
+            told = f", told {question['exposures']} times" if "exposures" in question else ""
+            print(f"{question['prompt']} {text}   [{verdict}{told}]")
             show_trace(tokens)
         print(f"{right} of {len(questions)} right")
     else:

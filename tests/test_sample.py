@@ -31,7 +31,7 @@ def test_questions_are_judged_as_training_judged_them(run, capsys, facts_folder)
     questions = [json.loads(line) for line in open(facts_folder / "facts" / "qa.jsonl")]
     text = printed(capsys, f"--out_dir={run.out}", f"--questions={len(questions)}")
     right = int(re.search(rf"(\d+) of {len(questions)} right", text).group(1))
-    assert right == text.count("[right]") and len(questions) - right == text.count("[wrong: ")
+    assert right == text.count("[right, told") and len(questions) - right == text.count("[wrong: ")
     shares = [json.loads(line) for line in open(run.out / "log.jsonl")][-1]["recall"]
     held_out = sum(question["held_out"] for question in questions)
     assert right == round(shares["all"] * (len(questions) - held_out) + shares["held_out"] * held_out)

@@ -30,7 +30,7 @@ import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kernel import gather_dot, gather_sum, row_gradients, scatter_update
+from kernel import gather_dot, gather_sum, row_gradients, scatter_update, sort_reads
 
 
 @functools.cache
@@ -43,6 +43,21 @@ def pruned_pairs(knn: int) -> tuple[list[int], list[int]]:
     """
     pairs = [(i, j) for i in range(knn) for j in range(knn) if (i + 1) * (j + 1) <= knn]
     return [i for i, _ in pairs], [j for _, j in pairs]
+
+
+def top_k(x: torch.Tensor, k: int):
+    """
+    x.topk(k), exactly, but faster for long rows: of all groups of 4, the k with the greatest maxima hold it.
+
+    x (..., S). Returns values and indices (..., k), descending.
+    """
+    S = x.size(-1)
+    if S % 4 or S < 8 * k:
+        return x.topk(k)
+    groups = x.unflatten(-1, (4, S // 4))  # group c has the columns c, c + S/4, c + 2*S/4, c + 3*S/4
+    best = groups.amax(-2, keepdim=True).topk(k, sorted=False).indices  # (..., 1, k)
+    values, place = groups.gather(-1, best.expand(*best.shape[:-2], 4, k)).flatten(-2).topk(k)  # of 4*k
+    return values, best.squeeze(-2).gather(-1, place % k) + place // k * (S // 4)
 
 
 def product_key_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int):
@@ -58,7 +73,7 @@ def product_key_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int)
     half_scores = torch.einsum("nhpd,hpsd->nhps", queries, half_keys)  # (N, H, 2, S)
     # which slots are best is a choice, with no gradient ...
     with torch.no_grad():
-        best, half_index = half_scores.topk(knn)  # (N, H, 2, K)
+        best, half_index = top_k(half_scores, knn)  # (N, H, 2, K)
         left, right = (torch.tensor(ranks, device=best.device) for ranks in pruned_pairs(knn))
         pair = (best[:, :, 0, left] + best[:, :, 1, right]).topk(knn).indices  # (N, H, K)
         ranks = torch.stack((left[pair], right[pair]), dim=2)  # (N, H, 2, K)
@@ -100,18 +115,18 @@ class _Read(torch.autograd.Function):
     """gather_sum whose backward gives the weights their gradient and leaves the pool's as a read."""
 
     @staticmethod
-    def forward(ctx, values, indices, weights, reads):
+    def forward(ctx, values, indices, weights, reads, kernel):
         # values too, so that a step between forward and backward is an error and not a wrong gradient
         ctx.save_for_backward(values, indices, weights)
-        ctx.reads = reads
-        return gather_sum(values, indices, weights)
+        ctx.reads, ctx.kernel = reads, kernel
+        return gather_sum(values, indices, weights, kernel)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         values, indices, weights = ctx.saved_tensors
         ctx.reads.append((indices, weights.detach(), dy.contiguous()))
-        return None, None, gather_dot(values, indices, dy), None
+        return None, None, gather_dot(values, indices, dy, ctx.kernel), None, None
 
 
 class ValuePool(nn.Module):
@@ -120,28 +135,30 @@ class ValuePool(nn.Module):
     forward, so several can share one (Berges et al. 2024, section 2.2).
 
     `values` does not require a gradient: none is ever made. What backward leaves in `reads` is what
-    PoolOptimizer learns from.
+    PoolOptimizer learns from. kernel: 'auto', 'triton' or 'torch' (kernel.py).
     """
 
-    def __init__(self, num_keys: int, value_dim: int):
+    def __init__(self, num_keys: int, value_dim: int, dtype=torch.float32, kernel: str = "auto"):
         super().__init__()
-        values = torch.empty(num_keys**2, value_dim).normal_(std=value_dim**-0.5)
+        values = torch.empty(num_keys**2, value_dim, dtype=dtype).normal_(std=value_dim**-0.5)
         self.values = nn.Parameter(values, requires_grad=False)
+        self.kernel = kernel
         self.usage = MemoryUsage(num_keys**2)
         self.reads = []  # (indices, weights, dy) of every read since zero_grad
 
     @torch.compiler.disable  # backward has a side effect, which a compiled graph would lose
     def forward(self, indices, weights):
-        """indices (N, bag), int64, and weights (N, bag) -> weighted sums of rows (N, value_dim)."""
+        """indices (N, bag), weights (N, bag) -> sums of rows (N, value_dim), of the dtype of weights."""
         if self.training:
             self.usage.add(indices, weights)
-        return _Read.apply(self.values, indices, weights, self.reads)
+        return _Read.apply(self.values, indices, weights, self.reads, self.kernel)
 
     def dense_gradient(self) -> torch.Tensor:
         """The gradient that `reads` stand for, like `values`. For tests and the curious, not for training."""
         gradient = torch.zeros_like(self.values)
-        for rows, g in row_gradients(self.reads):
-            gradient[rows] = g.to(gradient.dtype)
+        if self.reads:
+            for rows, g in row_gradients(*sort_reads(self.reads)):
+                gradient[rows] = g.to(gradient.dtype)
         return gradient
 
 
@@ -196,28 +213,44 @@ class PoolOptimizer(torch.optim.Optimizer):
     kind='adam'     torch.optim.SparseAdam: two numbers a parameter
     Both are given by formula in kernel.scatter_update. Both are invariant to the scale of the gradient, so
     clipping has no meaning here. Like any optimiser: `step` uses the gradient, `zero_grad` forgets it.
+
+    The state is of float32 also where the values are of fewer bits. stochastic_rounding, for bfloat16 values:
+    a number between two neighbours becomes either by chance, drawn from (seed, step, row, column); without it
+    small steps vanish.
     """
 
     def __init__(self, pool: ValuePool, lr: float, kind: str = "rowwise", value_blocks: int = 8,
-                 betas=(0.9, 0.99), eps: float = 1e-8):
+                 betas=(0.9, 0.99), eps: float = 1e-8, stochastic_rounding: bool = False, seed: int = 0):
         super().__init__([pool.values], dict(lr=lr, betas=betas, eps=eps))
         num_values, V = pool.values.size()
+        dtype = torch.promote_types(pool.values.dtype, torch.float32)
+        if stochastic_rounding and pool.values.dtype != torch.bfloat16:
+            raise ValueError(f"stochastic_rounding is for bfloat16 values, not {pool.values.dtype}")
         if kind == "adam":
-            state = {name: torch.zeros_like(pool.values) for name in ("exp_avg", "exp_avg_sq")}
+            state = {name: torch.zeros_like(pool.values, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
         elif kind == "rowwise":
             if V % value_blocks:
                 raise ValueError(f"value_dim={V} must be a multiple of value_blocks={value_blocks}")
-            state = {"v": pool.values.new_zeros(num_values, value_blocks)}
+            state = {"v": pool.values.new_zeros(num_values, value_blocks, dtype=dtype)}
         else:
             raise ValueError(f"kind={kind!r} must be 'rowwise' or 'adam'")
-        self.pool = pool
+        self.pool, self.stochastic_rounding, self.seed = pool, stochastic_rounding, seed
         self.state[pool.values] = state | {"step": 0}
 
     @torch.no_grad()
     def step(self):
         group, state = self.param_groups[0], self.state[self.pool.values]
         state["step"] += 1
-        scatter_update(self.pool.values, state, self.pool.reads, group["lr"], group["betas"], group["eps"])
+        key = (self.seed * 1_000_003 + state["step"]) % 2**31 if self.stochastic_rounding else None
+        scatter_update(self.pool.values, state, self.pool.reads, group["lr"], group["betas"], group["eps"],
+                       key, self.pool.kernel)
 
     def zero_grad(self, set_to_none: bool = True):
         self.pool.reads.clear()
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        # torch gives all state the dtype of its parameter, and ours may have more bits than the values
+        for name, value in state_dict["state"][0].items():
+            if torch.is_tensor(value):
+                self.state[self.pool.values][name] = value.to(self.pool.values.device)

@@ -34,7 +34,9 @@ class GPTConfig:
     mem_key_dim: int = 32  # width of a query, both halves
     mem_swilu: bool = True  # gate what was read (Memory+)
     mem_qk_norm: bool = True  # normalise queries and keys; off, slot use tends to collapse
-    mem_mode: Literal["replace", "add"] = "replace"  # the MLP gives way, or it stays beside the memory
+    mem_mode: Literal["replace", "add"] = "replace"  # the MLP gives way, or stays too
+    mem_dtype: Literal["float32", "bfloat16"] = "float32"  # of the pool's values
+    kernel: Literal["auto", "triton", "torch"] = "auto"  # of the pool; auto: triton on a GPU, else torch
 
     def __post_init__(self):
         for name in ("block_size", "n_layer", "n_head", "n_embd",
@@ -126,7 +128,10 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.pool = ValuePool(config.mem_num_keys, config.n_embd) if config.mem_layers else None
+        self.pool = None
+        if config.mem_layers:
+            dtype = getattr(torch, config.mem_dtype)
+            self.pool = ValuePool(config.mem_num_keys, config.n_embd, dtype, config.kernel)
 
         # GPT-2's initialisation: what a block adds to the residual stream starts smaller, the more blocks
         for name, module in self.named_modules():
@@ -197,14 +202,14 @@ class GPT(nn.Module):
         return idx
 
     def optimizers(self, lr: float, value_lr: float, weight_decay: float, betas: tuple[float, float],
-                   value_optimizer: str, value_blocks: int) -> list[torch.optim.Optimizer]:
+                   **pool_options) -> list[torch.optim.Optimizer]:
         """AdamW for the dense parameters, of which matrices decay; and PoolOptimizer if there is a pool."""
         dense = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": [p for p in dense if p.dim() >= 2], "weight_decay": weight_decay},
                   {"params": [p for p in dense if p.dim() < 2], "weight_decay": 0.0}]
         optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
         if self.pool is not None:
-            optimizers.append(PoolOptimizer(self.pool, value_lr, value_optimizer, value_blocks))
+            optimizers.append(PoolOptimizer(self.pool, value_lr, **pool_options))
         return optimizers
 
     def count_parameters(self) -> dict[str, int]:

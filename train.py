@@ -31,6 +31,7 @@ import torch
 
 from config import build, fail, parse
 from data.prepare import CORPORA, DATA, encoding_from_json
+from kernel import resolve_kernel
 from model import GPT, GPTConfig
 
 FORMAT = 1  # of checkpoints
@@ -53,6 +54,7 @@ class TrainConfig(GPTConfig):
     value_lr: float = 6e-2  # of the pool; decisive: near lr there is little gain. Good with adam: 2e-2
     value_optimizer: Literal["rowwise", "adam"] = "rowwise"  # value_blocks of state a row, or 2 a parameter
     value_blocks: int = 8  # rowwise: second moments a row
+    value_stochastic_rounding: bool = False  # of a bfloat16 pool, so that small steps are not rounded away
     warmup_steps: int = 100  # of the learning rates, linear
     min_lr: float = 0.1  # share of its highest that each learning rate ends at, by a cosine
     weight_decay: float = 0.1  # of dense matrices; the pool has none
@@ -82,6 +84,8 @@ class TrainConfig(GPTConfig):
             raise ValueError(f"accum_steps={self.accum_steps} must divide batch_size={self.batch_size}")
         if self.mem_layers and self.value_optimizer == "rowwise" and self.n_embd % self.value_blocks:
             raise ValueError(f"value_blocks={self.value_blocks} must divide n_embd={self.n_embd}")
+        if self.value_stochastic_rounding and self.mem_dtype != "bfloat16":
+            raise ValueError("value_stochastic_rounding is for --mem_dtype=bfloat16")
 
 
 PRESETS = {
@@ -287,6 +291,10 @@ def peak_memory(device: str) -> int:
 
 def train(config: TrainConfig) -> None:
     device = find_device(config.device)
+    try:
+        kernel = resolve_kernel(config.kernel, device)
+    except ValueError as error:
+        fail(f"--{error}")
     out_dir = Path(config.out_dir)
     found = checkpoints(out_dir)
     if found and not config.resume:
@@ -307,7 +315,8 @@ def train(config: TrainConfig) -> None:
     model = GPT(config).to(device)
     optimizers = model.optimizers(
         lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
-        value_lr=config.value_lr, value_optimizer=config.value_optimizer, value_blocks=config.value_blocks)
+        value_lr=config.value_lr, kind=config.value_optimizer, value_blocks=config.value_blocks,
+        stochastic_rounding=config.value_stochastic_rounding, seed=config.seed)
     dense = [p for p in model.parameters() if p.requires_grad]
     compiled = torch.compile(model) if config.compile else model
     autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
@@ -330,7 +339,7 @@ def train(config: TrainConfig) -> None:
           f"{tokens_per_step:,} tokens, on {device}")
     where = ",".join(map(str, config.mem_layers)) or "none"
     print(f"GPT of {config.n_layer} blocks, memory in {where}; parameters: {counts['dense']:,} dense, "
-          f"{counts['memory']:,} memory, {counts['active']:,} active a token")
+          f"{counts['memory']:,} memory, {counts['active']:,} active a token; kernel: {kernel}")
     if found:
         print(f"resumed from {found[-1]}" if start < config.max_steps else
               f"{found[-1]} is the end of this run: choose a larger --max_steps, or another --out_dir")

@@ -1,8 +1,14 @@
-import pytest
+import os
 
-import sample
-import train
-from data import prepare
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before kernel.py imports Triton
+
+import sample  # noqa: E402
+import train  # noqa: E402
+from data import prepare  # noqa: E402
 
 SMALL = [
     "--block_size=32",

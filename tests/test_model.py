@@ -167,7 +167,7 @@ def test_layers_share_one_pool_and_models_share_nothing():
     assert mine.isdisjoint(p.untyped_storage().data_ptr() for p in [*b.parameters(), *b.buffers()])
     before = copy.deepcopy(b.state_dict())
     idx = tokens(2, 8)
-    optimizers = a.optimizers(1e-2, 1e-1, 0.1, (0.9, 0.99), "rowwise", 8)
+    optimizers = a.optimizers(1e-2, 1e-1, 0.1, (0.9, 0.99), kind="rowwise", value_blocks=8)
     a.train()
     a(idx, idx)[1].backward()
     assert len(a.pool.reads) == 2 and b.pool.reads == []
@@ -189,7 +189,7 @@ def test_layers_share_one_pool_and_models_share_nothing():
 )
 def test_every_parameter_is_in_one_group_and_every_dense_one_gets_a_gradient(changes):
     model = make_model(**changes)
-    optimizers = model.optimizers(1e-3, 1e-2, 0.1, (0.9, 0.99), "rowwise", 8)
+    optimizers = model.optimizers(1e-3, 1e-2, 0.1, (0.9, 0.99), kind="rowwise", value_blocks=8)
     grouped = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
     model(tokens(2, 9), tokens(2, 9, seed=2))[1].backward()

@@ -374,7 +374,7 @@ def compiled(tmp_path_factory):
     subprocess.run(
         [sys.executable, "bench.py", "kernels", f"--json={path}"], cwd=root, env=environment, check=True
     )
-    return json.loads(path.read_text())
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.skipif(len(SIDES) < 2, reason="no Triton here")

@@ -3,7 +3,7 @@ How fast it is, each figure a median of several, of things measured in turn in o
 
     python bench.py step       a step of the memory, beside what else one could write in PyTorch
     python bench.py search     the search: pruned against full grid, grouped against plain top-k
-    python bench.py model      a training step of the default model, with memory and without, and where the time goes
+    python bench.py model      a training step of the default model with memory and without, and its profile
     python bench.py kernels    the Triton kernels, compiled for GPUs that need not be here
 
 --json=FILE keeps the rows that the table shows; python bench.py step --help has the other options.
@@ -11,6 +11,7 @@ How fast it is, each figure a median of several, of things measured in turn in o
 
 import itertools
 import json
+import math
 import os
 import re
 import statistics
@@ -48,6 +49,10 @@ class BenchConfig:
         for name in ("repeats", "value_dim", "bag"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if any(math.isqrt(rows) ** 2 != rows for rows in self.rows):
+            raise ValueError(
+                f"rows={','.join(map(str, self.rows))} must be squares: a pool has num_keys**2 rows"
+            )
         if self.value_dim % 8:
             raise ValueError(f"value_dim={self.value_dim} must be a multiple of 8")
         if unknown := set(self.reads) - {"uniform", "zipf"}:
@@ -55,7 +60,7 @@ class BenchConfig:
 
 
 def measure(things: dict, repeats: int) -> dict:
-    """{name: function} -> {name: [seconds, ...]}, sorted; one of each in turn, so that noise hits all alike."""
+    """{name: function} -> {name: [seconds, ...]}, sorted; one of each in turn: noise hits all alike."""
     times = {name: [] for name in things}
     for i, (name, function) in itertools.product(range(repeats + 1), things.items()):
         if DEVICE == "cuda":
@@ -67,6 +72,11 @@ def measure(things: dict, repeats: int) -> dict:
         if i > 0:
             times[name].append(time.perf_counter() - t0)
     return {name: sorted(measured) for name, measured in times.items()}
+
+
+def ratio(times: dict, a: str, b: str) -> float:
+    """How many times as long a takes as b, in the median."""
+    return statistics.median(times[a]) / statistics.median(times[b])
 
 
 def spread(times: list[float]) -> str:
@@ -82,24 +92,26 @@ def copy_bandwidth(repeats: int) -> float:
 
 # --- step ---------------------------------------------------------------------------------------------------
 
-def our_step(kind: str, values, indices, weights, dy):
-    pool = ValuePool(1, 1)
-    pool.values = torch.nn.Parameter(values.clone(), requires_grad=False)
-    pool.usage = pool.usage.__class__(len(values))
-    pool.to(DEVICE).train()
+
+def our_step(kind: str, num_values: int, indices, weights, dy):
+    pool = ValuePool(math.isqrt(num_values), dy.size(1)).to(DEVICE)
     optimizer = PoolOptimizer(pool, 1e-3, kind)
 
     def step():
         optimizer.zero_grad()
         pool(indices, weights.requires_grad_()).backward(dy)
         optimizer.step()
+
     return step
 
 
-def peer_step(kind: str, values, indices, weights, dy):
-    parameter = torch.nn.Parameter(values.clone())
-    optimizer = (torch.optim.SparseAdam([parameter]) if kind == "embedding_bag, SparseAdam"
-                 else torch.optim.AdamW([parameter], fused=True))
+def peer_step(kind: str, num_values: int, indices, weights, dy):
+    parameter = torch.nn.Parameter(torch.empty(num_values, dy.size(1), device=DEVICE).normal_())
+    optimizer = (
+        torch.optim.SparseAdam([parameter])
+        if kind == "embedding_bag, SparseAdam"
+        else torch.optim.AdamW([parameter], fused=True)
+    )
 
     def step():
         optimizer.zero_grad()
@@ -107,10 +119,16 @@ def peer_step(kind: str, values, indices, weights, dy):
         if kind == "indexing, AdamW":
             y = torch.einsum("nk,nkv->nv", w, parameter[indices])
         else:
-            y = F.embedding_bag(indices, parameter, per_sample_weights=w, mode="sum",
-                                sparse=kind == "embedding_bag, SparseAdam")
+            y = F.embedding_bag(
+                indices,
+                parameter,
+                per_sample_weights=w,
+                mode="sum",
+                sparse=kind == "embedding_bag, SparseAdam",
+            )
         y.backward(dy)
         optimizer.step()
+
     return step
 
 
@@ -120,16 +138,17 @@ PEERS = ("embedding_bag, AdamW", "embedding_bag, SparseAdam", "indexing, AdamW")
 def bench_step(config: BenchConfig) -> list[dict]:
     V, bag, table = config.value_dim, config.bag, []
     bandwidth = copy_bandwidth(config.repeats)
-    print(f"V={V}, bag={bag}, float32, {DEVICE}, {torch.get_num_threads()} threads; copies run at "
-          f"{bandwidth / 1e9:.1f} GB/s. A step: forward, both gradients, optimiser")
+    print(
+        f"V={V}, bag={bag}, float32, {DEVICE}, {torch.get_num_threads()} threads; copies run at "
+        f"{bandwidth / 1e9:.1f} GB/s. A step: forward, both gradients, optimiser"
+    )
     for how, num_values, N in itertools.product(config.reads, config.rows, config.tokens):
-        values = torch.empty(num_values, V, device=DEVICE).normal_()
         if how == "uniform":
             indices = torch.randint(num_values, (N, bag), device=DEVICE)
         else:  # the r-th row with probability in proportion to 1/r, the rows in random order
             ranks = (num_values ** torch.rand(N, bag, device=DEVICE, dtype=torch.float64)).long() - 1
             indices = (ranks.clamp(max=num_values - 1) * 2_654_435_761) % num_values
-        data = values, indices, torch.rand(N, bag, device=DEVICE), torch.randn(N, V, device=DEVICE)
+        data = num_values, indices, torch.rand(N, bag, device=DEVICE), torch.randn(N, V, device=DEVICE)
         things = {kind: our_step(kind, *data) for kind in ("rowwise", "adam")}
         if num_values <= config.peers_up_to:
             things |= {kind: peer_step(kind, *data) for kind in PEERS}
@@ -138,37 +157,50 @@ def bench_step(config: BenchConfig) -> list[dict]:
         print(f"\n{num_values:,} rows, {N:,} tokens, {how} reads: {touched:,} rows touched")
         fastest = min((times[name] for name in PEERS if name in times), key=statistics.median, default=None)
         for name, measured in times.items():
-            # values read forward and for the weights' gradient; each row touched is read and written, moments too
+            # values are read forward and for dw; a row touched is read and written, and its moments too
             adam_state = 4 if name == "adam" else 0
             moved = 4 * V * (2 * N * bag + (2 + adam_state) * touched)
-            row = dict(bench="step", method=name, rows=num_values, tokens=N, reads=how, touched=touched, times=measured,
-                       seconds=statistics.median(measured))
+            row = dict(
+                bench="step",
+                method=name,
+                rows=num_values,
+                tokens=N,
+                reads=how,
+                touched=touched,
+                times=measured,
+                seconds=statistics.median(measured),
+            )
             line = f"  {name:26}{spread(measured)}"
             if name in ("rowwise", "adam"):
                 row |= dict(bytes=moved, seconds_at_copy_bandwidth=moved / bandwidth)
-                line += f"; {moved / 1e6:,.0f} MB must move, {1e3 * moved / bandwidth:.1f} ms at copy speed"
+                line += f"; {moved / 1e6:,.0f} MB must move: {1e3 * moved / bandwidth:.1f} ms at copy speed"
                 if fastest:
                     row["times_faster_than_peers"] = statistics.median(fastest) / row["seconds"]
                     line += f"; {row['times_faster_than_peers']:.1f} times the fastest peer"
             print(line)
             table.append(row)
-        del things, values, data
+        del things
     return table
 
 
 # --- search -------------------------------------------------------------------------------------------------
 
+
 def bench_search(config: BenchConfig) -> list[dict]:
     table = []
     for N, H, S, K, D in ((2048, 4, 128, 16, 32), (2048, 4, 1024, 32, 256)):
-        queries, keys = torch.randn(N, H, 2, D // 2, device=DEVICE), torch.randn(H, 2, S, D // 2, device=DEVICE)
+        queries = torch.randn(N, H, 2, D // 2, device=DEVICE)
+        keys = torch.randn(H, 2, S, D // 2, device=DEVICE)
         scores = torch.einsum("nhpd,hpsd->nhps", queries, keys)
         best = scores.topk(K).values
         left, right = (torch.tensor(ranks, device=DEVICE) for ranks in pruned_pairs(K))
         things = {
-            "full grid": lambda best=best, K=K: (best[:, :, 0, :, None] + best[:, :, 1, None, :]).flatten(2).topk(K),
+            "full grid": lambda best=best, K=K: (
+                (best[:, :, 0, :, None] + best[:, :, 1, None, :]).flatten(2).topk(K)
+            ),
             "pruned grid": lambda best=best, K=K, left=left, right=right: (
-                best[:, :, 0, left] + best[:, :, 1, right]).topk(K),
+                best[:, :, 0, left] + best[:, :, 1, right]
+            ).topk(K),
             "plain top-k of the halves": lambda scores=scores, K=K: scores.topk(K),
             "grouped top-k of the halves": lambda scores=scores, K=K: top_k(scores, K),
             "whole search": lambda queries=queries, keys=keys, K=K: product_key_search(queries, keys, K),
@@ -177,21 +209,31 @@ def bench_search(config: BenchConfig) -> list[dict]:
         print(f"\n{N:,} tokens, {H} heads, {S} half-keys a side, knn {K}, key_dim {D}, on {DEVICE}")
         for name, measured in times.items():
             print(f"  {name:30}{spread(measured)}")
-            table.append(dict(bench="search", method=name, num_keys=S, knn=K, seconds=statistics.median(measured)))
-        for fast, slow in (("pruned grid", "full grid"), ("grouped top-k of the halves", "plain top-k of the halves")):
-            print(f"  {fast}: {statistics.median(times[slow]) / statistics.median(times[fast]):.1f} times as fast")
+            table.append(
+                dict(bench="search", method=name, num_keys=S, knn=K, seconds=statistics.median(measured))
+            )
+        for fast, slow in (
+            ("pruned grid", "full grid"),
+            ("grouped top-k of the halves", "plain top-k of the halves"),
+        ):
+            print(f"  {fast}: {ratio(times, slow, fast):.1f} times as fast")
     return table
 
 
 # --- model --------------------------------------------------------------------------------------------------
 
+
 def macs_per_token(c: TrainConfig) -> int:
-    """Multiply-adds a token in a forward pass: matrices, attention over half a block on average, search and reads."""
+    """Multiply-adds a token of a forward pass: matrices, attention over half a block, search, reads."""
     C = c.n_embd
     attention = 4 * C * C + c.block_size * C
     memory = c.mem_heads * (C * c.mem_key_dim + c.mem_num_keys * c.mem_key_dim + c.mem_knn * C) + 2 * C * C
-    return (c.n_layer * attention + len(c.mem_layers) * memory + (c.n_layer - len(c.mem_layers)) * 8 * C * C
-            + c.vocab_size * C)
+    return (
+        c.n_layer * attention
+        + len(c.mem_layers) * memory
+        + (c.n_layer - len(c.mem_layers)) * 8 * C * C
+        + c.vocab_size * C
+    )
 
 
 def train_step(config: TrainConfig):
@@ -206,6 +248,7 @@ def train_step(config: TrainConfig):
         model(x, x)[1].backward()
         for optimizer in optimizers:
             optimizer.step()
+
     return step
 
 
@@ -213,34 +256,70 @@ def bench_model(config: BenchConfig) -> list[dict]:
     configs = {"memory": TrainConfig(vocab_size=680), "dense": TrainConfig(vocab_size=680, mem_layers=())}
     steps = {name: train_step(c) for name, c in configs.items()}
     times = measure(steps, 3 * config.repeats)
-    print("a training step of the default preset, and of the same GPT with an MLP in place of each memory layer:")
+    print("a training step of the default preset, and of it with an MLP in place of each memory layer:")
     for name, measured in times.items():
         print(f"  {name:8}{spread(measured)}, {macs_per_token(configs[name]):,} multiply-adds a token")
-    print(f"  memory / dense: {statistics.median(times['memory']) / statistics.median(times['dense']):.2f} times\n")
+    print(f"  memory / dense: {ratio(times, 'memory', 'dense'):.2f} times\n")
     with torch.profiler.profile() as profile:
         steps["memory"]()
     print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
-    return [dict(bench="model", method=name, seconds=statistics.median(measured), macs=macs_per_token(configs[name]))
-            for name, measured in times.items()]
+    return [
+        dict(
+            bench="model",
+            method=name,
+            seconds=statistics.median(measured),
+            macs=macs_per_token(configs[name]),
+        )
+        for name, measured in times.items()
+    ]
 
 
 # --- kernels ------------------------------------------------------------------------------------------------
 
 H100_BANDWIDTH = 3.35e12  # bytes a second
+OPERATION_ROWS = 1_048_576  # of the pool in measure_operations
 
 
 def kernel_sources(V: int, dtype: str):
-    """(name, function, signature, constants) of each kernel, for values of `dtype` and the rest as in training."""
+    """(name, function, signature, constants) of each kernel, for values of `dtype`."""
     element_size = {"fp32": 4, "bf16": 2}[dtype]
     gather, blocks = kernel.gather_settings(V, element_size), 8
-    yield "gather_sum", kernel.gather_sum_kernel, dict(y_ptr="*fp32", values_ptr=f"*{dtype}", indices_ptr="*i64",
-                                                       weights_ptr="*fp32", begin_ptr="*i64", end_ptr="*i64"), gather
-    yield "gather_dot", kernel.gather_dot_kernel, dict(dw_ptr="*fp32", values_ptr=f"*{dtype}", indices_ptr="*i64",
-                                                       dy_ptr="*fp32", bag="i32"), gather
+    yield (
+        "gather_sum",
+        kernel.gather_sum_kernel,
+        dict(
+            y_ptr="*fp32",
+            values_ptr=f"*{dtype}",
+            indices_ptr="*i64",
+            weights_ptr="*fp32",
+            begin_ptr="*i64",
+            end_ptr="*i64",
+        ),
+        gather,
+    )
+    yield (
+        "gather_dot",
+        kernel.gather_dot_kernel,
+        dict(dw_ptr="*fp32", values_ptr=f"*{dtype}", indices_ptr="*i64", dy_ptr="*fp32", bag="i32"),
+        gather,
+    )
     for name, count in (("rowwise", blocks), ("adam", 1)):
-        signature = dict(values_ptr=f"*{dtype}", v_ptr="*fp32", exp_avg_ptr="*fp32", rows_ptr="*i64", begin_ptr="*i64",
-                         end_ptr="*i64", token_ptr="*i64", weights_ptr="*fp32", dy_ptr="*fp32", lr="fp32", beta1="fp32",
-                         beta2="fp32", eps="fp32", seed="i32")
+        signature = dict(
+            values_ptr=f"*{dtype}",
+            v_ptr="*fp32",
+            exp_avg_ptr="*fp32",
+            rows_ptr="*i64",
+            begin_ptr="*i64",
+            end_ptr="*i64",
+            token_ptr="*i64",
+            weights_ptr="*fp32",
+            dy_ptr="*fp32",
+            lr="fp32",
+            beta1="fp32",
+            beta2="fp32",
+            eps="fp32",
+            seed="i32",
+        )
         constants = kernel.update_settings(V, count, 4) | {"STOCHASTIC": dtype == "bf16"}
         if name == "rowwise":
             del signature["exp_avg_ptr"]
@@ -252,41 +331,61 @@ def compile_kernel(function, signature: dict, constants: dict, target) -> dict:
     """Compiles for a GPU that need not be here, and reads what the result needs of it."""
     import triton
     from triton.compiler import ASTSource
+
     constants = dict(constants)
     num_warps = constants.pop("num_warps")
     names = function.arg_names
     signature = {name: signature.get(name, "constexpr") for name in names}
     # as at a launch: tensors begin at a multiple of 16 bytes
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
-    compiled = triton.compile(ASTSource(function, signature, constants, aligned), target=target,
-                              options={"num_warps": num_warps})
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"
+    }
+    compiled = triton.compile(
+        ASTSource(function, signature, constants, aligned), target=target, options={"num_warps": num_warps}
+    )
     result = dict(num_warps=num_warps, shared=compiled.metadata.shared)
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
-        number = {name: int(re.search(rf"\.{name}: +(\d+)", text).group(1))
-                  for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")}
-        return result | dict(registers=number["vgpr_count"], wide_loads=len(re.findall("global_load_dwordx4", text)),
-                             spilled_bytes=4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"]))
+        number = {
+            name: int(re.search(rf"\.{name}: +(\d+)", text).group(1))
+            for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        }
+        return result | dict(
+            registers=number["vgpr_count"],
+            wide_loads=len(re.findall("global_load_dwordx4", text)),
+            spilled_bytes=4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"]),
+        )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
         cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([cuobjdump, "--dump-resource-usage", f.name], check=True, capture_output=True, text=True)
+        usage = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", f.name], check=True, capture_output=True, text=True
+        )
     number = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
-    warps = min(64, 65_536 // (32 * -(-number["REG"] // 8) * 8))  # that the registers of a multiprocessor are enough for
+    warps = min(64, 65_536 // (32 * -(-number["REG"] // 8) * 8))  # that a multiprocessor has registers for
     programs = min(32, warps // num_warps, 227_000 // max(1, result["shared"]))
-    return result | dict(registers=number["REG"], spilled_bytes=number["STACK"] + number["LOCAL"],
-                         wide_loads=len(re.findall(r"ld\.global[\w.]*\.v4\.b32", compiled.asm["ptx"])),
-                         programs=programs, occupancy=programs * num_warps / 64)
+    return result | dict(
+        registers=number["REG"],
+        spilled_bytes=number["STACK"] + number["LOCAL"],
+        wide_loads=len(re.findall(r"ld\.global[\w.]*\.v4\.b32", compiled.asm["ptx"])),
+        programs=programs,
+        occupancy=programs * num_warps / 64,
+    )
 
 
 def bench_kernels(config: BenchConfig) -> list[dict]:
     if kernel.triton is None or os.environ.get("TRITON_INTERPRET") == "1":
         fail("bench.py kernels needs the package triton, and TRITON_INTERPRET unset")
     from triton.backends.compiler import GPUTarget
-    targets = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+
+    targets = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
+    targets["gfx942"] = GPUTarget("hip", "gfx942", 64)
     table = []
-    print("kernel     values    V  target  registers  spilled  shared  16-byte loads  warps  programs  occupancy  in flight")
+    print(
+        "kernel     values    V  target  registers  spilled  shared  wide loads  warps  programs  occupancy  "
+        "in flight"
+    )
     for dtype, V in (("fp32", 256), ("fp32", 1024), ("bf16", 256), ("bf16", 1024)):
         for name, function, signature, constants in kernel_sources(V, dtype):
             for target_name, target in targets.items():
@@ -296,12 +395,15 @@ def bench_kernels(config: BenchConfig) -> list[dict]:
                 # bytes that a multiprocessor has asked for at once: the tiles of all programs that fit it
                 in_flight = f"{row['programs'] * tile / 1024:.0f} KB" if "programs" in row else "-"
                 occupancy = f"{row['occupancy']:.0%}" if "occupancy" in row else "-"
-                print(f"{name:10} {dtype:6} {V:5}  {target_name:6} {row['registers']:10} {row['spilled_bytes']:8} "
-                      f"{row['shared']:7} {row['wide_loads']:14} {row['num_warps']:6} {row.get('programs', '-'):>9} "
-                      f"{occupancy:>10} {in_flight:>10}")
+                print(
+                    f"{name:10} {dtype:6} {V:5}  {target_name:6} {row['registers']:10} "
+                    f"{row['spilled_bytes']:8} {row['shared']:7} {row['wide_loads']:11} "
+                    f"{row['num_warps']:6} {row.get('programs', '-'):>9} "
+                    f"{occupancy:>10} {in_flight:>10}"
+                )
                 table.append(row)
     V, bag = 1024, config.bag
-    print(f"\nbytes that must move a token, float32, V={V}, bag={bag}, every row read once, and the time on an H100:")
+    print(f"\nbytes that must move a token, float32, V={V}, bag={bag}, each row read once; time on an H100:")
     for name, rows_moved in (("gather_sum", 1), ("gather_dot", 1), ("rowwise update", 2), ("adam update", 6)):
         moved = 4 * V * bag * rows_moved
         print(f"  {name:16} {moved / 1e6:6.2f} MB  {1e9 * moved / H100_BANDWIDTH:6.0f} ns")
@@ -312,21 +414,32 @@ def bench_kernels(config: BenchConfig) -> list[dict]:
 
 def measure_operations(config: BenchConfig) -> list[dict]:
     """Bytes a second of each operation on this device, and their share of what a copy does."""
-    V, bag, N, num_values, table = config.value_dim, config.bag, 4096, 1_048_576, []
+    V, bag, N, num_values, table = config.value_dim, config.bag, 4096, OPERATION_ROWS, []
     bandwidth = copy_bandwidth(config.repeats)
-    values, indices = torch.randn(num_values, V, device=DEVICE), torch.randint(num_values, (N, bag), device=DEVICE)
+    values, indices = (
+        torch.randn(num_values, V, device=DEVICE),
+        torch.randint(num_values, (N, bag), device=DEVICE),
+    )
     weights, dy = torch.rand(N, bag, device=DEVICE), torch.randn(N, V, device=DEVICE)
     state = {"v": torch.zeros(num_values, 8, device=DEVICE)}
     row_bytes, touched = V * values.element_size(), len(indices.unique())
-    update = lambda: kernel.scatter_update(values, state, [(indices, weights, dy)], 1e-3, (0.9, 0.99), 1e-8)  # noqa: E731
-    times = measure({"gather_sum": lambda: kernel.gather_sum(values, indices, weights),
-                     "gather_dot": lambda: kernel.gather_dot(values, indices, dy), "rowwise update": update}, config.repeats)
+    reads, betas = [(indices, weights, dy)], (0.9, 0.99)
+    times = measure(
+        {
+            "gather_sum": lambda: kernel.gather_sum(values, indices, weights),
+            "gather_dot": lambda: kernel.gather_dot(values, indices, dy),
+            "rowwise update": lambda: kernel.scatter_update(values, state, reads, 1e-3, betas, 1e-8),
+        },
+        config.repeats,
+    )
     print(f"\non this {DEVICE} device, where a copy moves {bandwidth / 1e9:,.0f} GB/s:")
     for name, measured in times.items():
         moved = row_bytes * (2 * touched if name == "rowwise update" else N * bag)
         speed = moved / statistics.median(measured)
         print(f"  {name:16}{spread(measured)}, {speed / 1e9:,.0f} GB/s, {speed / bandwidth:.0%} of a copy")
-        table.append(dict(bench="operations", method=name, bytes_per_second=speed, share_of_copy=speed / bandwidth))
+        table.append(
+            dict(bench="operations", method=name, bytes_per_second=speed, share_of_copy=speed / bandwidth)
+        )
     return table
 
 

@@ -37,7 +37,7 @@ except ImportError:  # there is no Triton for this system; PyTorch is enough
 
 # having seen a block of this size freed, glibc keeps smaller ones for reuse: no page faults at every chunk
 torch.empty(31 * 2**18)
-CHECK_INDICES = os.environ.get("NANOPKM_CHECK") == "1"  # a GPU reads whatever an index out of range points to
+CHECK_INDICES = os.environ.get("NANOPKM_CHECK") == "1"  # an index out of range reads or writes anything
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # gather_dot's use of it is tested
 CHUNK = 2**19  # numbers in a chunk of row gradients: 2 MiB of float32, about a core's cache
 
@@ -54,8 +54,16 @@ def resolve_kernel(kernel: str, device: torch.device | str) -> str:
     return kernel
 
 
+def _check_indices(indices, num_values):
+    if CHECK_INDICES and indices.numel():
+        low, high = (bound.item() for bound in indices.aminmax())
+        if low < 0 or high >= num_values:
+            raise IndexError(f"indices from {low} to {high} in a pool of {num_values} rows")
+
+
 def gather_sum(values, indices, weights, kernel: str = "auto") -> torch.Tensor:
     """y[n] = sum_j weights[n, j] * values[indices[n, j]]: (N, V), of the dtype of weights."""
+    _check_indices(indices, len(values))
     if resolve_kernel(kernel, values.device) == "triton":
         return _gather_sum_triton(values, indices, weights)
     y = F.embedding_bag(indices, values, per_sample_weights=weights.to(values.dtype), mode="sum")
@@ -64,6 +72,7 @@ def gather_sum(values, indices, weights, kernel: str = "auto") -> torch.Tensor:
 
 def gather_dot(values, indices, dy, kernel: str = "auto") -> torch.Tensor:
     """dw[n, j] = <values[indices[n, j]], dy[n]>: (N, bag), of the dtype of dy. The adjoint of gather_sum."""
+    _check_indices(indices, len(values))
     if resolve_kernel(kernel, values.device) == "triton":
         return _gather_dot_triton(values, indices, dy)
     N, bag = indices.size()
@@ -71,7 +80,7 @@ def gather_dot(values, indices, dy, kernel: str = "auto") -> torch.Tensor:
         # dw is dy @ values.T at some places: those of a sparse matrix that has the pool's rows for columns
         places = torch.sparse_csr_tensor(torch.arange(N + 1) * bag, indices.reshape(-1).long(),
                                          dy.new_zeros(N * bag, dtype=values.dtype), (N, len(values)),
-                                         check_invariants=CHECK_INDICES)
+                                         check_invariants=False)
         dw = torch.sparse.sampled_addmm(places, dy.to(values.dtype), values.t(), beta=0.0).values()
     else:
         token = torch.arange(N, device=indices.device).repeat_interleave(bag)  # the token of each flat index
@@ -106,8 +115,10 @@ def scatter_update(values, state: dict, reads: list, lr: float, betas: tuple[flo
     else:
         moments, step = (state["exp_avg"], state["exp_avg_sq"]), state["step"]
         lr = lr * (1 - betas[1] ** step) ** 0.5 / (1 - betas[0] ** step)
+    sorted_reads = sort_reads(reads)
+    _check_indices(sorted_reads[0], len(values))
     update = _update_triton if resolve_kernel(kernel, values.device) == "triton" else _update_torch
-    update(values, moments, sort_reads(reads), lr, *betas, eps, stochastic_rounding)
+    update(values, moments, sorted_reads, lr, *betas, eps, stochastic_rounding)
 
 
 def sort_reads(reads: list):
@@ -150,7 +161,7 @@ def row_gradients(rows, start, token, weights, dy):
 def _update_torch(values, moments, sorted_reads, lr, beta1, beta2, eps, stochastic_rounding):
     def add(to, rows, what, alpha=1.0):  # to[rows] += alpha * what, on all cores: index_add_ runs on one
         to.add_(torch.sparse_coo_tensor(rows.unsqueeze(0), what, to.shape, is_coalesced=True,
-                                        check_invariants=CHECK_INDICES), alpha=alpha)
+                                        check_invariants=False), alpha=alpha)
 
     for rows, g in row_gradients(*sorted_reads):
         if len(moments) == 1:  # rowwise
@@ -190,7 +201,7 @@ def _noise(place: torch.Tensor, seed: int) -> torch.Tensor:
 
 # --- Triton -------------------------------------------------------------------------------------------------
 #
-# What decides the speed is how many bytes are on their way at once: an H100 needs 3.35 TB/s * 0.7 us = 2.3 MB,
+# What decides the speed is how many bytes are on the way at once: an H100 needs 3.35 TB/s * 0.7 us = 2.3 MB:
 # 18 KB for each of its 132 multiprocessors. A program loads a tile of ROWS rows * COLUMNS columns at a time,
 # about 2,048 numbers (8 KB of float32), 16 bytes a load and four loads a thread. At 40 registers a thread, 12
 # such programs fit a multiprocessor: five times the bytes needed. So there is nothing to tune, and V is the
@@ -314,15 +325,7 @@ def update_kernel(
     tl.store(values_ptr + place_in_pool, values.to(values_ptr.dtype.element_ty), mask=mask)
 
 
-def _check_indices(indices, num_values):
-    if CHECK_INDICES and indices.numel():
-        low, high = (bound.item() for bound in indices.aminmax())
-        if low < 0 or high >= num_values:
-            raise IndexError(f"indices from {low} to {high} in a pool of {num_values} rows")
-
-
 def _gather_sum_triton(values, indices, weights):
-    _check_indices(indices, len(values))
     N, bag = indices.size()
     start = torch.arange(N + 1, device=values.device) * bag
     y = weights.new_empty(N, values.size(1))
@@ -338,7 +341,6 @@ def _bags_triton(y, values, indices, weights, begin, end):
 
 
 def _gather_dot_triton(values, indices, dy):
-    _check_indices(indices, len(values))
     N, bag = indices.size()
     dw = dy.new_empty(N, bag)
     if dw.numel():
@@ -359,7 +361,6 @@ def update_settings(V: int, blocks: int, element_size: int) -> dict:
 
 def _update_triton(values, moments, sorted_reads, lr, beta1, beta2, eps, stochastic_rounding):
     rows, start, token, weights, dy = sorted_reads
-    _check_indices(rows, len(values))
     begin, end = start[:-1].clone(), start[1:].clone()
     # a row that very many tokens read would keep one program busy while all others wait. So it is cut into
     # pieces, whose sums are made by as many programs, and the row then has those sums for its places

@@ -1,7 +1,8 @@
 """
 Figures, from the lines that runs leave.
 
-    python plot.py out/facts      out/facts/log.jsonl -> out/facts/loss.png
+    python plot.py out/facts               out/facts/log.jsonl -> out/facts/loss.png
+    python plot.py results/step.jsonl      the rows of bench.py step -> results/step.png
 """
 
 import json
@@ -53,7 +54,28 @@ def plot_run(out_dir: Path) -> None:
     plt.close(figure)
 
 
+def plot_step(path: Path) -> None:
+    """Time of a step over the size of the pool: the rows of `bench.py step` -> a .png beside them."""
+    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
+    tokens = min(row["tokens"] for row in rows)
+    rows = [row for row in rows if row["tokens"] == tokens and row["reads"] == "uniform"]
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for method, marker in zip(dict.fromkeys(row["method"] for row in rows), "osv^D", strict=True):
+        line = [row for row in rows if row["method"] == method]
+        ours = method in ("rowwise", "adam")
+        axis.plot([row["rows"] for row in line], [1e3 * row["seconds"] for row in line], marker=marker,
+                  linestyle="-" if ours else "--", label=f"nanoPKM, {method}" if ours else method)
+    axis.set(xscale="log", yscale="log", xlabel="rows of the pool", ylabel=f"ms a step of {tokens:,} tokens")
+    axis.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "log.jsonl").exists():
-        fail("name the folder of a run, one with a log.jsonl: python plot.py out/facts")
-    plot_run(Path(sys.argv[1]))
+    given = Path(sys.argv[1] if len(sys.argv) == 2 else "")
+    if (given / "log.jsonl").exists():
+        plot_run(given)
+    elif given.is_file():
+        plot_step(given)
+    else:
+        fail("name a run's folder or a benchmark's rows: python plot.py out/facts, or results/step.jsonl")

@@ -1,6 +1,6 @@
 """
-The three operations of kernel.py, in PyTorch and in Triton, against autograd on a three-line reference in float64 and
-against torch.optim. Triton runs on a GPU if there is one, else in its interpreter (conftest.py).
+The three operations of kernel.py, in PyTorch and in Triton, against autograd on a three-line reference in
+float64 and against torch.optim. Triton runs on a GPU if there is one, else in its interpreter (conftest.py).
 """
 
 import json
@@ -224,7 +224,7 @@ def test_adam_equals_sparse_adam(side):
 @pytest.mark.parametrize("kind", ["rowwise", "adam"])
 @pytest.mark.parametrize("how", ["random", "one row"])
 def test_update_is_deterministic_and_leaves_unread_rows_alone(kind, side, how):
-    """Also where one row is read by all tokens, which Triton cuts into pieces: 3 tokens' pieces of 64, and a rest."""
+    """Also where one row is read by all tokens, which Triton cuts into pieces: 3 of 64 places, and a rest."""
 
     def run():
         values, indices, weights, dy = make_read(50, 5, 16, 100, how)
@@ -303,7 +303,7 @@ def test_a_bfloat16_pool_keeps_its_state_in_float32_and_rounds_once():
 
 
 def test_stochastic_rounding_keeps_small_steps_on_average_and_both_sides_draw_alike():
-    """64 steps of 1/20 of a last place: nearest rounding loses them all, stochastic rounding none on average."""
+    """64 steps of 1/20 of a last place: nearest rounding loses all, stochastic rounding none on average."""
     num_values, V = 400, 16
     indices = torch.arange(num_values, device=DEVICE).view(num_values, 1)
     weights, dy = torch.ones(num_values, 1, device=DEVICE), torch.ones(num_values, V, device=DEVICE)
@@ -331,25 +331,21 @@ def test_stochastic_rounding_keeps_small_steps_on_average_and_both_sides_draw_al
         )
 
 
-@pytest.mark.skipif(len(SIDES) < 2, reason="no Triton here")
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("wrong", [-1, 30])
-def test_indices_out_of_range_are_caught_before_a_launch(monkeypatch, wrong):
+def test_indices_out_of_range_are_caught_before_a_launch(monkeypatch, wrong, side):
     monkeypatch.setattr(kernel, "CHECK_INDICES", True)
     values, indices, weights, dy = make_read(4, 3, 8, 30)
+    state, reads = new_state("rowwise", 30, 8, 8), [(indices, weights, dy)]
+    operations = [
+        lambda: gather_sum(values, indices, weights, side),
+        lambda: gather_dot(values, indices, dy, side),
+        lambda: scatter_update(values, state, reads, 0.1, (0.9, 0.99), 1e-8, kernel=side),
+    ]
+    for operation in operations:
+        operation()
     indices[2, 1] = wrong
-    for operation in (
-        lambda: gather_sum(values, indices, weights, "triton"),
-        lambda: gather_dot(values, indices, dy, "triton"),
-        lambda: scatter_update(
-            values,
-            new_state("rowwise", 30, 8, 8),
-            [(indices, weights, dy)],
-            0.1,
-            (0.9, 0.99),
-            1e-8,
-            kernel="triton",
-        ),
-    ):
+    for operation in operations:
         with pytest.raises(IndexError, match="in a pool of 30 rows"):
             operation()
 
@@ -367,7 +363,7 @@ def test_where_triton_cannot_run_it_says_why(monkeypatch):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """What `bench.py kernels` finds in all kernels, compiled for GPUs that are not here. Not in the interpreter."""
+    """What `bench.py kernels` finds in all kernels, compiled for GPUs that are not here."""
     path = tmp_path_factory.mktemp("kernels") / "kernels.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parents[1]

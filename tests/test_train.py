@@ -54,6 +54,8 @@ def assert_same_checkpoint(a: Path, b: Path):
     [
         ["--dropout=0.1"],
         ["--value_optimizer=adam", "--accum_steps=2"],
+        ["--mem_dtype=bfloat16", "--value_stochastic_rounding"],
+        ["--kernel=triton", "--batch_size=1", "--block_size=16"],
         ["--mem_layers="],
         ["--mem_layers=0,1", "--mem_mode=add"],
     ],
@@ -190,6 +192,8 @@ def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
         (["--accum_steps=3"], "--accum_steps=3 must divide batch_size=4"),
         (["--value_blocks=3"], "--value_blocks=3 must divide n_embd=16"),
         (["--mem_layers=2"], "there is no layer 2, only 0 to 1"),
+        (["--value_stochastic_rounding"], "value_stochastic_rounding is for --mem_dtype=bfloat16"),
+        (["--kernel=cuda"], "--kernel: invalid choice: 'cuda'"),
         (["--dataset=mine"], "python data/prepare.py text --name=mine --input"),
         (["--block_size=100000"], "--block_size=100000 is too large"),
         (["--vocab_size=7"], "--vocab_size=7 is too small"),
@@ -206,6 +210,12 @@ def assert_fails(what, message, capsys):
         what()
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_triton_without_a_gpu(run, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert_fails(lambda: run("--kernel=triton"), "--kernel=triton needs a GPU", capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")

@@ -80,7 +80,8 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(name, [f"--{known}" for known in kinds], n=1)
+        options = [f"--{known}" for known in (*kinds, "preset", "help")]
+        close = difflib.get_close_matches(name, options, n=1)
         fail(f"unknown option {name}: " + (f"did you mean {close[0]}?" if close else "--help lists them all"))
     given = vars(given)
     given.pop("preset", None)

@@ -35,10 +35,7 @@ try:
 except ImportError:  # there is no Triton for this system; PyTorch is enough
     triton = None
 
-# having seen a block of this size freed, glibc keeps smaller ones for reuse: no page faults at every chunk
-torch.empty(31 * 2**18)
 CHECK_INDICES = os.environ.get("NANOPKM_CHECK") == "1"  # an index out of range reads or writes anything
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # gather_dot's use of it is tested
 CHUNK = 2**19  # numbers in a chunk of row gradients: 2 MiB of float32, about a core's cache
 
 
@@ -78,9 +75,11 @@ def gather_dot(values, indices, dy, kernel: str = "auto") -> torch.Tensor:
     N, bag = indices.size()
     if values.is_cpu and values.dtype in (torch.float32, torch.float64) and bag <= len(values):
         # dw is dy @ values.T at some places: those of a sparse matrix that has the pool's rows for columns
-        places = torch.sparse_csr_tensor(torch.arange(N + 1) * bag, indices.reshape(-1).long(),
-                                         dy.new_zeros(N * bag, dtype=values.dtype), (N, len(values)),
-                                         check_invariants=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta"
+            places = torch.sparse_csr_tensor(torch.arange(N + 1) * bag, indices.reshape(-1).long(),
+                                             dy.new_zeros(N * bag, dtype=values.dtype), (N, len(values)),
+                                             check_invariants=False)
         dw = torch.sparse.sampled_addmm(places, dy.to(values.dtype), values.t(), beta=0.0).values()
     else:
         token = torch.arange(N, device=indices.device).repeat_interleave(bag)  # the token of each flat index
@@ -95,16 +94,13 @@ def scatter_update(values, state: dict, reads: list, lr: float, betas: tuple[flo
     One step of the pool's optimiser, in place, on the rows that `reads` touched and on no others.
 
     Which optimiser follows from `state`, whose tensors are of float32 at least; g is the gradient of row r.
-    rowwise: state['v'], (num_values, blocks). For each block c of the row's columns, with m = mean of
-    g[c]**2:
+    rowwise: state['v'], (num_values, blocks). For each block c of a row's columns, with m = mean of g[c]**2:
         v[r, c] = m the first time, then beta2 * v + (1 - beta2) * m
         values[r, c] -= lr * g[c] / (sqrt(v[r, c]) + eps)
-    adam: state['exp_avg'] and state['exp_avg_sq'], like values, and state['step'], 1 at the first call: Adam
-    with
+    adam: state['exp_avg'] and state['exp_avg_sq'], like values, and state['step'], first 1: Adam with
         moments that only move when the row is read (torch.optim.SparseAdam).
     stochastic_rounding: for bfloat16 values, an integer below 2**31, another one each step, by which new
-    values are
-        rounded up or down by chance, in proportion. Else steps below half a unit in the last place are lost.
+        values are rounded up or down by chance, in proportion. Else steps below half a last place are lost.
     """
     if sum(indices.numel() for indices, _, _ in reads) == 0:
         return

@@ -10,12 +10,12 @@ gate, one pool of values for several layers.
     H  heads                 K  knn, slots that a head reads     num_values = S*S, rows of the pool
 
 The algorithm, for each token and head:
-  1. make a query from the token's state, and cut it into two halves; 2. score the S half-keys of each side
-  against its half of the query: 2*S dot products; 3. slot (i, j) of the pool has the score left[i] +
-  right[j]. So the best K of S*S slots are among the K*K sums of
-     the best K of each side: an exact search over S*S keys at the cost of 2*S;
-  4. softmax over the K scores gives weights, and the weighted sum of K rows of the pool is what was
-  remembered; 5. sum over the heads, gate, project back to the width of the GPT.
+  1. make a query from the token's state, and cut it into two halves;
+  2. score the S half-keys of each side against its half of the query: 2*S dot products;
+  3. slot (i, j) of the pool has the score left[i] + right[j]. So the best K of S*S slots are among the K*K
+     sums of the best K of each side: an exact search over S*S keys at the cost of 2*S;
+  4. softmax over the K scores gives weights; the weighted sum of K rows of the pool is what was remembered;
+  5. sum over the heads, gate, project back to the width of the GPT.
 
 A step reads N*bag rows of the pool and learns only those. So the gradient of the pool is never a tensor of
 the pool's size: the backward pass keeps each *read* (indices, weights, dy), and PoolOptimizer turns reads
@@ -220,9 +220,12 @@ class PoolOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, pool: ValuePool, lr: float, kind: str = "rowwise", value_blocks: int = 8,
-                 betas=(0.9, 0.99), eps: float = 1e-8, stochastic_rounding: bool = False, seed: int = 0):
+                 betas=(0.9, 0.99), eps: float = 1e-12, stochastic_rounding: bool = False, seed: int = 0):
         super().__init__([pool.values], dict(lr=lr, betas=betas, eps=eps))
         num_values, V = pool.values.size()
+        # having seen a block of this size freed, glibc keeps smaller ones: the update, which goes by chunks,
+        # then does not fault the pages of each in anew
+        torch.empty(31 * 2**18)
         dtype = torch.promote_types(pool.values.dtype, torch.float32)
         if stochastic_rounding and pool.values.dtype != torch.bfloat16:
             raise ValueError(f"stochastic_rounding is for bfloat16 values, not {pool.values.dtype}")

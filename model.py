@@ -39,6 +39,7 @@ class GPTConfig:
     kernel: Literal["auto", "triton", "torch"] = "auto"  # of the pool; auto: triton on a GPU, else torch
 
     def __post_init__(self):
+        self.mem_layers = tuple(sorted(self.mem_layers))
         for name in ("block_size", "n_layer", "n_head", "n_embd",
                      "mem_num_keys", "mem_heads", "mem_knn", "mem_key_dim"):
             if getattr(self, name) < 1:

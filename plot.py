@@ -27,6 +27,8 @@ def plot_run(out_dir: Path) -> None:
     lines = [json.loads(line) for line in open(out_dir / "log.jsonl", encoding="utf-8")]
     trained = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if "val_loss" in line]
+    if not evaluated:
+        fail(f"{out_dir / 'log.jsonl'} has no evaluation yet")
     has_recall, has_memory = "recall" in evaluated[-1], "slots_used" in evaluated[-1]
     panels = 1 + has_recall + has_memory
     figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 3.5), layout="constrained", squeeze=False)

@@ -16,7 +16,7 @@ import torch
 from config import build, fail, parse
 from data.prepare import DATA, END, encoding_from_json
 from model import GPT
-from train import answer, checkpoints, find_device, load_model, read_meta, read_questions, stored_config
+from train import answer, checkpoints, find_device, load_model, read_meta, read_questions
 
 SLOTS_SHOWN = 4  # a token and memory layer, in a trace
 
@@ -41,6 +41,12 @@ class SampleConfig:
         for name in ("temperature", "top_k", "questions", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(f"temperature={self.temperature} must be 0, or at least 0.001")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed} must be below 2**32")
+        if self.prompt and self.questions:
+            raise ValueError("prompt and --questions are two ways to ask: choose one")
 
 
 def newest_checkpoint(out_dir: Path) -> Path:
@@ -48,7 +54,7 @@ def newest_checkpoint(out_dir: Path) -> Path:
     newest = [checkpoints(run)[-1] for run in runs if checkpoints(run)]
     if not newest:
         fail(f"no checkpoint in {out_dir}: train one with python train.py, or name the folder with --out_dir")
-    return max(newest, key=lambda folder: (folder / "meta.json").stat().st_mtime)
+    return max(newest, key=lambda folder: folder.stat().st_mtime)
 
 
 class Trace:
@@ -79,14 +85,15 @@ def main(argv: list[str] | None = None) -> None:
     device = find_device(config.device)
     folder = newest_checkpoint(Path(config.out_dir))
     meta = read_meta(folder)
-    trained, encoding = stored_config(meta), encoding_from_json(meta["encoding"])
+    trained, encoding = meta["config"], encoding_from_json(meta["encoding"])
+    trained.kernel = "auto"  # that of the training is no matter here
     model = GPT(trained)
     load_model(folder, model)
     model.to(device).eval()
     print(f"from {folder}")
 
     path = DATA / trained.dataset / "qa.jsonl"
-    if not {"prompt", "questions"} & given.keys() and path.exists():
+    if given.keys() <= {"out_dir", "device", "seed"} and path.exists():
         config.questions, config.trace = 5, bool(trained.mem_layers)
     if config.trace and not trained.mem_layers:
         fail("--trace: this model has no memory layers")
@@ -97,7 +104,10 @@ def main(argv: list[str] | None = None) -> None:
             trace.print([encoding.decode([token]) for token in tokens])
 
     if config.questions:
-        questions = read_questions(path)
+        try:
+            questions = read_questions(path)
+        except ValueError as error:
+            fail(f"{path} is damaged ({error}): make it again with data/prepare.py")
         if not questions:
             fail(f"--questions: there are none in {path}; facts has them: python data/prepare.py facts")
         questions = random.Random(config.seed).sample(questions, min(config.questions, len(questions)))
@@ -112,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
             show_trace(tokens)
         print(f"{right} of {len(questions)} right")
     else:
-        prompt = encoding.encode(config.prompt or END, allowed_special={END})
+        prompt = encoding.encode(config.prompt or END, allowed_special={END}, disallowed_special=())
         for i in range(config.num_samples):
             idx = torch.tensor([prompt], device=device)
             idx = model.generate(idx, config.max_new_tokens, config.temperature, config.top_k or None,

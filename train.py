@@ -74,6 +74,8 @@ class TrainConfig(GPTConfig):
                      "eval_batches", "eval_questions", "keep", "value_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed} must be below 2**32")
         for name in ("lr", "value_lr", "warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
@@ -99,7 +101,11 @@ PRESETS = {
 
 def read_questions(path: Path) -> list[dict]:
     """{"prompt", "answer", and for facts "exposures" and "held_out"} a line; [] where there is no file."""
-    return [json.loads(line) for line in open(path, encoding="utf-8")] if path.exists() else []
+    questions = [json.loads(line) for line in open(path, encoding="utf-8")] if path.exists() else []
+    for number, question in enumerate(questions, 1):
+        if not isinstance(question, dict) or not {"prompt", "answer"} <= question.keys():
+            raise ValueError(f"line {number} of {path.name} has no prompt and answer")
+    return questions
 
 
 class Dataset:
@@ -121,7 +127,7 @@ class Dataset:
             for split, tokens in (("train", self.train), ("val", self.val)):
                 if len(tokens) != meta[f"{split}_tokens"]:
                     raise ValueError(f"{split}.bin has {len(tokens)} tokens, not {meta[f'{split}_tokens']}")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"the data in {folder} is damaged ({error}): make it again with data/prepare.py")
 
 
@@ -188,7 +194,11 @@ def validation_loss(model, tokens, config: TrainConfig, device) -> float:
 
 def checkpoints(out_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first. A folder gets this name only once all of it is on the disk."""
-    return sorted(path for path in out_dir.glob("step_*") if path.is_dir())
+    return sorted(out_dir.glob("step_[0-9]*"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, config: TrainConfig,
@@ -213,17 +223,23 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, conf
                    "encoding": encoding_json}, f)
         f.flush()
         os.fsync(f.fileno())
+    sync_folder(temporary)
     os.rename(temporary, folder)
-    directory = os.open(out_dir, os.O_RDONLY)
-    os.fsync(directory)  # the new name too
-    os.close(directory)
+    sync_folder(out_dir)
     for old in checkpoints(out_dir)[:-config.keep]:
         os.rename(old, temporary)  # no folder that is half gone is ever called a checkpoint
         shutil.rmtree(temporary)
 
 
+def sync_folder(folder: Path) -> None:
+    """The names in it are on the disk when this returns, as fsync sees to for what a file holds."""
+    directory = os.open(folder, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
 def read_meta(folder: Path) -> dict:
-    """meta.json of a checkpoint whose files are all as they were written."""
+    """meta.json of a checkpoint whose files are all as they were written; its "config" is a TrainConfig."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
@@ -232,14 +248,11 @@ def read_meta(folder: Path) -> dict:
             with open(folder / name, "rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != digest:
                     raise ValueError(f"{name} is not as it was written")
+        meta["config"] = TrainConfig(**{name: tuple(value) if isinstance(value, list) else value
+                                        for name, value in meta["config"].items()})
         return meta
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"checkpoint {folder} is damaged ({error}): delete it to use the one before it")
-
-
-def stored_config(meta: dict) -> TrainConfig:
-    return TrainConfig(**{name: tuple(value) if isinstance(value, list) else value
-                          for name, value in meta["config"].items()})
 
 
 def load_part(folder: Path, name: str) -> dict:
@@ -247,16 +260,20 @@ def load_part(folder: Path, name: str) -> dict:
 
 
 def load_model(folder: Path, model: GPT) -> None:
+    """Before optimizers are made: the parameters become the mapped file's, so no pool is in memory twice."""
     state = load_part(folder, "model.pt")
     if model.pool is not None:
         state["pool.values"] = load_part(folder, "pool_0of1.pt")["values"]
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)
 
 
 def load_optimizers(folder: Path, optimizers: list) -> None:
-    optimizers[0].load_state_dict(load_part(folder, "optimizer.pt"))
+    stored = [load_part(folder, "optimizer.pt")]
     if len(optimizers) > 1:
-        optimizers[1].load_state_dict(load_part(folder, "pool_0of1.pt")["optimizer"])
+        stored.append(load_part(folder, "pool_0of1.pt")["optimizer"])
+    for optimizer, state in zip(optimizers, stored, strict=True):
+        # betas, weight decay and the like are as the options say now
+        optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
 
 
 # --- the run ------------------------------------------------------------------------------------------------
@@ -289,6 +306,18 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def trim_log(path: Path, step: int) -> None:
+    """Leaves out what was logged after `step`, as it comes again, and a line that was cut short."""
+    kept = []
+    for line in open(path, encoding="utf-8") if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def train(config: TrainConfig) -> None:
     device = find_device(config.device)
     try:
@@ -300,8 +329,15 @@ def train(config: TrainConfig) -> None:
     if found and not config.resume:
         fail(f"{found[-1]} is there already: go on from it with --resume, or choose another --out_dir")
 
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out_dir={out_dir}: {error.strerror}")
+
     # data
     data = Dataset(config.dataset)
+    if found and json.loads((found[-1] / "meta.json").read_text())["encoding"] != data.encoding_json:
+        fail(f"{config.dataset} has other tokens than {found[-1]} was trained on; choose another --out_dir")
     needed = data.encoding.n_vocab
     config.vocab_size = config.vocab_size or needed
     if config.vocab_size < needed:
@@ -312,7 +348,10 @@ def train(config: TrainConfig) -> None:
 
     # model and optimisers; the raw model stays at hand for saving, evaluating and sampling
     torch.manual_seed(config.seed)
-    model = GPT(config).to(device)
+    model = GPT(config)
+    if found:
+        load_model(found[-1], model)
+    model.to(device)
     optimizers = model.optimizers(
         lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         value_lr=config.value_lr, kind=config.value_optimizer, value_blocks=config.value_blocks,
@@ -323,14 +362,11 @@ def train(config: TrainConfig) -> None:
 
     # where to start
     start = 0
-    out_dir.mkdir(parents=True, exist_ok=True)
     log_path = out_dir / "log.jsonl"
     if found:
-        load_model(found[-1], model)
         load_optimizers(found[-1], optimizers)
-        start = int(found[-1].name.removeprefix("step_"))
-        if log_path.exists():  # what came after the checkpoint comes again
-            log_path.write_text("".join(line for line in open(log_path) if json.loads(line)["step"] <= start))
+        start = step_of(found[-1])
+        trim_log(log_path, start)
     log_file = open(log_path, "a" if found else "w", buffering=1)
 
     counts = model.count_parameters()
@@ -442,9 +478,10 @@ def main(argv: list[str] | None = None) -> None:
     config = build(TrainConfig, preset | given)
     found = checkpoints(Path(config.out_dir))
     if config.resume and found:
-        stored = stored_config(read_meta(found[-1]))
+        stored = read_meta(found[-1])["config"]
         config = build(TrainConfig, asdict(stored) | given)
-        for name in (field.name for field in fields(GPTConfig)):
+        fixed = {field.name for field in fields(GPTConfig)} - {"dropout", "kernel"}
+        for name in sorted(fixed | {"value_optimizer", "value_blocks"}):
             if getattr(config, name) != getattr(stored, name):
                 fail(f"--{name}={getattr(config, name)}: the model in {config.out_dir} has "
                      f"{getattr(stored, name)} for good; choose another --out_dir")

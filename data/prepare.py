@@ -40,7 +40,7 @@ def build_encoding(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     and END.
 
     A piece that is in the vocabulary is one token, so no merges need to be learnt; any other piece falls
-    apart into what the vocabulary has of it, down to bytes. So every text can be encoded, and decodes to
+    apart into bytes, or what pairs of them happen to be in it. So every text can be encoded, and decodes to
     itself.
     """
     pieces = Counter()
@@ -98,13 +98,13 @@ def write_corpus(name: str, config: Corpus, splits: dict, questions: list[dict] 
     """
     folder = DATA / name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)  # written last: a folder that has it is complete
-    (folder / "qa.jsonl").unlink(missing_ok=True)
     if config.tokenizer:
         encoding = named_encoding(config.tokenizer)
     else:
         print(f"{name}: building a tokenizer from the corpus")
         encoding = build_encoding((text.removesuffix(END) for text in splits["train"]()), config.vocab_size)
+    (folder / "meta.json").unlink(missing_ok=True)  # written last: a folder that has it is complete
+    (folder / "qa.jsonl").unlink(missing_ok=True)
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
     meta = {"vocab_size": encoding.n_vocab, "dtype": np.dtype(dtype).name}
     for split, texts in splits.items():
@@ -179,10 +179,13 @@ class FactsConfig(Corpus):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.people < 1:
-            raise ValueError(f"people={self.people} must be at least 1")
-        if self.exposures < 1:
+        if not 1 <= self.people <= 1_000_000:
+            raise ValueError(f"people={self.people} must be between 1 and 1,000,000")
+        if not 1 <= self.exposures < np.inf:
             raise ValueError(f"exposures={self.exposures} must be at least 1")
+        for name in ("zipf", "seed"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("ask", "held_out"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
@@ -194,8 +197,6 @@ def make_names(rng, count: int, syllables: int) -> list[str]:
     while len(names) < count:
         parts = [rng.choice(list("bdfghjklmnprstvwz")) + rng.choice(list("aeiou")) for _ in range(syllables)]
         names["".join(parts).capitalize() + rng.choice(["", *"lmnrst"])] = None
-        if len(names) >= 300 * 35**(syllables - 1):
-            syllables += 1
     return list(names)
 
 
@@ -285,6 +286,8 @@ class TextConfig(Corpus):
 
 def text(config: TextConfig) -> None:
     """Any text. Files are read in blocks, so that they may be larger than the memory."""
+    if Path(config.name).name != config.name or config.name in ("", ".."):
+        fail(f"--name={config.name} must be a plain name: data/NAME is where the text goes")
     if not config.input:
         fail("name the files: --input FILE ...")
     for name in config.input:
@@ -302,7 +305,7 @@ def text(config: TextConfig) -> None:
             size = Path(name).stat().st_size
             block = max(1, min(2**16, int(size * config.val_share / 2)))
             read = 0
-            with open(name, encoding="utf-8") as f:
+            with open(name, encoding="utf-8", newline="") as f:
                 while piece := f.read(block) + f.readline(block):
                     in_val = read >= size * (1 - config.val_share)
                     read += len(piece.encode())

@@ -9,7 +9,7 @@ import pytest
 import tiktoken
 
 from data import prepare
-from data.prepare import END, FactsConfig, build_encoding, encoding_from_json, encoding_to_json, main
+from data.prepare import END, build_encoding, encoding_from_json, encoding_to_json, main
 
 
 @pytest.fixture
@@ -103,10 +103,22 @@ def test_facts_repeat_with_the_seed(data):
     assert made() == first and made("--seed=2")[0] != first[0]
 
 
-def test_many_people_get_as_many_names(data):
-    config = FactsConfig()
-    names = prepare.make_names(np.random.default_rng(0), 3000, 2)
-    assert len(set(names)) == 3000 and config.people == 2000
+def test_many_people_get_as_many_names():
+    assert len(set(prepare.make_names(np.random.default_rng(0), 3000, 2))) == 3000
+
+
+def test_a_mistake_leaves_the_data_that_was_there(data):
+    main(["facts", "--people=5", "--exposures=3"])
+    with pytest.raises(SystemExit):
+        main(["facts", "--people=5", "--tokenizer=gtp2"])
+    assert (data / "facts" / "meta.json").exists() and (data / "facts" / "qa.jsonl").exists()
+
+
+def test_text_keeps_windows_line_ends(data):
+    (data / "a.txt").write_bytes(b"a\r\n" * 1000)
+    main(["text", "--input", str(data / "a.txt")])
+    _, encoding, splits = load(data / "text")
+    assert encoding.decode([*splits["train"], *splits["val"]]).replace(END, "") == "a\r\n" * 1000
 
 
 def test_stdlib_splits_by_file(data, monkeypatch):
@@ -149,7 +161,12 @@ def test_text_keeps_the_end_of_each_file_for_validation(data):
         (["text", "--input", "nowhere.txt"], "nowhere.txt: No such file"),
         (["text", "--input", "BINARY"], "not UTF-8"),
         (["text", "--input", "EMPTY"], "too short"),
-        (["facts", "--people=0"], "--people=0 must be at least 1"),
+        (["facts", "--people=0"], "--people=0 must be between"),
+        (["facts", "--seed=-1"], "--seed=-1 must not be negative"),
+        (["facts", "--zipf=nan"], "--zipf=nan must not be negative"),
+        (["facts", "--exposures=nan"], "--exposures=nan must be at least 1"),
+        (["text", "--name=", "--input", "x"], "must be a plain name"),
+        (["text", "--name=../x", "--input", "x"], "must be a plain name"),
         (["facts", "--ask=2"], "--ask=2.0 must be between"),
         (["facts", "--tokenizer=gtp2"], "tiktoken has"),
         (["facts", "--vocab_size=10"], "at least 257"),

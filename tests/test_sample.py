@@ -38,11 +38,11 @@ def test_questions_are_judged_as_training_judged_them(run, capsys, facts_folder)
 
 
 def test_trace_shows_what_each_layer_read(run, capsys):
-    run("--mem_layers=0,1")
+    run("--mem_layers=1,0")
     text = printed(capsys, f"--out_dir={run.out}", "--prompt=The job of", "--max_new_tokens=3", "--trace")
     folder = train.checkpoints(run.out)[-1]
     meta = train.read_meta(folder)
-    model = train.GPT(train.stored_config(meta))
+    model = train.GPT(meta["config"])
     train.load_model(folder, model)
     encoding = train.encoding_from_json(meta["encoding"])
     reads = []
@@ -62,10 +62,10 @@ def test_trace_shows_what_each_layer_read(run, capsys):
 def test_with_nothing_said_it_asks_the_newest_run(run, capsys):
     run(out=run.out / "old")
     run("--mem_layers=", out=run.out / "new")
-    os.utime(run.out / "old" / "step_000006" / "meta.json", (1, 1))
+    os.utime(run.out / "old" / "step_000006", (1, 1))
     text = printed(capsys, f"--out_dir={run.out}")
     assert "new/step_000006" in text and text.count("Question: ") == 5 and "slots" not in text
-    os.utime(run.out / "new" / "step_000006" / "meta.json", (0, 0))
+    os.utime(run.out / "new" / "step_000006", (0, 0))
     text = printed(capsys, f"--out_dir={run.out}")
     assert "old/step_000006" in text and text.count("Question: ") == 5 and "slots" in text
 
@@ -81,6 +81,8 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path, monkeypatch):
         ([here, "--num_samples=0"], "at least 1"),
         ([here, "--promt=x"], "did you mean --prompt?"),
         ([here, "--temperature=-1"], "must not be negative"),
+        ([here, "--temperature=1e-40"], "must be 0, or at least"),
+        ([here, "--questions=1", "--prompt=x"], "choose one"),
     ]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -89,3 +91,22 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path, monkeypatch):
         assert (
             stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
         ), err
+
+
+def test_a_damaged_checkpoint_and_damaged_questions_are_named(run, capsys, tmp_path, monkeypatch):
+    run("--kernel=triton", "--batch_size=1", "--block_size=16", "--max_steps=1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(sample, "DATA", tmp_path)
+    (tmp_path / "facts").mkdir()
+    (tmp_path / "facts" / "qa.jsonl").write_text('{"prompt": "x"}\n')
+    here = f"--out_dir={run.out}"
+    assert "--- sample 1" in printed(capsys, here, "--prompt=<|fim_prefix|>", "--max_new_tokens=2"), (
+        "kernel or not"
+    )
+    for damaged in ("line 1 of qa.jsonl has no prompt and answer", "is damaged"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            sample.main([here])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and damaged in err
+        (run.out / "step_000001" / "meta.json").unlink(missing_ok=True)

@@ -186,6 +186,8 @@ def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
         (["--n_layers=3"], "did you mean --n_layer?"),
         (["--max_steps=many"], "--max_steps: invalid int value: 'many'"),
         (["--batch_size=0"], "--batch_size=0 must be at least 1"),
+        (["--seed=99999999999999"], "must be below 2**32"),
+        (["--presett=stdlib"], "did you mean --preset?"),
         (["--lr=-1"], "--lr=-1.0 must not be negative"),
         (["--lr=nan"], "--lr=nan must not be negative"),
         (["--beta2=1"], "--beta2=1.0 must be at least 0 and below 1"),
@@ -228,7 +230,44 @@ def test_a_run_is_never_overwritten_nor_changed(run, capsys):
     before = log(run.out)
     assert_fails(run, "go on from it with --resume, or choose another --out_dir", capsys)
     assert_fails(lambda: run("--resume", "--n_layer=3"), "--n_layer=3: the model in", capsys)
+    assert_fails(
+        lambda: run("--resume", "--value_optimizer=adam"), "--value_optimizer=adam: the model in", capsys
+    )
     assert log(run.out) == before
+
+
+def test_what_may_change_on_resuming_does(run):
+    run("--max_steps=3")
+    run("--resume", "--weight_decay=0.5", "--beta1=0.7", "--dropout=0.1", "--kernel=torch")
+    groups = torch.load(run.out / "step_000006" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert groups[0]["weight_decay"] == 0.5 and groups[0]["betas"] == (0.7, 0.99)
+
+
+def test_resuming_on_other_data_is_refused(run, monkeypatch, tmp_path, capsys):
+    run()
+    for module in (prepare, train):
+        monkeypatch.setattr(module, "DATA", tmp_path / "data")
+    prepare.main(["facts", "--people=8", "--exposures=9", "--seed=5"])
+    assert_fails(lambda: run("--resume"), "facts has other tokens than", capsys)
+
+
+def test_a_log_line_cut_short_does_not_stop_a_run(run):
+    run("--max_steps=3")
+    with open(run.out / "log.jsonl", "a") as f:
+        f.write('{"step": 3, "lo')
+    run("--resume")
+    assert log(run.out)[-1]["step"] == 6
+
+
+def test_a_millionth_step_comes_after_the_one_before_it(tmp_path):
+    for step in (999_999, 1_000_000, 2):
+        (tmp_path / f"step_{step:06d}").mkdir()
+    assert [train.step_of(path) for path in train.checkpoints(tmp_path)] == [2, 999_999, 1_000_000]
+
+
+def test_an_out_dir_that_cannot_be_is_named(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert_fails(lambda: run(out=tmp_path / "file"), "file: File exists", capsys)
 
 
 def damage(path: Path, how: str):

@@ -175,7 +175,7 @@ def test_optimizer_is_one_that_torch_knows(kind):
 @pytest.mark.parametrize("kind", ["rowwise", "adam"])
 def test_optimizer_does_not_care_for_the_scale_of_the_gradient(kind):
     results = []
-    for scale in (1.0, 1e3, 1e-7):
+    for scale in (1.0, 1e3, 1e-5):
         torch.manual_seed(0)
         pool = ValuePool(5, 16)
         optimizer = PoolOptimizer(pool, 0.1, kind)

@@ -61,14 +61,20 @@ def plot_step(path: Path) -> None:
     rows = [json.loads(line) for line in open(path, encoding="utf-8")]
     tokens = min(row["tokens"] for row in rows)
     rows = [row for row in rows if row["tokens"] == tokens and row["reads"] == "uniform"]
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
     for method, marker in zip(dict.fromkeys(row["method"] for row in rows), "osv^D", strict=True):
         line = [row for row in rows if row["method"] == method]
         ours = method in ("rowwise", "adam")
         axis.plot([row["rows"] for row in line], [1e3 * row["seconds"] for row in line], marker=marker,
                   linestyle="-" if ours else "--", label=f"nanoPKM, {method}" if ours else method)
-    axis.set(xscale="log", yscale="log", xlabel="rows of the pool", ylabel=f"ms a step of {tokens:,} tokens")
-    axis.legend()
+    axis.set(xscale="log", yscale="log", xlabel="rows of the pool", ylabel=f"ms a step of {tokens:,} tokens",
+             xticks=sorted({row["rows"] for row in rows}))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path.with_suffix(".png"), dpi=120)
     plt.close(figure)
 

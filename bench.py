@@ -281,53 +281,25 @@ OPERATION_ROWS = 1_048_576  # of the pool in measure_operations
 
 
 def kernel_sources(V: int, dtype: str):
-    """(name, function, signature, constants) of each kernel, for values of `dtype`."""
-    element_size = {"fp32": 4, "bf16": 2}[dtype]
-    gather, blocks = kernel.gather_settings(V, element_size), 8
-    yield (
-        "gather_sum",
-        kernel.gather_sum_kernel,
-        dict(
-            y_ptr="*fp32",
-            values_ptr=f"*{dtype}",
-            indices_ptr="*i64",
-            weights_ptr="*fp32",
-            begin_ptr="*i64",
-            end_ptr="*i64",
-        ),
-        gather,
-    )
-    yield (
-        "gather_dot",
-        kernel.gather_dot_kernel,
-        dict(dw_ptr="*fp32", values_ptr=f"*{dtype}", indices_ptr="*i64", dy_ptr="*fp32", bag="i32"),
-        gather,
-    )
-    for name, count in (("rowwise", blocks), ("adam", 1)):
-        signature = dict(
-            values_ptr=f"*{dtype}",
-            v_ptr="*fp32",
-            exp_avg_ptr="*fp32",
-            rows_ptr="*i64",
-            begin_ptr="*i64",
-            end_ptr="*i64",
-            token_ptr="*i64",
-            weights_ptr="*fp32",
-            dy_ptr="*fp32",
-            lr="fp32",
-            beta1="fp32",
-            beta2="fp32",
-            eps="fp32",
-            seed="i32",
-        )
-        constants = kernel.update_settings(V, count, 4) | {"STOCHASTIC": dtype == "bf16"}
-        if name == "rowwise":
-            del signature["exp_avg_ptr"]
-            constants["exp_avg_ptr"] = None
-        yield name, kernel.update_kernel, signature, constants
+    """(name, function, constants) of each kernel, for values of `dtype`."""
+    gather = kernel.gather_settings(V, {"fp32": 4, "bf16": 2}[dtype])
+    update = {"STOCHASTIC": dtype == "bf16"}
+    yield "gather_sum", kernel.gather_sum_kernel, gather
+    yield "gather_dot", kernel.gather_dot_kernel, gather
+    yield "rowwise", kernel.update_kernel, kernel.update_settings(V, 8, 4) | update | {"exp_avg_ptr": None}
+    yield "adam", kernel.update_kernel, kernel.update_settings(V, 1, 4) | update
 
 
-def compile_kernel(function, signature: dict, constants: dict, target) -> dict:
+def argument_type(name: str, dtype: str) -> str:
+    """As at a launch in training: values of `dtype`, everything else of float32, and indices of int64."""
+    if name in ("indices_ptr", "begin_ptr", "end_ptr", "rows_ptr", "token_ptr"):
+        return "*i64"
+    if name == "values_ptr":
+        return f"*{dtype}"
+    return "*fp32" if name.endswith("_ptr") else "i32" if name in ("bag", "seed") else "fp32"
+
+
+def compile_kernel(function, dtype: str, constants: dict, target) -> dict:
     """Compiles for a GPU that need not be here, and reads what the result needs of it."""
     import triton
     from triton.compiler import ASTSource
@@ -335,7 +307,7 @@ def compile_kernel(function, signature: dict, constants: dict, target) -> dict:
     constants = dict(constants)
     num_warps = constants.pop("num_warps")
     names = function.arg_names
-    signature = {name: signature.get(name, "constexpr") for name in names}
+    signature = {name: "constexpr" if name in constants else argument_type(name, dtype) for name in names}
     # as at a launch: tensors begin at a multiple of 16 bytes
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"
@@ -387,10 +359,10 @@ def bench_kernels(config: BenchConfig) -> list[dict]:
         "in flight"
     )
     for dtype, V in (("fp32", 256), ("fp32", 1024), ("bf16", 256), ("bf16", 1024)):
-        for name, function, signature, constants in kernel_sources(V, dtype):
+        for name, function, constants in kernel_sources(V, dtype):
             for target_name, target in targets.items():
                 row = dict(bench="kernels", kernel=name, dtype=dtype, V=V, target=target_name)
-                row |= compile_kernel(function, signature, constants, target)
+                row |= compile_kernel(function, dtype, constants, target)
                 tile = constants["ROWS"] * V * (2 if dtype == "bf16" and "gather" in name else 4)
                 # bytes that a multiprocessor has asked for at once: the tiles of all programs that fit it
                 in_flight = f"{row['programs'] * tile / 1024:.0f} KB" if "programs" in row else "-"

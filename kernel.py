@@ -135,7 +135,7 @@ def sort_reads(reads: list):
         first += N
     indices, order = torch.sort(indices, stable=True)
     rows, counts = torch.unique_consecutive(indices, return_counts=True)
-    return rows, F.pad(counts.cumsum(0), (1, 0)), torch.cat(token)[order], weights[order], dy
+    return rows.long(), F.pad(counts.cumsum(0), (1, 0)), torch.cat(token)[order], weights[order], dy
 
 
 # --- PyTorch ------------------------------------------------------------------------------------------------

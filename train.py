@@ -194,7 +194,7 @@ def validation_loss(model, tokens, config: TrainConfig, device) -> float:
 
 def checkpoints(out_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first. A folder gets this name only once all of it is on the disk."""
-    return sorted(out_dir.glob("step_[0-9]*"), key=step_of)
+    return sorted((path for path in out_dir.glob("step_*") if path.name[5:].isdigit()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

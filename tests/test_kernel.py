@@ -118,6 +118,18 @@ def test_row_gradients_do_not_depend_on_the_chunk(monkeypatch, chunk):
         torch.testing.assert_close(torch.cat(part), whole)
 
 
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("kind", ["rowwise", "adam"])
+def test_indices_of_32_bits_update_as_those_of_64(kind, side):
+    results = []
+    for dtype in (torch.int64, torch.int32):
+        values, indices, weights, dy = make_read(9, 4, 16, 30)
+        state = new_state(kind, 30, 16, 8) | {"step": 1}
+        scatter_update(values, state, [(indices.to(dtype), weights, dy)], 0.1, (0.9, 0.99), 1e-8, kernel=side)
+        results.append(values)
+    assert torch.equal(*results)
+
+
 def test_several_reads_with_bags_of_different_sizes_add_up():
     """Layers that share a pool, and micro-batches: guards the numbering of tokens over reads."""
     values, *first = make_read(7, 3, 8, 20, seed=1, dtype=torch.float64)

@@ -94,7 +94,7 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path, monkeypatch):
 
 
 def test_a_damaged_checkpoint_and_damaged_questions_are_named(run, capsys, tmp_path, monkeypatch):
-    run("--kernel=triton", "--batch_size=1", "--block_size=16", "--max_steps=1")
+    run("--kernel=triton", "--device=auto", "--batch_size=1", "--block_size=16", "--max_steps=1")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(sample, "DATA", tmp_path)
     (tmp_path / "facts").mkdir()

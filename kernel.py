@@ -135,7 +135,8 @@ def sort_reads(reads: list):
         first += N
     indices, order = torch.sort(indices, stable=True)
     rows, counts = torch.unique_consecutive(indices, return_counts=True)
-    return rows.long(), F.pad(counts.cumsum(0), (1, 0)), torch.cat(token)[order], weights[order], dy
+    token, weights = torch.cat(token).index_select(0, order), weights.index_select(0, order)
+    return rows.long(), F.pad(counts.cumsum(0), (1, 0)), token, weights, dy
 
 
 # --- PyTorch ------------------------------------------------------------------------------------------------

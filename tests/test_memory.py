@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from memory import MemoryLayer, MemoryUsage, PoolOptimizer, ValuePool, product_key_search, pruned_pairs
+from memory import MemoryLayer, MemoryUsage, PoolOptimizer, ValuePool, product_key_search, pruned_pairs, top_k
 
 SHAPES = [
     (1, 1, 2, 1, 1),
@@ -277,3 +277,20 @@ def test_optimizer_refuses_what_cannot_be():
         PoolOptimizer(ValuePool(16, 12), 0.1)
     with pytest.raises(ValueError, match="rowwise"):
         PoolOptimizer(ValuePool(16, 8), 0.1, "sgd")
+        PoolOptimizer(ValuePool(4, 8), 0.1, "sgd")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("S, k", [(1, 1), (2, 2), (50, 16), (127, 1), (128, 16), (132, 40), (1024, 32)])
+def test_top_k_equals_topk(S, k, dtype):
+    """Both signs and zeros, neighbouring numbers, denormals, ties: the column must not change the order."""
+    generator = torch.Generator().manual_seed(S)
+    magnitude = 10.0 ** torch.randint(-44, 8, (3, 2, S), generator=generator)
+    x = torch.randn(3, 2, S, generator=generator) * magnitude
+    x[0] = x[0].sign() * 0.0
+    x[1] = torch.nextafter(torch.ones(2, S), torch.tensor(2.0)).where(x[1] > 0, torch.ones(2, S))
+    x = x.to(dtype)
+    values, indices = top_k(x, k)
+    assert torch.equal(values, x.topk(k).values)
+    assert torch.equal(values, x.gather(-1, indices))
+    assert all(len(row.unique()) == k for row in indices.flatten(0, 1))

@@ -94,7 +94,7 @@ def copy_bandwidth(repeats: int) -> float:
 
 
 def our_step(kind: str, num_values: int, indices, weights, dy):
-    pool = ValuePool(math.isqrt(num_values), dy.size(1)).to(DEVICE)
+    pool = ValuePool(num_values, dy.size(1)).to(DEVICE)
     optimizer = PoolOptimizer(pool, 1e-3, kind)
 
     def step():
@@ -223,19 +223,6 @@ def bench_search(config: BenchConfig) -> list[dict]:
 # --- model --------------------------------------------------------------------------------------------------
 
 
-def macs_per_token(c: TrainConfig) -> int:
-    """Multiply-adds a token of a forward pass: matrices, attention over half a block, search, reads."""
-    C = c.n_embd
-    attention = 4 * C * C + c.block_size * C
-    memory = c.mem_heads * (C * c.mem_key_dim + c.mem_num_keys * c.mem_key_dim + c.mem_knn * C) + 2 * C * C
-    return (
-        c.n_layer * attention
-        + len(c.mem_layers) * memory
-        + (c.n_layer - len(c.mem_layers)) * 8 * C * C
-        + c.vocab_size * C
-    )
-
-
 def train_step(config: TrainConfig):
     torch.manual_seed(0)
     model = GPT(config).to(DEVICE).train()
@@ -258,7 +245,7 @@ def bench_model(config: BenchConfig) -> list[dict]:
     times = measure(steps, 3 * config.repeats)
     print("a training step of the default preset, and of it with an MLP in place of each memory layer:")
     for name, measured in times.items():
-        print(f"  {name:8}{spread(measured)}, {macs_per_token(configs[name]):,} multiply-adds a token")
+        print(f"  {name:8}{spread(measured)}, {configs[name].macs_per_token():,} multiply-adds a token")
     print(f"  memory / dense: {ratio(times, 'memory', 'dense'):.2f} times\n")
     with torch.profiler.profile() as profile:
         steps["memory"]()
@@ -268,7 +255,7 @@ def bench_model(config: BenchConfig) -> list[dict]:
             bench="model",
             method=name,
             seconds=statistics.median(measured),
-            macs=macs_per_token(configs[name]),
+            macs=configs[name].macs_per_token(),
         )
         for name, measured in times.items()
     ]

@@ -20,6 +20,10 @@ The algorithm, for each token and head:
 A step reads N*bag rows of the pool and learns only those. So the gradient of the pool is never a tensor of
 the pool's size: the backward pass keeps each *read* (indices, weights, dy), and PoolOptimizer turns reads
 into steps, a few rows at a time (kernel.py).
+
+Two kin of it are here to be compared with. PEER (He 2024, arXiv 2407.04153): a slot found is not a value but
+an MLP with one hidden unit. And a control, 'hash': the slots are found by a fixed hash of the last two
+tokens, so that all that is missing is the learnt addressing.
 """
 
 import functools
@@ -99,7 +103,8 @@ class MemoryUsage(nn.Module):
         self.register_buffer("total_weight", torch.zeros(num_values), persistent=False)
 
     def add(self, indices, weights):
-        self.total_weight.index_add_(0, indices.flatten(), weights.detach().flatten().to(self.total_weight))
+        weights = weights.detach().abs().flatten()  # of PEER some are negative
+        self.total_weight.index_add_(0, indices.flatten(), weights.to(self.total_weight))
 
     def reset(self):
         self.total_weight.zero_()
@@ -137,21 +142,38 @@ class _Read(torch.autograd.Function):
         return None, None, gather_dot(values, indices, dy, ctx.kernel), None, None
 
 
+class _Dot(torch.autograd.Function):
+    """gather_dot, the other way round: backward gives x its gradient and leaves the pool's as a read."""
+
+    @staticmethod
+    def forward(ctx, values, indices, x, reads, kernel):
+        ctx.save_for_backward(values, indices, x)
+        ctx.reads, ctx.kernel = reads, kernel
+        return gather_dot(values, indices, x, kernel)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_dots):
+        values, indices, x = ctx.saved_tensors
+        ctx.reads.append((indices, d_dots.contiguous(), x.detach()))
+        return None, None, gather_sum(values, indices, d_dots, ctx.kernel), None, None
+
+
 class ValuePool(nn.Module):
     """
-    The rows that memory layers read: `values` (num_keys**2, value_dim). Layers get the pool as an argument to
+    The rows that memory layers read: `values` (num_values, value_dim). Layers get the pool as an argument to
     forward, so several can share one (Berges et al. 2024, section 2.2).
 
     `values` does not require a gradient: none is ever made. What backward leaves in `reads` is what
     PoolOptimizer learns from. kernel: 'auto', 'triton' or 'torch' (kernel.py).
     """
 
-    def __init__(self, num_keys: int, value_dim: int, dtype=torch.float32, kernel: str = "auto"):
+    def __init__(self, num_values: int, value_dim: int, dtype=torch.float32, kernel: str = "auto"):
         super().__init__()
-        values = torch.empty(num_keys**2, value_dim, dtype=dtype).normal_(std=value_dim**-0.5)
+        values = torch.empty(num_values, value_dim, dtype=dtype).normal_(std=value_dim**-0.5)
         self.values = nn.Parameter(values, requires_grad=False)
         self.kernel = kernel
-        self.usage = MemoryUsage(num_keys**2)
+        self.usage = MemoryUsage(num_values)
         self.reads = []  # (indices, weights, dy) of every read since zero_grad
 
     @torch.compiler.disable  # backward has a side effect, which a compiled graph would lose
@@ -160,6 +182,14 @@ class ValuePool(nn.Module):
         if self.training:
             self.usage.add(indices, weights)
         return _Read.apply(self.values, indices, weights, self.reads, self.kernel)
+
+    @torch.compiler.disable
+    def dot(self, indices, x):
+        """indices (N, bag), x (N, value_dim) -> products of rows with x (N, bag), of the dtype of x."""
+        y = _Dot.apply(self.values, indices, x, self.reads, self.kernel)
+        if self.training:
+            self.usage.add(indices, y)
+        return y
 
     def dense_gradient(self) -> torch.Tensor:
         """The gradient that `reads` stand for, like `values`. For tests and the curious, not for training."""
@@ -178,38 +208,61 @@ class MemoryLayer(nn.Module):
     swilu    out = W_o (y * silu(W_g x)), the gate of Memory+ (Berges et al. 2024, section 2.2)
     qk_norm  halves of queries and keys have length 1, times a learnt scale; without it slot use may collapse
     bias     in the projections
+
+    kind='peer'  y = sum_j w_j * gelu(<u_j, x>) * v_j, where row j of the pool is v_j and row j + S*S is u_j;
+                 with neither gate nor output projection, as in the paper
+    kind='hash'  the slots of each head are hashes of the last two tokens, no two heads or layers having the
+                 same; their weights are a softmax still, over scores that are linear in x
     """
 
     def __init__(self, width: int, num_keys: int, heads: int, knn: int, key_dim: int, value_dim: int,
-                 swilu: bool = True, qk_norm: bool = True, bias: bool = True):
+                 swilu: bool = True, qk_norm: bool = True, bias: bool = True, kind: str = "product-key"):
         super().__init__()
         if key_dim % 2:
             raise ValueError(f"key_dim={key_dim} must be even: a query has two halves")
         if not 1 <= knn <= num_keys:
             raise ValueError(f"knn={knn} must be between 1 and num_keys={num_keys}")
-        self.heads, self.knn = heads, knn
-        self.query = nn.Linear(width, heads * key_dim, bias=bias)
-        self.half_keys = nn.Parameter(torch.empty(heads, 2, num_keys, key_dim // 2))
-        nn.init.uniform_(self.half_keys, -(key_dim**-0.5), key_dim**-0.5)
-        # cosines of random vectors have the variance 2/D: this makes it 1
-        self.scale = nn.Parameter(torch.full((heads,), (key_dim / 2) ** 0.5)) if qk_norm else None
-        self.gate = nn.Linear(width, value_dim, bias=bias) if swilu else None
-        self.out = nn.Linear(value_dim, width, bias=bias)
+        self.kind, self.num_keys, self.heads, self.knn = kind, num_keys, heads, knn
+        if kind == "hash":
+            self.score = nn.Linear(width, heads * knn, bias=bias)
+            self.register_buffer("multipliers", 2 * torch.randint(2**62, (heads * knn,)) + 1)
+        else:
+            self.query = nn.Linear(width, heads * key_dim, bias=bias)
+            self.half_keys = nn.Parameter(torch.empty(heads, 2, num_keys, key_dim // 2))
+            nn.init.uniform_(self.half_keys, -(key_dim**-0.5), key_dim**-0.5)
+            # cosines of random vectors have the variance 2/D: this makes it 1
+            self.scale = nn.Parameter(torch.full((heads,), (key_dim / 2) ** 0.5)) if qk_norm else None
+        self.gate = nn.Linear(width, value_dim, bias=bias) if swilu and kind != "peer" else None
+        self.out = nn.Linear(value_dim, width, bias=bias) if kind != "peer" else None
 
-    def forward(self, x: torch.Tensor, pool: ValuePool) -> torch.Tensor:
-        """x (..., C) -> (..., C). The pool has num_keys**2 rows of value_dim."""
+    def search(self, x):
+        """x (N, C) -> scores (N, H, K), indices (N, H, K)."""
         H = self.heads
         half_keys = self.half_keys  # (H, 2, S, D/2)
         queries = self.query(x).view(-1, H, 2, half_keys.size(3))  # (N, H, 2, D/2)
         if self.scale is not None:
             queries = F.normalize(queries, dim=-1) * self.scale.view(H, 1, 1)
             half_keys = F.normalize(half_keys, dim=-1)
-        scores, indices = product_key_search(queries, half_keys, self.knn)  # (N, H, K)
-        weights = scores.softmax(-1)
-        y = pool(indices.flatten(1), weights.flatten(1)).view(*x.shape[:-1], -1)  # (..., V)
+        return product_key_search(queries, half_keys, self.knn)
+
+    def hash(self, x, bigrams):
+        """x (N, C), bigrams (N,), int64: a number for each pair of tokens -> as search."""
+        # multiply-shift hashing: of the product, which overflows, the high bits depend on all of the number
+        high = (bigrams.unsqueeze(1) + 1) * self.multipliers >> 33 & 2**31 - 1  # (N, H*K)
+        indices = high * self.num_keys**2 >> 31
+        return self.score(x).view(-1, self.heads, self.knn), indices.view(-1, self.heads, self.knn)
+
+    def forward(self, x: torch.Tensor, pool: ValuePool, bigrams: torch.Tensor | None = None) -> torch.Tensor:
+        """x (..., C) -> (..., C). The pool has num_keys**2 rows of value_dim, for 'peer' twice as many."""
+        shape, x = x.shape, x.flatten(0, -2)  # (N, C)
+        scores, indices = self.hash(x, bigrams.flatten()) if self.kind == "hash" else self.search(x)
+        weights, indices = scores.softmax(-1).flatten(1), indices.flatten(1)  # (N, H*K)
+        if self.kind == "peer":
+            weights = weights * F.gelu(pool.dot(indices + self.num_keys**2, x))
+        y = pool(indices, weights)  # (N, V)
         if self.gate is not None:
             y = y * F.silu(self.gate(x))
-        return self.out(y)
+        return (y if self.out is None else self.out(y)).view(shape)
 
 
 class PoolOptimizer(torch.optim.Optimizer):

@@ -3,7 +3,8 @@ A GPT whose feed-forward blocks can be swapped for memory layers.
 
 The architecture is GPT-2's: pre-LayerNorm, GELU, learnt positions, the head tied to the token embedding. With
 mem_layers=() that is all it is. Where a block's index is in mem_layers, a MemoryLayer (memory.py) takes the
-place of its MLP; all memory layers read one ValuePool, which the GPT owns and passes down.
+place of its MLP; all memory layers read one ValuePool, which the GPT owns and passes down. Where it is in
+moe_layers, a mixture of experts does: what else one may do with more parameters at the same cost a token.
 """
 
 import math
@@ -26,39 +27,80 @@ class GPTConfig:
     n_embd: int = 64  # width of the model
     dropout: float = 0.0  # share of activations dropped in training
     bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has
+    mlp_width: int = 0  # hidden units of an MLP; 0: 4 * n_embd
 
     mem_layers: tuple[int, ...] = ()  # blocks with a memory layer, from 0; the papers spread 3 over the depth
+    mem_kind: Literal["product-key", "peer", "hash"] = "product-key"  # see memory.py
     mem_num_keys: int = 128  # half-keys a side; the pool has the square of it as slots
     mem_heads: int = 4  # each searches with a query of its own
     mem_knn: int = 16  # slots that each head reads
     mem_key_dim: int = 32  # width of a query, both halves
-    mem_swilu: bool = True  # gate what was read (Memory+)
+    mem_swilu: bool = True  # gate what was read (Memory+); peer has no gate
     mem_qk_norm: bool = True  # normalise queries and keys; off, slot use tends to collapse
     mem_mode: Literal["replace", "add"] = "replace"  # the MLP gives way, or stays too
     mem_dtype: Literal["float32", "bfloat16"] = "float32"  # of the pool's values
     kernel: Literal["auto", "triton", "torch"] = "auto"  # of the pool; auto: triton on a GPU, else torch
 
+    moe_layers: tuple[int, ...] = ()  # blocks with a mixture of experts, from 0
+    moe_experts: int = 32  # a block
+    moe_top_k: int = 2  # experts that a token goes through, each an MLP of mlp_width / moe_top_k hidden units
+    moe_balance: float = 0.01  # weight of the loss that spreads tokens over experts; training alone has it
+
     def __post_init__(self):
-        self.mem_layers = tuple(sorted(self.mem_layers))
-        for name in ("block_size", "n_layer", "n_head", "n_embd",
-                     "mem_num_keys", "mem_heads", "mem_knn", "mem_key_dim"):
+        self.mem_layers, self.moe_layers = tuple(sorted(self.mem_layers)), tuple(sorted(self.moe_layers))
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "mem_num_keys", "mem_heads", "mem_knn",
+                     "mem_key_dim", "moe_experts", "moe_top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.vocab_size < 0:
-            raise ValueError(f"vocab_size={self.vocab_size} must not be negative")
+        for name in ("vocab_size", "mlp_width", "moe_balance"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
-        for layer in self.mem_layers:
-            if not 0 <= layer < self.n_layer:
-                raise ValueError(f"mem_layers: there is no layer {layer}, only 0 to {self.n_layer - 1}")
-        if len(set(self.mem_layers)) < len(self.mem_layers):
-            raise ValueError(f"mem_layers={self.mem_layers} names a layer twice")
+        for name in ("mem_layers", "moe_layers"):
+            layers = getattr(self, name)
+            for layer in layers:
+                if not 0 <= layer < self.n_layer:
+                    raise ValueError(f"{name}: there is no layer {layer}, only 0 to {self.n_layer - 1}")
+            if len(set(layers)) < len(layers):
+                raise ValueError(f"{name}={layers} names a layer twice")
+        if self.mem_mode == "replace" and set(self.mem_layers) & set(self.moe_layers):
+            raise ValueError(f"moe_layers={self.moe_layers} and mem_layers={self.mem_layers} share a layer")
         if self.mem_layers and self.mem_knn > self.mem_num_keys:
             raise ValueError(f"mem_knn={self.mem_knn} must be at most mem_num_keys={self.mem_num_keys}")
         if self.mem_layers and self.mem_key_dim % 2:
             raise ValueError(f"mem_key_dim={self.mem_key_dim} must be even: a query has two halves")
+        if self.mem_kind == "peer" and self.mem_mode == "add":
+            raise ValueError("mem_kind=peer has no output projection that mem_mode=add could set to zero")
+        if self.moe_layers and self.moe_top_k > self.moe_experts:
+            raise ValueError(f"moe_top_k={self.moe_top_k} must be at most moe_experts={self.moe_experts}")
+        if self.moe_layers and self.hidden % self.moe_top_k:
+            raise ValueError(f"moe_top_k={self.moe_top_k} must divide an MLP's {self.hidden} hidden units")
+
+    @property
+    def hidden(self) -> int:
+        """Hidden units of an MLP."""
+        return self.mlp_width or 4 * self.n_embd
+
+    def macs_per_token(self) -> int:
+        """
+        Multiply-adds of a forward pass, a token, at the length block_size: of every matrix; of attention,
+        where a token sees half the block on average; of the search, 2 * num_keys products with half-keys a
+        head; and of the rows read. Not counted: what is done number by number (normalisation, softmax, GELU),
+        choosing (top-k), and looking up embeddings. A training step costs three times as many.
+        """
+        C, reads = self.n_embd, self.mem_heads * self.mem_knn
+        attention = 4 * C * C + self.block_size * C
+        search = self.mem_heads * self.mem_key_dim * (C + self.mem_num_keys)
+        memory = {"product-key": search + reads * C + (1 + self.mem_swilu) * C * C,
+                  "peer": search + 2 * reads * C,
+                  "hash": C * reads + reads * C + (1 + self.mem_swilu) * C * C}[self.mem_kind]
+        mlps = self.n_layer - len(self.moe_layers) - len(self.mem_layers) * (self.mem_mode == "replace")
+        moe = 2 * C * self.hidden + C * self.moe_experts
+        return (self.n_layer * attention + mlps * 2 * C * self.hidden + len(self.mem_layers) * memory
+                + len(self.moe_layers) * moe + self.vocab_size * C)
 
 
 class CausalSelfAttention(nn.Module):
@@ -87,11 +129,45 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.hidden, bias=config.bias)
+        self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class MoE(nn.Module):
+    """
+    A mixture of experts: each token goes through the top_k of E small MLPs that a router scores highest, and
+    their outputs are averaged with the softmax of those scores (Shazeer et al. 2017, arXiv 1701.06538). No
+    token is ever dropped.
+
+    Leaves `balance`, the load-balancing loss of Fedus et al. 2021 (arXiv 2101.03961, section 2.2): 1 where
+    all experts are chosen alike, E where one is chosen always.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        C, E, width = config.n_embd, config.moe_experts, config.hidden // config.moe_top_k
+        self.top_k = config.moe_top_k
+        self.router = nn.Linear(C, E, bias=False)
+        self.c_fc = nn.Parameter(torch.empty(E, C, width).normal_(std=0.02))
+        self.c_proj = nn.Parameter(torch.empty(E, width, C).normal_(std=0.02 / math.sqrt(2 * config.n_layer)))
+
+    def forward(self, x):
+        shape, x = x.shape, x.flatten(0, -2)  # (N, C)
+        logits = self.router(x)  # (N, E)
+        scores, experts = logits.topk(self.top_k)  # (N, top_k)
+        weights = scores.softmax(-1)
+        # sorted by expert, the tokens of one stand together: a matrix product each, and no token is padding
+        order = experts.flatten().argsort(stable=True)  # (N * top_k,)
+        token, E = order // self.top_k, logits.size(1)
+        counts = experts.flatten().bincount(minlength=E)
+        y = torch.cat([F.gelu(part @ self.c_fc[e], approximate="tanh") @ self.c_proj[e]
+                       for e, part in enumerate(x[token].split(counts.tolist()))])
+        y = torch.zeros_like(x).index_add(0, token, y * weights.flatten()[order].unsqueeze(1))
+        self.balance = E * (counts / counts.sum() * logits.softmax(-1).mean(0)).sum()
+        return y.view(shape)
 
 
 class Block(nn.Module):
@@ -102,20 +178,22 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         is_memory = layer in config.mem_layers
-        self.mlp = MLP(config) if not is_memory or config.mem_mode == "add" else None
+        self.mlp = None
+        if not is_memory or config.mem_mode == "add":
+            self.mlp = MoE(config) if layer in config.moe_layers else MLP(config)
         self.memory = MemoryLayer(
             width=config.n_embd, num_keys=config.mem_num_keys, heads=config.mem_heads, knn=config.mem_knn,
             key_dim=config.mem_key_dim, value_dim=config.n_embd, swilu=config.mem_swilu,
-            qk_norm=config.mem_qk_norm, bias=config.bias) if is_memory else None
+            qk_norm=config.mem_qk_norm, bias=config.bias, kind=config.mem_kind) if is_memory else None
 
-    def forward(self, x, pool, past=None):
+    def forward(self, x, pool, bigrams, past=None):
         y, past = self.attn(self.ln_1(x), past)
         x = x + y
         h = self.ln_2(x)
         if self.mlp is not None:
             x = x + F.dropout(self.mlp(h), self.dropout, self.training)
         if self.memory is not None:
-            x = x + F.dropout(self.memory(h, pool), self.dropout, self.training)
+            x = x + F.dropout(self.memory(h, pool, bigrams), self.dropout, self.training)
         return x, past
 
 
@@ -132,7 +210,8 @@ class GPT(nn.Module):
         self.pool = None
         if config.mem_layers:
             dtype = getattr(torch, config.mem_dtype)
-            self.pool = ValuePool(config.mem_num_keys, config.n_embd, dtype, config.kernel)
+            num_values = config.mem_num_keys**2 * (2 if config.mem_kind == "peer" else 1)
+            self.pool = ValuePool(num_values, config.n_embd, dtype, config.kernel)
 
         # GPT-2's initialisation: what a block adds to the residual stream starts smaller, the more blocks
         for name, module in self.named_modules():
@@ -157,14 +236,23 @@ class GPT(nn.Module):
             raise ValueError(f"{P + T} tokens do not fit block_size={self.config.block_size}")
         x = self.wte(idx) + self.wpe(torch.arange(P, P + T, device=idx.device))  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
+        # for mem_kind='hash': a number for each token and the one before it, at the start of all a token 0
+        before = F.pad(idx[:, :-1], (1, 0)) if past is None else torch.cat((past[-1], idx[:, :-1]), dim=1)
+        bigrams = before * self.config.vocab_size + idx
         new_past = []
         for layer, block in enumerate(self.blocks):
-            x, keys_values = block(x, self.pool, None if past is None else past[layer])
+            x, keys_values = block(x, self.pool, bigrams, None if past is None else past[layer])
             new_past.append(keys_values)
+        new_past.append(idx[:, -1:])
         if targets is None:
             return F.linear(self.ln_f(x[:, -1:]), self.wte.weight), None, new_past
         logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, vocab_size)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1), new_past
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        for block in self.blocks:
+            if self.training and isinstance(block.mlp, MoE):
+                # the gradient alone: the loss that is shown stays one that models can be compared by
+                loss = loss + self.config.moe_balance * (block.mlp.balance - block.mlp.balance.detach())
+        return logits, loss, new_past
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
@@ -214,9 +302,10 @@ class GPT(nn.Module):
         return optimizers
 
     def count_parameters(self) -> dict[str, int]:
-        """dense: all but the pool; memory: the pool; active: dense, and what one token reads of the pool."""
+        """dense: all but the pool; memory: the pool; active: what one token goes through of both."""
         c = self.config
         dense = sum(p.numel() for p in self.parameters() if p.requires_grad)
         memory = 0 if self.pool is None else self.pool.values.numel()
-        return {"dense": dense, "memory": memory,
-                "active": dense + len(c.mem_layers) * c.mem_heads * c.mem_knn * c.n_embd}
+        read = len(c.mem_layers) * c.mem_heads * c.mem_knn * c.n_embd * (2 if c.mem_kind == "peer" else 1)
+        idle = len(c.moe_layers) * (c.moe_experts - c.moe_top_k) * 2 * c.n_embd * c.hidden // c.moe_top_k
+        return {"dense": dense, "memory": memory, "active": dense - idle + read}

@@ -4,6 +4,7 @@ something to ask, qa.jsonl.
 
     python data/prepare.py facts --people=2000        generated people and their attributes, with questions
     python data/prepare.py stdlib                     source of the Python standard library on this machine
+    python data/prepare.py mqar                       pairs of words, to be recalled from the context
     python data/prepare.py text --input FILE ...      any UTF-8 text; --name=NAME says which folder it goes to
     python data/prepare.py facts --help               the options of a corpus
 """
@@ -237,6 +238,53 @@ def facts(config: FactsConfig) -> None:
     write_corpus("facts", config, splits, asked)
 
 
+# --- mqar ---------------------------------------------------------------------------------------------------
+
+@dataclass
+class MqarConfig(Corpus):
+    documents: int = 40_000  # in train.bin; a fiftieth as many in val.bin, and as many again are asked about
+    pairs: int = 8  # of a key and a value, in a document; each is told once and asked once
+    keys: int = 128  # different keys
+    values: int = 128  # different values
+    seed: int = 1  # of everything that is drawn
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("documents", "pairs", "values"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.keys < self.pairs:
+            raise ValueError(f"keys={self.keys} must be at least pairs={self.pairs}, which all differ")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
+
+
+def mqar(config: MqarConfig) -> None:
+    """
+    Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927): a document is pairs of
+    words, a line each, and then the same lines again in another order. Which words go together is new in each
+    document, so that the answer is in the context, and nothing is worth remembering for longer.
+    """
+    rng = np.random.default_rng(config.seed)
+    words = make_names(rng, config.keys + config.values, 3)
+
+    def draw():  # the lines as they are told, and as they are asked
+        keys = rng.choice(config.keys, config.pairs, replace=False)
+        values = config.keys + rng.integers(config.values, size=config.pairs)
+        lines = [f"{words[key]} {words[value]}\n" for key, value in zip(keys, values, strict=True)]
+        return lines, [lines[i] for i in rng.permutation(config.pairs)]
+
+    few = -(-config.documents // 50)
+    documents = {split: ["".join(told + asked) + END for told, asked in (draw() for _ in range(count))]
+                 for split, count in (("train", config.documents), ("val", few))}
+    questions = []
+    for told, asked in (draw() for _ in range(few)):
+        key, value = asked[0].split()
+        questions.append({"prompt": "".join(told) + key, "answer": value})
+    splits = {split: lambda split=split: iter(documents[split]) for split in documents}
+    write_corpus("mqar", config, splits, questions)
+
+
 # --- text ---------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -316,7 +364,8 @@ def text(config: TextConfig) -> None:
     write_corpus(config.name, config, {split: lambda split=split: texts(split) for split in ("train", "val")})
 
 
-CORPORA = {"facts": (facts, FactsConfig), "stdlib": (stdlib, StdlibConfig), "text": (text, TextConfig)}
+CORPORA = {"facts": (facts, FactsConfig), "stdlib": (stdlib, StdlibConfig), "mqar": (mqar, MqarConfig),
+           "text": (text, TextConfig)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -106,6 +106,8 @@ def test_help_has_every_option_with_its_default_and_its_comment(capsys):
         ("sample", "SampleConfig"),
         ("data.prepare", "FactsConfig"),
         ("data.prepare", "StdlibConfig"),
+        ("data.prepare", "MqarConfig"),
+        ("evidence", "EvidenceConfig"),
         ("data.prepare", "TextConfig"),
     ],
 )

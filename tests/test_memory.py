@@ -71,7 +71,7 @@ def test_layer_equals_the_formula(qk_norm, swilu, bias):
     torch.manual_seed(0)
     C, S, H, K, D, V = 12, 9, 3, 4, 8, 10
     layer = MemoryLayer(C, S, H, K, D, V, swilu=swilu, qk_norm=qk_norm, bias=bias).double()
-    pool = ValuePool(S, V).double()
+    pool = ValuePool(S * S, V).double()
     x = torch.randn(2, 5, C, dtype=torch.float64)
     if qk_norm:
         layer.scale.data.uniform_(1, 3)
@@ -102,7 +102,7 @@ def test_layer_equals_the_formula(qk_norm, swilu, bias):
 def test_pool_gradient_equals_autograd_over_layers_and_micro_batches():
     torch.manual_seed(0)
     layers = [MemoryLayer(8, 6, 2, 3, 4, 8).double() for _ in range(2)]
-    pool = ValuePool(6, 8).double()
+    pool = ValuePool(36, 8).double()
     batches = [torch.randn(1, 4, 8, dtype=torch.float64) for _ in range(3)]
 
     class DensePool:  # the same layers over a plain tensor, which autograd sees
@@ -125,8 +125,64 @@ def test_pool_gradient_equals_autograd_over_layers_and_micro_batches():
     torch.testing.assert_close([p.grad for layer in layers for p in layer.parameters()], dense_grads)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_peer_equals_its_formula_and_autograd(layers):
+    """One token and one expert at a time; the gradients too, of both rows of an expert among others."""
+    torch.manual_seed(0)
+    C, S, H, K, D = 8, 6, 2, 3, 4
+    peers = [MemoryLayer(C, S, H, K, D, C, kind="peer").double() for _ in range(layers)]
+    pool = ValuePool(2 * S * S, C).double()
+    values = pool.values.detach().clone().requires_grad_()
+    x = torch.randn(5, C, dtype=torch.float64, requires_grad=True)
+    expected = x
+    for layer in peers:
+        scores, indices = layer.search(expected)
+        weights = scores.softmax(-1)
+        tokens = []
+        for n in range(len(x)):
+            y = torch.zeros(C, dtype=torch.float64)
+            for h in range(H):
+                for k in range(K):
+                    up, down = values[S * S + indices[n, h, k]], values[indices[n, h, k]]
+                    y = y + weights[n, h, k] * F.gelu(up @ expected[n]) * down
+            tokens.append(y)
+        expected = torch.stack(tokens)
+    ours = x
+    for layer in peers:
+        ours = layer(ours, pool)
+    torch.testing.assert_close(ours, expected)
+    parameters = [x, *(p for layer in peers for p in layer.parameters())]
+    exact = torch.autograd.grad(expected.square().sum(), (values, *parameters))
+    ours.square().sum().backward()
+    torch.testing.assert_close(tuple(p.grad for p in parameters), exact[1:])
+    torch.testing.assert_close(pool.dense_gradient(), exact[0])
+    assert len(pool.reads) == 2 * layers
+
+
+def test_hash_reads_where_the_last_two_tokens_say():
+    torch.manual_seed(0)
+    S, H, K = 128, 4, 16
+    layers = [MemoryLayer(8, S, H, K, 4, 8, kind="hash") for _ in range(2)]
+    bigrams = torch.arange(1000)
+    x = torch.randn(1000, 8)
+    scores, indices = layers[0].hash(x, bigrams)
+    assert scores.shape == indices.shape == (1000, H, K)
+    assert torch.equal(scores[3, 1], layers[0].score(x)[3, 16:32])
+    assert torch.equal(layers[0].hash(-x, bigrams)[1], indices), "the state has no say in it"
+    assert not torch.equal(layers[1].hash(x, bigrams)[1], indices), "each layer has hashes of its own"
+    assert indices.min() >= 0 and indices.max() < S * S
+    # as random numbers would: 64,000 draws of 16,384 slots leave e**-3.9 of them unread, and few bigrams meet
+    assert abs(1 - len(indices.unique()) / S**2 - math.exp(-64_000 / S**2)) < 0.01
+    same = (indices[:-1].flatten(1) == indices[1:].flatten(1)).float().mean()
+    assert same < 10 / S**2, "neighbours have different slots"
+    # Python's integers as the oracle
+    multiplier = layers[0].multipliers[7].item()
+    high = ((5 + 1) * multiplier % 2**64) >> 33
+    assert indices[5].flatten()[7] == (high * S * S) >> 31
+
+
 def test_reads_are_kept_only_where_a_gradient_is_wanted():
-    pool = ValuePool(4, 8)
+    pool = ValuePool(16, 8)
     layer = MemoryLayer(8, 4, 1, 2, 4, 8)
     with torch.no_grad():
         layer(torch.randn(3, 8), pool)
@@ -139,7 +195,7 @@ def test_reads_are_kept_only_where_a_gradient_is_wanted():
 
 def test_a_step_between_forward_and_backward_is_an_error():
     """Guards against gradients of the weights that are taken from other values than the output was."""
-    pool = ValuePool(4, 8)
+    pool = ValuePool(16, 8)
     weights = torch.rand(3, 2, requires_grad=True)
     y = pool(torch.randint(16, (3, 2)), weights)
     pool.values.add_(1.0)
@@ -151,7 +207,7 @@ def test_a_step_between_forward_and_backward_is_an_error():
 def test_optimizer_is_one_that_torch_knows(kind):
     """Schedulers change its lr; its state survives a save and a load, and goes on as if nothing had been."""
     torch.manual_seed(0)
-    pools = [ValuePool(5, 16) for _ in range(2)]
+    pools = [ValuePool(25, 16) for _ in range(2)]
     pools[1].load_state_dict(pools[0].state_dict())
     optimizers = [PoolOptimizer(pool, 0.1, kind) for pool in pools]
     scheduler = torch.optim.lr_scheduler.StepLR(optimizers[0], step_size=1, gamma=0.5)
@@ -177,7 +233,7 @@ def test_optimizer_does_not_care_for_the_scale_of_the_gradient(kind):
     results = []
     for scale in (1.0, 1e3, 1e-5):
         torch.manual_seed(0)
-        pool = ValuePool(5, 16)
+        pool = ValuePool(25, 16)
         optimizer = PoolOptimizer(pool, 0.1, kind)
         for _ in range(3):
             optimizer.zero_grad()
@@ -218,8 +274,9 @@ def test_layer_refuses_what_cannot_be(wrong, message):
 
 def test_optimizer_refuses_what_cannot_be():
     with pytest.raises(ValueError, match="multiple of value_blocks"):
-        PoolOptimizer(ValuePool(4, 12), 0.1)
+        PoolOptimizer(ValuePool(16, 12), 0.1)
     with pytest.raises(ValueError, match="rowwise"):
+        PoolOptimizer(ValuePool(16, 8), 0.1, "sgd")
         PoolOptimizer(ValuePool(4, 8), 0.1, "sgd")
 
 

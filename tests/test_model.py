@@ -1,13 +1,15 @@
 """model.py against torch's own Transformer, and against itself without the cache."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from memory import PoolOptimizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, MoE
 
 SMALL = dict(
     vocab_size=50,
@@ -83,9 +85,18 @@ def test_without_memory_it_is_torch_s_transformer():
     assert not any("memory" in name or "pool" in name for name in ours)
 
 
-@pytest.mark.parametrize("mem_layers", [(), (0, 2), (0, 1, 2)])
-def test_no_token_sees_a_later_one(mem_layers):
-    model = make_model(mem_layers=mem_layers)
+KINDS = [
+    {},
+    dict(mem_layers=(1, 2)),
+    dict(mem_layers=(0, 1, 2), mem_kind="peer"),
+    dict(mem_layers=(0, 2), mem_kind="hash"),
+    dict(moe_layers=(0, 2), moe_experts=4),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_token_sees_a_later_one(kind):
+    model = make_model(**kind)
     idx = tokens(1, 12)
     before = model(idx, idx)[0]
     idx[0, 7] = (idx[0, 7] + 1) % 50
@@ -95,9 +106,9 @@ def test_no_token_sees_a_later_one(mem_layers):
 
 
 @pytest.mark.parametrize("parts", [[12], [1] * 12, [5, 1, 1, 5], [1, 11], [4, 4, 4]])
-@pytest.mark.parametrize("mem_layers", [(), (1, 2)])
-def test_cache_changes_no_logits(parts, mem_layers):
-    model = make_model(mem_layers=mem_layers)
+@pytest.mark.parametrize("kind", KINDS)
+def test_cache_changes_no_logits(parts, kind):
+    model = make_model(**kind)
     idx = tokens(3, 12)
     whole = model(idx, idx)[0]
     past, at = None, 0
@@ -126,8 +137,9 @@ def naive_generate(model, idx, steps, temperature, top_k, seed):
 
 @pytest.mark.parametrize("temperature, top_k", [(0, None), (1.0, None), (0.7, 5)])
 @pytest.mark.parametrize("prompt, steps", [(1, 10), (9, 20), (16, 3), (30, 4)])
-def test_generate_equals_the_naive_way_also_past_the_block_size(temperature, top_k, prompt, steps):
-    model = make_model(mem_layers=(1,))
+@pytest.mark.parametrize("mem_kind", ["product-key", "hash"])
+def test_generate_equals_the_naive_way_also_past_the_block_size(temperature, top_k, prompt, steps, mem_kind):
+    model = make_model(mem_layers=(1,), mem_kind=mem_kind)
     idx = tokens(3, prompt)
     ours = model.generate(idx, steps, temperature, top_k, seed=3)
     assert torch.equal(ours, naive_generate(model, idx, steps, temperature, top_k, seed=3))
@@ -185,6 +197,7 @@ def test_layers_share_one_pool_and_models_share_nothing():
         dict(mem_layers=(1, 2)),
         dict(mem_layers=(0,), mem_mode="add"),
         dict(mem_layers=(1,), mem_swilu=False, mem_qk_norm=False, bias=False),
+        *KINDS[2:],
     ],
 )
 def test_every_parameter_is_in_one_group_and_every_dense_one_gets_a_gradient(changes):
@@ -223,6 +236,77 @@ def test_counts():
     assert counts["memory"] == S * S * C
     assert counts["active"] == counts["dense"] + 2 * H * 4 * C
     assert sum(p.numel() for p in model.parameters()) == counts["dense"] + counts["memory"]
+    peer = make_model(mem_layers=(1, 2), mem_kind="peer").count_parameters()
+    assert peer["memory"] == 2 * S * S * C and peer["active"] == peer["dense"] + 2 * 2 * H * 4 * C
+    moe = make_model(moe_layers=(1,), moe_experts=8, moe_top_k=2).count_parameters()
+    assert moe["dense"] - moe["active"] == 6 * 2 * C * 2 * C, "six of eight experts are idle"
+
+
+@pytest.mark.parametrize("kind", [*KINDS, dict(mem_layers=(1,), mem_swilu=False, mlp_width=24)])
+def test_macs_are_those_that_torch_counts(kind):
+    """torch counts what matrices do; it does not count attention on the CPU, nor reads of the pool."""
+    model = make_model(**kind)
+    c = model.config
+    with FlopCounterMode(display=False) as counter:
+        model(tokens(2, 16), tokens(2, 16))
+    rows_read = len(c.mem_layers) * c.mem_heads * c.mem_knn * (2 if c.mem_kind == "peer" else 1)
+    attention = c.n_layer * c.n_embd * 2 * sum(range(1, 17)) / 16  # both products, over what a token sees
+    exact = counter.get_total_flops() / 2 / (2 * 16) + rows_read * c.n_embd + attention
+    assert math.isclose(c.macs_per_token(), exact, rel_tol=0.01)
+
+
+def every_expert(moe: MoE, x):
+    """The same mixture, with every expert computed for every token: x (N, C) -> (N, C)."""
+    logits = x @ moe.router.weight.T
+    best = logits.topk(moe.top_k).indices
+    mask = torch.full_like(logits, -torch.inf).scatter(1, best, 0.0)
+    hidden = F.gelu(torch.einsum("nc,ecw->new", x, moe.c_fc), approximate="tanh")
+    out = torch.einsum("new,ewc->nec", hidden, moe.c_proj)
+    return ((logits + mask).softmax(-1).unsqueeze(-1) * out).sum(1)
+
+
+@pytest.mark.parametrize("experts, top_k, N", [(4, 2, 40), (16, 1, 7), (3, 3, 5), (8, 4, 1)])
+def test_experts_equal_a_mixture_of_all_of_them(experts, top_k, N):
+    """Also where experts get no token at all, and in the gradients."""
+    torch.manual_seed(0)
+    config = GPTConfig(**SMALL, moe_layers=(0,), moe_experts=experts, moe_top_k=top_k, mlp_width=12)
+    moe = MoE(config).double()
+    x = torch.randn(N, 16, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(N, 16, dtype=torch.float64)
+    results = []
+    for function in (moe, lambda x: every_expert(moe, x)):
+        y = function(x)
+        results.append([y, *torch.autograd.grad(y, (x, *moe.parameters()), dy)])
+    torch.testing.assert_close(*results)
+
+
+def test_balance_is_1_where_experts_are_used_alike_and_more_where_not():
+    moe = MoE(GPTConfig(**SMALL, moe_layers=(0,), moe_experts=16, moe_top_k=2))
+    with torch.no_grad():
+        moe.router.weight.copy_(20 * torch.eye(16))
+        x = torch.eye(16) + 0.5 * torch.eye(16).roll(1, dims=0)  # each token has two experts, each expert two
+        moe(x)
+        assert math.isclose(moe.balance.item(), 1.0, rel_tol=1e-5)
+        moe(x[:1].expand(9, 16))
+        assert moe.balance > 7, "half of the tokens' choices fall on the likeliest of 16"
+
+
+def test_balance_moves_the_router_and_not_the_loss():
+    """So that training losses can be compared, and a micro-batch's share is as that of the loss."""
+    losses, grads = [], []
+    for weight in (0.0, 0.5):
+        model = make_model(moe_layers=(1,), moe_balance=weight).train()
+        loss = model(tokens(2, 9), tokens(2, 9, seed=2))[1]
+        loss.backward()
+        losses.append(loss.item())
+        grads.append(model.blocks[1].mlp.router.weight.grad)
+        balance = model.blocks[1].mlp.balance
+    assert losses[0] == losses[1]
+    model.zero_grad()
+    model(tokens(2, 9), tokens(2, 9, seed=2))
+    (0.5 * model.blocks[1].mlp.balance).backward()
+    torch.testing.assert_close(grads[1] - grads[0], model.blocks[1].mlp.router.weight.grad)
+    assert balance > 1
 
 
 def test_dropout_is_of_training_only():
@@ -244,6 +328,13 @@ def test_dropout_is_of_training_only():
         (dict(n_embd=15), "multiple of n_head"),
         (dict(n_layer=0), "n_layer=0 must be at least 1"),
         (dict(dropout=1.0), "below 1"),
+        (dict(mlp_width=-1), "mlp_width=-1 must not be negative"),
+        (dict(moe_layers=(3,)), "moe_layers: there is no layer 3"),
+        (dict(moe_layers=(1,), mem_layers=(1,)), "share a layer"),
+        (dict(moe_layers=(1,), moe_experts=1), "moe_top_k=2 must be at most moe_experts=1"),
+        (dict(moe_layers=(1,), mlp_width=7), "must divide an MLP's 7 hidden units"),
+        (dict(moe_balance=-1.0), "moe_balance=-1.0 must not be negative"),
+        (dict(mem_layers=(1,), mem_kind="peer", mem_mode="add"), "no output projection"),
     ],
 )
 def test_config_refuses_what_cannot_be(wrong, message):

@@ -114,6 +114,30 @@ def test_a_mistake_leaves_the_data_that_was_there(data):
     assert (data / "facts" / "meta.json").exists() and (data / "facts" / "qa.jsonl").exists()
 
 
+def test_mqar_asks_what_it_told(data):
+    main(["mqar", "--documents=200", "--pairs=5", "--keys=9", "--values=20", "--seed=2"])
+    _, encoding, splits = load(data / "mqar")
+    documents = {split: encoding.decode(ids.tolist()).split(END)[:-1] for split, ids in splits.items()}
+    assert len(documents["train"]) == 200 and len(documents["val"]) == 4
+    known, words = {}, Counter()
+    for document in documents["train"] + documents["val"]:
+        lines = document.split("\n")[:-1]
+        told, asked = lines[:5], lines[5:]
+        assert sorted(told) == sorted(asked) and len({line.split()[0] for line in told}) == 5
+        for line in told:
+            known.setdefault(line.split()[0], set()).add(line.split()[1])
+            words.update(line.split())
+    assert len(known) == 9 and len(words) == 29, "keys and values are different words"
+    assert min(map(len, known.values())) > 15, "no key has a value for good"
+    questions = [json.loads(line) for line in open(data / "mqar" / "qa.jsonl")]
+    assert len(questions) == 4
+    for question in questions:
+        *told, key = question["prompt"].split("\n")
+        assert f"{key} {question['answer']}" in told and len(told) == 5
+    tokens = encoding.encode(documents["val"][0])
+    assert len(tokens) == 10 * 3, "a word is a token"
+
+
 def test_text_keeps_windows_line_ends(data):
     (data / "a.txt").write_bytes(b"a\r\n" * 1000)
     main(["text", "--input", str(data / "a.txt")])
@@ -171,6 +195,9 @@ def test_text_keeps_the_end_of_each_file_for_validation(data):
         (["facts", "--tokenizer=gtp2"], "tiktoken has"),
         (["facts", "--vocab_size=10"], "at least 257"),
         (["stdlib", "--val_share=1"], "between 0 and 1"),
+        (["mqar", "--documents=0"], "--documents=0 must be at least 1"),
+        (["mqar", "--keys=3"], "--keys=3 must be at least pairs=8"),
+        (["mqar", "--seed=-1"], "--seed=-1 must not be negative"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(data, argv, message, capsys):

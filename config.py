@@ -13,14 +13,19 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import re
 import sys
 import typing
 
 
 def fail(message) -> typing.NoReturn:
-    """Ends the program over a mistake of its user's: one line that says what to do, and exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """
+    Ends the program over a mistake of its user's: one line that says what to do, and exit status 2. Of many
+    processes, those with the same mistake, one a machine says it.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 

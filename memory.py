@@ -34,6 +34,7 @@ import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from distributed import ALONE, Sharding, all_reduce_sum
 from kernel import gather_dot, gather_sum, row_gradients, scatter_update, sort_reads
 
 
@@ -111,52 +112,66 @@ class MemoryUsage(nn.Module):
 
     def summary(self) -> tuple[float, float]:
         """
-        (share of the slots that were read, KL divergence in nats of the slots' use from uniform use).
+        (share of the slots that were read, KL divergence in nats of the slots' use from uniform use), of the
+        reads of all processes.
 
         The divergence is 0 where all slots are used alike, and ln(num_values) where one slot does all the
         work.
         """
-        used = self.total_weight[self.total_weight > 0].double()
+        total_weight = all_reduce_sum(self.total_weight.clone())
+        used = total_weight[total_weight > 0].double()
         if len(used) == 0:
             return 0.0, 0.0
         p = used / used.sum()
-        num_values = len(self.total_weight)
+        num_values = len(total_weight)
         return len(used) / num_values, math.log(num_values) + (p * p.log()).sum().item()
 
 
-class _Read(torch.autograd.Function):
-    """gather_sum whose backward gives the weights their gradient and leaves the pool's as a read."""
+# The two reads of a pool. Each of G processes has N tokens and V/G of the pool's columns: each gets the bags
+# of all tokens, does its columns' share, and hands back what belongs to others' tokens. With G = 1 nothing
+# moves.
+#
+# Backward gives the weights, or x, their gradient, and leaves the pool's as a read. As a loss is a mean over
+# the tokens of all processes, and each differentiates the mean over its own, the read is divided by their
+# number.
 
+class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, indices, weights, reads, kernel):
+    def forward(ctx, values, indices, weights, pool):
+        columns = pool.sharding.columns
+        indices, weights = columns.all_gather(indices.int(), weights)  # (G*N, bag)
         # values too, so that a step between forward and backward is an error and not a wrong gradient
         ctx.save_for_backward(values, indices, weights)
-        ctx.reads, ctx.kernel = reads, kernel
-        return gather_sum(values, indices, weights, kernel)
+        ctx.pool = pool
+        return columns.columns_to_tokens(gather_sum(values, indices, weights, pool.kernel))  # (N, V)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         values, indices, weights = ctx.saved_tensors
-        ctx.reads.append((indices, weights.detach(), dy.contiguous()))
-        return None, None, gather_dot(values, indices, dy, ctx.kernel), None, None
+        pool, columns = ctx.pool, ctx.pool.sharding.columns
+        dy = columns.tokens_to_columns(dy).contiguous()  # (G*N, V/G)
+        pool.reads.append((indices, weights.detach(), dy / pool.sharding.world_size))
+        return None, None, columns.reduce_scatter(gather_dot(values, indices, dy, pool.kernel)), None
 
 
-class _Dot(torch.autograd.Function):
-    """gather_dot, the other way round: backward gives x its gradient and leaves the pool's as a read."""
-
+class _Dot(torch.autograd.Function):  # the adjoint: each one's forward is the other's backward
     @staticmethod
-    def forward(ctx, values, indices, x, reads, kernel):
+    def forward(ctx, values, indices, x, pool):
+        columns = pool.sharding.columns
+        (indices,), x = columns.all_gather(indices.int()), columns.tokens_to_columns(x)
         ctx.save_for_backward(values, indices, x)
-        ctx.reads, ctx.kernel = reads, kernel
-        return gather_dot(values, indices, x, kernel)
+        ctx.pool = pool
+        return columns.reduce_scatter(gather_dot(values, indices, x, pool.kernel))  # (N, bag)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_dots):
         values, indices, x = ctx.saved_tensors
-        ctx.reads.append((indices, d_dots.contiguous(), x.detach()))
-        return None, None, gather_sum(values, indices, d_dots, ctx.kernel), None, None
+        pool, columns = ctx.pool, ctx.pool.sharding.columns
+        (d_dots,) = columns.all_gather(d_dots.contiguous())  # (G*N, bag)
+        pool.reads.append((indices, d_dots / pool.sharding.world_size, x.detach()))
+        return None, None, columns.columns_to_tokens(gather_sum(values, indices, d_dots, pool.kernel)), None
 
 
 class ValuePool(nn.Module):
@@ -166,13 +181,27 @@ class ValuePool(nn.Module):
 
     `values` does not require a gradient: none is ever made. What backward leaves in `reads` is what
     PoolOptimizer learns from. kernel: 'auto', 'triton' or 'torch' (kernel.py).
+
+    sharding: several processes, each of which holds some columns: values is (num_values, value_dim / G) then,
+    of the same pool however many they are. file: a path, where the values then are instead of in memory; a
+    file there is overwritten.
     """
 
-    def __init__(self, num_values: int, value_dim: int, dtype=torch.float32, kernel: str = "auto"):
+    def __init__(self, num_values: int, value_dim: int, dtype=torch.float32, kernel: str = "auto",
+                 sharding: Sharding = ALONE, file: str | None = None):
         super().__init__()
-        values = torch.empty(num_values, value_dim, dtype=dtype).normal_(std=value_dim**-0.5)
+        columns = sharding.columns
+        if value_dim % columns.size:
+            raise ValueError(f"value_dim={value_dim} must be a multiple of the {columns.size} processes that "
+                             "share its columns")
+        shape = num_values, value_dim // columns.size
+        values = (torch.empty(shape, dtype=dtype) if file is None else
+                  torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype).view(shape))
+        for rows in values.split(2**14):
+            drawn = torch.empty(len(rows), value_dim).normal_(std=value_dim**-0.5)
+            rows.copy_(drawn.chunk(columns.size, dim=1)[columns.rank])
         self.values = nn.Parameter(values, requires_grad=False)
-        self.kernel = kernel
+        self.kernel, self.sharding, self.file = kernel, sharding, file
         self.usage = MemoryUsage(num_values)
         self.reads = []  # (indices, weights, dy) of every read since zero_grad
 
@@ -181,21 +210,25 @@ class ValuePool(nn.Module):
         """indices (N, bag), weights (N, bag) -> sums of rows (N, value_dim), of the dtype of weights."""
         if self.training:
             self.usage.add(indices, weights)
-        return _Read.apply(self.values, indices, weights, self.reads, self.kernel)
+        return _Sum.apply(self.values, indices, weights, self)
 
     @torch.compiler.disable
     def dot(self, indices, x):
         """indices (N, bag), x (N, value_dim) -> products of rows with x (N, bag), of the dtype of x."""
-        y = _Dot.apply(self.values, indices, x, self.reads, self.kernel)
+        y = _Dot.apply(self.values, indices, x, self)
         if self.training:
             self.usage.add(indices, y)
         return y
 
+    def all_reads(self) -> list:
+        """`reads`, with those of the processes that hold the same columns: all get the same, in one order."""
+        return [self.sharding.replicas.all_gather(*read) for read in self.reads]
+
     def dense_gradient(self) -> torch.Tensor:
-        """The gradient that `reads` stand for, like `values`. For tests and the curious, not for training."""
+        """The gradient that the reads stand for, like `values`. For tests and the curious."""
         gradient = torch.zeros_like(self.values)
-        if self.reads:
-            for rows, g in row_gradients(*sort_reads(self.reads)):
+        if reads := self.all_reads():
+            for rows, g in row_gradients(*sort_reads(reads)):
                 gradient[rows] = g.to(gradient.dtype)
         return gradient
 
@@ -278,11 +311,14 @@ class PoolOptimizer(torch.optim.Optimizer):
     The state is of float32 also where the values are of fewer bits. stochastic_rounding, for bfloat16 values:
     a number between two neighbours becomes either by chance, drawn from (seed, step, row, column); without it
     small steps vanish.
+
+    A process that holds 1/G of the columns has 1/G of the state, so G must divide value_blocks.
     """
 
     def __init__(self, pool: ValuePool, lr: float, kind: str = "rowwise", value_blocks: int = 8,
                  betas=(0.9, 0.99), eps: float = 1e-12, stochastic_rounding: bool = False, seed: int = 0):
         super().__init__([pool.values], dict(lr=lr, betas=betas, eps=eps))
+        columns = pool.sharding.columns
         num_values, V = pool.values.size()
         # having seen a block of this size freed, glibc keeps smaller ones: the update, which goes by chunks,
         # then does not fault the pages of each in anew
@@ -293,21 +329,25 @@ class PoolOptimizer(torch.optim.Optimizer):
         if kind == "adam":
             state = {name: torch.zeros_like(pool.values, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
         elif kind == "rowwise":
-            if V % value_blocks:
-                raise ValueError(f"value_dim={V} must be a multiple of value_blocks={value_blocks}")
-            state = {"v": pool.values.new_zeros(num_values, value_blocks, dtype=dtype)}
+            if V * columns.size % value_blocks:
+                raise ValueError(f"value_dim={V * columns.size} must be a multiple of {value_blocks=}")
+            if value_blocks % columns.size:
+                raise ValueError(f"{value_blocks=} must be a multiple of the {columns.size} processes that "
+                                 "share the pool's columns")
+            state = {"v": pool.values.new_zeros(num_values, value_blocks // columns.size, dtype=dtype)}
         else:
             raise ValueError(f"kind={kind!r} must be 'rowwise' or 'adam'")
-        self.pool, self.stochastic_rounding, self.seed = pool, stochastic_rounding, seed
+        self.pool, self.stochastic_rounding = pool, stochastic_rounding
+        self.seed = seed * 1_000_003 + columns.rank * 0x5BD1E995
         self.state[pool.values] = state | {"step": 0}
 
     @torch.no_grad()
     def step(self):
         group, state = self.param_groups[0], self.state[self.pool.values]
         state["step"] += 1
-        key = (self.seed * 1_000_003 + state["step"]) % 2**31 if self.stochastic_rounding else None
-        scatter_update(self.pool.values, state, self.pool.reads, group["lr"], group["betas"], group["eps"],
-                       key, self.pool.kernel)
+        key = (self.seed + state["step"]) % 2**31 if self.stochastic_rounding else None
+        scatter_update(self.pool.values, state, self.pool.all_reads(), group["lr"], group["betas"],
+                       group["eps"], key, self.pool.kernel)
 
     def zero_grad(self, set_to_none: bool = True):
         self.pool.reads.clear()

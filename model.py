@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from distributed import ALONE, Sharding
 from memory import MemoryLayer, PoolOptimizer, ValuePool
 
 
@@ -198,7 +199,12 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, config: GPTConfig):
+    """
+    sharding: how the pool's columns lie on processes. mem_file: a file to hold the pool's values, instead of
+    the memory (ValuePool).
+    """
+
+    def __init__(self, config: GPTConfig, sharding: Sharding = ALONE, mem_file: str | None = None):
         super().__init__()
         if config.vocab_size < 1:
             raise ValueError("vocab_size must be at least 1")
@@ -211,7 +217,7 @@ class GPT(nn.Module):
         if config.mem_layers:
             dtype = getattr(torch, config.mem_dtype)
             num_values = config.mem_num_keys**2 * (2 if config.mem_kind == "peer" else 1)
-            self.pool = ValuePool(num_values, config.n_embd, dtype, config.kernel)
+            self.pool = ValuePool(num_values, config.n_embd, dtype, config.kernel, sharding, mem_file)
 
         # GPT-2's initialisation: what a block adds to the residual stream starts smaller, the more blocks
         for name, module in self.named_modules():
@@ -305,7 +311,7 @@ class GPT(nn.Module):
         """dense: all but the pool; memory: the pool; active: what one token goes through of both."""
         c = self.config
         dense = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        memory = 0 if self.pool is None else self.pool.values.numel()
+        memory = 0 if self.pool is None else self.pool.values.numel() * self.pool.sharding.columns.size
         read = len(c.mem_layers) * c.mem_heads * c.mem_knn * c.n_embd * (2 if c.mem_kind == "peer" else 1)
         idle = len(c.moe_layers) * (c.moe_experts - c.moe_top_k) * 2 * c.n_embd * c.hidden // c.moe_top_k
         return {"dense": dense, "memory": memory, "active": dense - idle + read}

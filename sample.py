@@ -13,10 +13,11 @@ from typing import Literal
 
 import torch
 
+from checkpoint import checkpoints, find_checkpoint, load_model, read_meta
 from config import build, fail, parse
 from data.prepare import DATA, END, encoding_from_json
 from model import GPT
-from train import answer, checkpoints, find_device, load_model, read_meta, read_questions
+from train import answer, find_device, read_questions, stored_config
 
 SLOTS_SHOWN = 4  # a token and memory layer, in a trace
 
@@ -49,12 +50,12 @@ class SampleConfig:
             raise ValueError("prompt and --questions are two ways to ask: choose one")
 
 
-def newest_checkpoint(out_dir: Path) -> Path:
+def newest_run(out_dir: Path) -> Path:
     runs = {path.parent for path in out_dir.glob("**/step_*")}
     newest = [checkpoints(run)[-1] for run in runs if checkpoints(run)]
     if not newest:
         fail(f"no checkpoint in {out_dir}: train one with python train.py, or name the folder with --out_dir")
-    return max(newest, key=lambda folder: folder.stat().st_mtime)
+    return max(newest, key=lambda folder: folder.stat().st_mtime).parent
 
 
 class Trace:
@@ -83,9 +84,9 @@ def main(argv: list[str] | None = None) -> None:
     _, given = parse(SampleConfig, argv, description=__doc__)
     config = build(SampleConfig, given)
     device = find_device(config.device)
-    folder = newest_checkpoint(Path(config.out_dir))
+    folder = find_checkpoint(newest_run(Path(config.out_dir)))
     meta = read_meta(folder)
-    trained, encoding = meta["config"], encoding_from_json(meta["encoding"])
+    trained, encoding = stored_config(meta), encoding_from_json(meta["encoding"])
     trained.kernel = "auto"  # that of the training is no matter here
     model = GPT(trained)
     load_model(folder, model)

@@ -5,20 +5,22 @@ Trains a GPT with memory layers.
     python train.py --preset=stdlib                 source text of the Python standard library
     python train.py --mem_layers= --out_dir=out/dense   the same GPT without memory
     python train.py --resume                        goes on from the newest checkpoint of --out_dir
+    torchrun --nproc_per_node=2 train.py            the same run on two processes, half of the pool in each
     python train.py --help                          every option
+
+Ctrl-C saves a checkpoint and ends.
 
 Leaves in --out_dir: log.jsonl (a JSON line a log step and an evaluation), loss.png, and a folder a
 checkpoint.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
 import random
 import resource
-import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -28,13 +30,24 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
+import distributed
+from checkpoint import (
+    checkpoints,
+    find_checkpoint,
+    load_model,
+    load_optimizers,
+    read_meta,
+    save_checkpoint,
+    step_of,
+)
 from config import build, fail, parse
 from data.prepare import CORPORA, DATA, encoding_from_json
+from distributed import LOCAL_RANK, RANK, WORLD_SIZE, all_reduce_sum, gather_objects
 from kernel import resolve_kernel
 from model import GPT, GPTConfig
-
-FORMAT = 1  # of checkpoints
 
 
 @dataclass
@@ -46,8 +59,10 @@ class TrainConfig(GPTConfig):
     seed: int = 1  # of the weights, the batches and dropout
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     compile: bool = False  # torch.compile the model: a slow start, faster steps
+    mem_group_size: int = 0  # processes that share the pool's columns; 0: all of them
+    mem_file: str = ""  # hold the pool's values in this file, not in memory, so that they may be larger
 
-    batch_size: int = 16  # sequences a step
+    batch_size: int = 16  # sequences a step, of all processes
     accum_steps: int = 1  # parts that a batch is worked through in, if it does not fit; same result
     max_steps: int = 2500  # steps in all
     lr: float = 3e-3  # of the dense parameters, at its highest
@@ -76,7 +91,8 @@ class TrainConfig(GPTConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.seed >= 2**32:
             raise ValueError(f"seed={self.seed} must be below 2**32")
-        for name in ("lr", "value_lr", "warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed"):
+        for name in ("mem_group_size", "lr", "value_lr", "warmup_steps", "min_lr", "weight_decay",
+                     "grad_clip", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("beta1", "beta2"):
@@ -132,8 +148,11 @@ class Dataset:
 
 
 def draw_batch(tokens: np.ndarray, count: int, block_size: int, *key: int):
-    """x, y (count, block_size), int64, y one ahead: windows of `tokens`, drawn as the key alone says."""
-    starts = np.random.default_rng(key).integers(len(tokens) - block_size, size=count)
+    """
+    x, y (count / processes, block_size), int64, y one ahead: windows of `tokens`. The key alone says which
+    `count` are drawn; each process has its share of them.
+    """
+    starts = np.random.default_rng(key).integers(len(tokens) - block_size, size=count)[RANK::WORLD_SIZE]
     windows = torch.from_numpy(np.stack([tokens[s:s + block_size + 1] for s in starts]).astype(np.int64))
     return windows[:, :-1], windows[:, 1:]
 
@@ -141,22 +160,30 @@ def draw_batch(tokens: np.ndarray, count: int, block_size: int, *key: int):
 # --- evaluation ---------------------------------------------------------------------------------------------
 
 def answer(model: GPT, encoding, questions: list[dict], batch_size: int = 128) -> list[list[int]]:
-    """The tokens of the model's greedy answer to each question, up to the end of the line."""
+    """
+    The tokens of the model's greedy answer to each question, up to the end of the line. The processes share
+    the questions; all get all answers.
+    """
     device, newline = model.wte.weight.device, encoding.encode("\n")[0]
     prompts = [encoding.encode(question["prompt"], disallowed_special=()) for question in questions]
     answers = [encoding.encode(" " + question["answer"], disallowed_special=()) for question in questions]
     longest = max(len(tokens) for tokens in answers)
-    result = [None] * len(prompts)
+    own = {}
     # prompts of one length make a batch without padding
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for length, group in groupby(by_length, key=lambda i: len(prompts[i])):
         group = list(group)
+        group += group[-1:] * (-len(group) % WORLD_SIZE)
+        group = group[RANK::WORLD_SIZE]
         for batch in (group[i:i + batch_size] for i in range(0, len(group), batch_size)):
             idx = torch.tensor([prompts[i] for i in batch], device=device)
-            new = model.generate(idx, longest + 1, temperature=0, stop=newline)[:, length:].tolist()
+            # processes that share a pool read it together: none may stop before the others
+            stop = newline if WORLD_SIZE == 1 else None
+            new = model.generate(idx, longest + 1, temperature=0, stop=stop)[:, length:].tolist()
             for i, tokens in zip(batch, new, strict=True):
-                result[i] = tokens[:tokens.index(newline)] if newline in tokens else tokens
-    return result
+                own[i] = tokens[:tokens.index(newline)] if newline in tokens else tokens
+    every = {i: tokens for part in gather_objects(own) for i, tokens in part.items()}
+    return [every[i] for i in range(len(prompts))]
 
 
 def recall(model: GPT, encoding, questions: list[dict]) -> dict:
@@ -187,93 +214,7 @@ def validation_loss(model, tokens, config: TrainConfig, device) -> float:
         for part_x, part_y in zip(x.chunk(config.accum_steps), y.chunk(config.accum_steps), strict=True):
             losses.append(model(part_x.to(device), part_y.to(device))[1].item())
     model.train()
-    return sum(losses) / len(losses)
-
-
-# --- checkpoints --------------------------------------------------------------------------------------------
-
-def checkpoints(out_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first. A folder gets this name only once all of it is on the disk."""
-    return sorted((path for path in out_dir.glob("step_*") if path.name[5:].isdigit()), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
-
-
-def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, config: TrainConfig,
-                    encoding_json: dict) -> None:
-    """Writes out_dir/step_N: into a temporary folder that is renamed when all is on the disk."""
-    folder, temporary = out_dir / f"step_{step:06d}", out_dir / "saving"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    state = model.state_dict()
-    parts = {"optimizer.pt": optimizers[0].state_dict()}
-    if model.pool is not None:
-        parts["pool_0of1.pt"] = {"values": state.pop("pool.values"), "optimizer": optimizers[1].state_dict()}
-    parts["model.pt"] = state
-    files = {}
-    for name, part in parts.items():
-        torch.save(part, temporary / name)
-        with open(temporary / name, "rb+") as f:
-            os.fsync(f)
-            files[name] = hashlib.file_digest(f, "sha256").hexdigest()
-    with open(temporary / "meta.json", "w", encoding="utf-8") as f:
-        json.dump({"format": FORMAT, "step": step, "config": asdict(config), "files": files,
-                   "encoding": encoding_json}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    sync_folder(temporary)
-    os.rename(temporary, folder)
-    sync_folder(out_dir)
-    for old in checkpoints(out_dir)[:-config.keep]:
-        os.rename(old, temporary)  # no folder that is half gone is ever called a checkpoint
-        shutil.rmtree(temporary)
-
-
-def sync_folder(folder: Path) -> None:
-    """The names in it are on the disk when this returns, as fsync sees to for what a file holds."""
-    directory = os.open(folder, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
-
-
-def read_meta(folder: Path) -> dict:
-    """meta.json of a checkpoint whose files are all as they were written; its "config" is a TrainConfig."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if meta["format"] != FORMAT:
-            fail(f"{folder} has the format {meta['format']}, and this version of nanoPKM reads {FORMAT}")
-        for name, digest in meta["files"].items():
-            with open(folder / name, "rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest() != digest:
-                    raise ValueError(f"{name} is not as it was written")
-        meta["config"] = TrainConfig(**{name: tuple(value) if isinstance(value, list) else value
-                                        for name, value in meta["config"].items()})
-        return meta
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"checkpoint {folder} is damaged ({error}): delete it to use the one before it")
-
-
-def load_part(folder: Path, name: str) -> dict:
-    return torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
-
-
-def load_model(folder: Path, model: GPT) -> None:
-    """Before optimizers are made: the parameters become the mapped file's, so no pool is in memory twice."""
-    state = load_part(folder, "model.pt")
-    if model.pool is not None:
-        state["pool.values"] = load_part(folder, "pool_0of1.pt")["values"]
-    model.load_state_dict(state, assign=True)
-
-
-def load_optimizers(folder: Path, optimizers: list) -> None:
-    stored = [load_part(folder, "optimizer.pt")]
-    if len(optimizers) > 1:
-        stored.append(load_part(folder, "pool_0of1.pt")["optimizer"])
-    for optimizer, state in zip(optimizers, stored, strict=True):
-        # betas, weight decay and the like are as the options say now
-        optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
+    return all_reduce_sum(torch.tensor(sum(losses) / len(losses), device=device)).item() / WORLD_SIZE
 
 
 # --- the run ------------------------------------------------------------------------------------------------
@@ -282,6 +223,11 @@ def find_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device=cuda: torch finds no CUDA device; use --device=cpu, or install a CUDA build of torch")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def say(line: str) -> None:
+    if RANK == 0:
+        print(line, flush=True)
 
 
 def schedule(step: int, config: TrainConfig) -> float:
@@ -318,26 +264,71 @@ def trim_log(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def train(config: TrainConfig) -> None:
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list that is no longer empty once the process was asked to end, by Ctrl-C or SIGTERM."""
+    received = []
+
+    def note(number, frame):
+        if not received and RANK == 0:
+            os.write(1, b"\nasked to stop: saving after this step\n")
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def make_model(config: TrainConfig) -> GPT:
+    """The model with its share of the pool, on the CPU; the same weights however many processes there are."""
+    group_size = config.mem_group_size or WORLD_SIZE
+    if WORLD_SIZE % group_size:
+        fail(f"--mem_group_size={group_size} must divide the number of processes, {WORLD_SIZE}")
+    file = None
+    if config.mem_file and config.mem_layers:
+        file = config.mem_file + (f".{RANK}of{WORLD_SIZE}" if WORLD_SIZE > 1 else "")
+        if Path(file).exists() and not config.resume:
+            fail(f"--mem_file={file} is there already: delete it, or choose another")
+    torch.manual_seed(config.seed)
+    try:
+        return GPT(config, distributed.make_sharding(group_size), file)
+    except ValueError as error:
+        fail(error)
+    except RuntimeError as error:
+        if file is None:
+            raise
+        fail(f"--mem_file={file}: {str(error).splitlines()[0]}")
+
+
+def train(config: TrainConfig, found: Path | None = None) -> None:
+    """found: the checkpoint to go on from."""
     device = find_device(config.device)
     try:
         kernel = resolve_kernel(config.kernel, device)
     except ValueError as error:
         fail(f"--{error}")
+    parts = WORLD_SIZE * config.accum_steps
+    if config.batch_size % parts:
+        fail(f"--batch_size={config.batch_size} must be a multiple of {parts}: {WORLD_SIZE} processes and "
+             f"{config.accum_steps} parts each")
     out_dir = Path(config.out_dir)
-    found = checkpoints(out_dir)
-    if found and not config.resume:
-        fail(f"{found[-1]} is there already: go on from it with --resume, or choose another --out_dir")
-
+    if found is None and checkpoints(out_dir):
+        fail(f"{checkpoints(out_dir)[-1]} is there already: go on from it with --resume, or choose another "
+             "--out_dir")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out_dir={out_dir}: {error.strerror}")
 
-    # data
-    data = Dataset(config.dataset)
-    if found and json.loads((found[-1] / "meta.json").read_text())["encoding"] != data.encoding_json:
-        fail(f"{config.dataset} has other tokens than {found[-1]} was trained on; choose another --out_dir")
+    # data; where it has to be made, by one process of each machine
+    data = Dataset(config.dataset) if LOCAL_RANK == 0 else None
+    gather_objects(None)
+    data = data or Dataset(config.dataset)
+    if found and read_meta(found)["encoding"] != data.encoding_json:
+        fail(f"{config.dataset} has other tokens than {found} was trained on; choose another --out_dir")
     needed = data.encoding.n_vocab
     config.vocab_size = config.vocab_size or needed
     if config.vocab_size < needed:
@@ -347,117 +338,139 @@ def train(config: TrainConfig) -> None:
             fail(f"--block_size={config.block_size} is too large: {split}.bin has only {len(tokens)} tokens")
 
     # model and optimisers; the raw model stays at hand for saving, evaluating and sampling
-    torch.manual_seed(config.seed)
-    model = GPT(config)
+    model = make_model(config)
     if found:
-        load_model(found[-1], model)
+        load_model(found, model)
     model.to(device)
-    optimizers = model.optimizers(
-        lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
-        value_lr=config.value_lr, kind=config.value_optimizer, value_blocks=config.value_blocks,
-        stochastic_rounding=config.value_stochastic_rounding, seed=config.seed)
+    try:
+        optimizers = model.optimizers(
+            lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
+            value_lr=config.value_lr, kind=config.value_optimizer, value_blocks=config.value_blocks,
+            stochastic_rounding=config.value_stochastic_rounding, seed=config.seed)
+    except ValueError as error:
+        fail(f"--{error}")
     dense = [p for p in model.parameters() if p.requires_grad]
     compiled = torch.compile(model) if config.compile else model
+    parallel = compiled
+    if WORLD_SIZE > 1:  # all have built the same model: nothing to send. The pool has no gradient to reduce
+        parallel = DistributedDataParallel(compiled, init_sync=False, forward_sync_buffers=False,
+                                           gradient_as_bucket_view=True)
     autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
 
     # where to start
     start = 0
     log_path = out_dir / "log.jsonl"
     if found:
-        load_optimizers(found[-1], optimizers)
-        start = step_of(found[-1])
-        trim_log(log_path, start)
-    log_file = open(log_path, "a" if found else "w", buffering=1)
+        load_optimizers(found, model, optimizers)
+        start = step_of(found)
+        if RANK == 0:
+            trim_log(log_path, start)
+    log_file = open(log_path if RANK == 0 else os.devnull, "a" if found else "w", buffering=1)
 
     counts = model.count_parameters()
     tokens_per_step = config.batch_size * config.block_size
-    print(f"{config.dataset}: {len(data.train):,} tokens to train on; {config.max_steps:,} steps of "
-          f"{tokens_per_step:,} tokens, on {device}")
+    processes = f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
+    say(f"{config.dataset}: {len(data.train):,} tokens to train on; {config.max_steps:,} steps of "
+        f"{tokens_per_step:,} tokens, on {device}{processes}")
     where = ",".join(map(str, config.mem_layers)) or "none"
-    print(f"GPT of {config.n_layer} blocks, memory in {where}; parameters: {counts['dense']:,} dense, "
-          f"{counts['memory']:,} memory, {counts['active']:,} active a token; kernel: {kernel}")
+    say(f"GPT of {config.n_layer} blocks, memory in {where}; parameters: {counts['dense']:,} dense, "
+        f"{counts['memory']:,} memory, {counts['active']:,} active a token; kernel: {kernel}")
     if found:
-        print(f"resumed from {found[-1]}" if start < config.max_steps else
-              f"{found[-1]} is the end of this run: choose a larger --max_steps, or another --out_dir")
+        say(f"resumed from {found}" if start < config.max_steps else
+            f"{found} is the end of this run: choose a larger --max_steps, or another --out_dir")
 
     model.train()
     some_questions = random.Random(config.seed).sample(
         data.questions, min(config.eval_questions, len(data.questions)))
     last_eval, latest = {}, ""
     began, spent, steps_spent = time.perf_counter(), 0.0, 0
-    for step in range(start, config.max_steps + 1):
-        last_step = step == config.max_steps
+    train_seconds, stopping = read_meta(found)["train_seconds"] if found else 0.0, False
+    with stop_signals() as received:
+        for step in range(start, config.max_steps + 1):
+            last_step = step == config.max_steps
+            due = last_step or step % config.eval_interval == 0
 
-        if (last_step or step % config.eval_interval == 0) and (step > start or not found):
-            with autocast:
-                last_eval = {"val_loss": validation_loss(compiled, data.val, config, device)}
-                latest = f"  val {last_eval['val_loss']:.3f}"
-                if data.questions:
-                    questions = data.questions if last_step else some_questions
-                    last_eval["recall"] = recall(model, data.encoding, questions)
-                    latest += f"  recall {last_eval['recall'].get('all', math.nan):.3f}"
-            if model.pool is not None:
-                last_eval["slots_used"], last_eval["kl_from_uniform"] = model.pool.usage.summary()
-                model.pool.usage.reset()
-            line = {"step": step, "seconds": time.perf_counter() - began, **last_eval}
-            log_file.write(json.dumps(line) + "\n")
-            if step > start:
-                save_checkpoint(out_dir, step, model, optimizers, config, data.encoding_json)
-        if last_step:
-            break
+            if due and (step > start or not found):
+                with autocast:
+                    last_eval = {"val_loss": validation_loss(compiled, data.val, config, device)}
+                    latest = f"  val {last_eval['val_loss']:.3f}"
+                    if data.questions:
+                        questions = data.questions if last_step else some_questions
+                        last_eval["recall"] = recall(model, data.encoding, questions)
+                        latest += f"  recall {last_eval['recall'].get('all', math.nan):.3f}"
+                if model.pool is not None:
+                    last_eval["slots_used"], last_eval["kl_from_uniform"] = model.pool.usage.summary()
+                    model.pool.usage.reset()
+                line = {"step": step, "seconds": time.perf_counter() - began, "train_seconds": train_seconds,
+                        **last_eval}
+                log_file.write(json.dumps(line) + "\n")
+            if (due or stopping) and step > start:
+                meta = {"config": asdict(config), "encoding": data.encoding_json,
+                        "train_seconds": train_seconds}
+                save_checkpoint(out_dir, step, model, optimizers, meta, config.keep)
+            if last_step or stopping:
+                break
 
-        # --- the timed part of a step
-        if device == "cuda":
-            torch.cuda.synchronize()
-        t0 = time.perf_counter()
-        torch.manual_seed(config.seed * 1_000_003 + step)  # of dropout
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        x, y = (part.to(device) for part in draw_batch(data.train, config.batch_size, config.block_size,
-                                                       config.seed, 0, step))
-        loss = 0.0
-        for micro_x, micro_y in zip(x.chunk(config.accum_steps), y.chunk(config.accum_steps), strict=True):
-            with autocast:
-                micro_loss = compiled(micro_x, micro_y)[1] / config.accum_steps
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(dense, config.grad_clip)
-        for optimizer, lr in zip(optimizers, (config.lr, config.value_lr), strict=False):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(step, config)
-            optimizer.step()
-        loss = loss.item()  # waits for the device
-        spent, steps_spent = spent + time.perf_counter() - t0, steps_spent + 1
-        # --- end of the timed part
+            # --- the timed part of a step
+            if device == "cuda":
+                torch.cuda.synchronize()
+            t0 = time.perf_counter()
+            torch.manual_seed(config.seed * 1_000_003 + step * WORLD_SIZE + RANK)  # of dropout
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            x, y = (part.to(device) for part in draw_batch(data.train, config.batch_size, config.block_size,
+                                                           config.seed, 0, step))
+            totals = torch.zeros(2, device=device)  # of the loss, and of the signals to stop
+            totals[1] = len(received)
+            for i, micro_x in enumerate(x.chunk(config.accum_steps)):
+                micro_y = y.chunk(config.accum_steps)[i]
+                wait = WORLD_SIZE > 1 and i + 1 < config.accum_steps  # gradients are reduced once, at the end
+                with parallel.no_sync() if wait else contextlib.nullcontext():
+                    with autocast:
+                        micro_loss = parallel(micro_x, micro_y)[1] / config.accum_steps
+                    micro_loss.backward()
+                totals[0] += micro_loss.detach()
+            if config.grad_clip:
+                torch.nn.utils.clip_grad_norm_(dense, config.grad_clip)
+            for optimizer, lr in zip(optimizers, (config.lr, config.value_lr), strict=False):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * schedule(step, config)
+                optimizer.step()
+            loss, stopping = all_reduce_sum(totals).tolist()  # waits for the device
+            loss /= WORLD_SIZE
+            seconds = time.perf_counter() - t0
+            spent, steps_spent, train_seconds = spent + seconds, steps_spent + 1, train_seconds + seconds
+            # --- end of the timed part
 
-        done = step + 1
-        if not math.isfinite(loss):
-            fail(f"the loss is {loss} at step {step}: training has diverged; lower --lr or --value_lr")
-        if done % config.log_interval == 0 or done == config.max_steps:
-            speed = tokens_per_step * steps_spent / spent
-            spent, steps_spent = 0.0, 0
-            line = {"step": done, "loss": loss, "lr": config.lr * schedule(step, config),
-                    "tokens_per_second": speed}
-            slots = ""
-            if model.pool is not None:
-                line["slots_used"], line["kl_from_uniform"] = model.pool.usage.summary()
-                slots = f"  slots {line['slots_used']:.3f}"
-            log_file.write(json.dumps(line) + "\n")
-            left = (time.perf_counter() - began) / (done - start) * (config.max_steps - done)
-            width = len(str(config.max_steps))
-            print(f"step {done:{width}}/{config.max_steps}  loss {loss:.3f}{latest}{slots}  "
-                  f"{speed / 1000:.1f}k tokens/s  {duration(left)} left")
+            done = step + 1
+            if not math.isfinite(loss):
+                fail(f"the loss is {loss} at step {step}: training has diverged; lower --lr or --value_lr")
+            if done % config.log_interval == 0 or done == config.max_steps:
+                speed = tokens_per_step * steps_spent / spent
+                spent, steps_spent = 0.0, 0
+                line = {"step": done, "loss": loss, "lr": config.lr * schedule(step, config),
+                        "tokens_per_second": speed}
+                slots = ""
+                if model.pool is not None:
+                    line["slots_used"], line["kl_from_uniform"] = model.pool.usage.summary()
+                    slots = f"  slots {line['slots_used']:.3f}"
+                log_file.write(json.dumps(line) + "\n")
+                left = (time.perf_counter() - began) / (done - start) * (config.max_steps - done)
+                width = len(str(config.max_steps))
+                say(f"step {done:{width}}/{config.max_steps}  loss {loss:.3f}{latest}{slots}  "
+                    f"{speed / 1000:.1f}k tokens/s  {duration(left)} left")
 
-    if start < config.max_steps:
+    if stopping and step < config.max_steps:
+        say(f"stopped after step {step}, saved in {out_dir}; --resume goes on from there")
+    elif start < config.max_steps and RANK == 0:
         print_result(last_eval)
         from plot import plot_run  # here, as matplotlib takes its time and memory
         plot_run(out_dir)
         pool_bytes = 0 if model.pool is None else model.pool.values.nbytes
         peak, pool = peak_memory(device) / 2**30, pool_bytes / 2**30
-        print(f"{duration(time.perf_counter() - began)} in all; peak memory {peak:.3f} GiB, of it the pool "
-              f"{pool:.3f} GiB")
-        print(f"log, figure and checkpoints are in {out_dir}; next: python sample.py --out_dir={out_dir}")
+        say(f"{duration(time.perf_counter() - began)} in all; peak memory {peak:.3f} GiB, of it the pool "
+            f"{pool:.3f} GiB")
+        say(f"log, figure and checkpoints are in {out_dir}; next: python sample.py --out_dir={out_dir}")
 
 
 def print_result(result: dict) -> None:
@@ -473,12 +486,21 @@ def print_result(result: dict) -> None:
                 print(f"  {label:32} {share:.3f}  {'#' * round(40 * share)}")
 
 
+def stored_config(meta: dict) -> TrainConfig:
+    """Of a checkpoint."""
+    return build(TrainConfig, {name: tuple(value) if isinstance(value, list) else value
+                               for name, value in meta["config"].items()})
+
+
 def main(argv: list[str] | None = None) -> None:
     preset, given = parse(TrainConfig, argv, PRESETS, description=__doc__)
     config = build(TrainConfig, preset | given)
-    found = checkpoints(Path(config.out_dir))
-    if config.resume and found:
-        stored = read_meta(found[-1])["config"]
+    distributed.start()
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun --max-restarts starts us again
+        config.resume = given["resume"] = True
+    found = find_checkpoint(Path(config.out_dir)) if config.resume else None
+    if found:
+        stored = stored_config(read_meta(found))
         config = build(TrainConfig, asdict(stored) | given)
         fixed = {field.name for field in fields(GPTConfig)} - {"dropout", "kernel"}
         for name in sorted(fixed | {"value_optimizer", "value_blocks"}):
@@ -486,11 +508,18 @@ def main(argv: list[str] | None = None) -> None:
                 fail(f"--{name}={getattr(config, name)}: the model in {config.out_dir} has "
                      f"{getattr(stored, name)} for good; choose another --out_dir")
     try:
-        train(config)
-    except KeyboardInterrupt:
+        train(config, found)
+    except OSError as error:
         last = checkpoints(Path(config.out_dir))[-1:]
-        print("\nstopped; " + (f"--resume goes on from {last[0]}" if last else "no checkpoint was due yet"))
-        raise SystemExit(130) from None
+        fail(f"{error.strerror or error} ({error.filename or config.out_dir})"
+             + (f"; once this is mended, --resume goes on from {last[0]}" if last else ""))
+    except RuntimeError as error:
+        # what a process meets with when another, which says why, has ended
+        if WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            print(f"process {RANK} ends, having lost another", file=sys.stderr)
+            os._exit(1)
+        raise
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +54,50 @@ def run(facts_folder, tmp_path, monkeypatch):
 
     run.out = tmp_path / "out"
     return run
+
+
+def log(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in open(out / "log.jsonl")]
+    return [
+        {
+            key: value
+            for key, value in line.items()
+            if key not in ("seconds", "train_seconds", "tokens_per_second")
+        }
+        for line in lines
+    ]
+
+
+def tensors(folder: Path) -> dict:
+    """Every tensor and number of a checkpoint, by its path."""
+    found = {}
+
+    def walk(at, name):
+        if isinstance(at, dict):
+            for key, value in at.items():
+                walk(value, f"{name}/{key}")
+        elif isinstance(at, (list, tuple)):
+            for i, value in enumerate(at):
+                walk(value, f"{name}/{i}")
+        else:
+            found[name] = at
+
+    for path in sorted(folder.glob("*.pt")):
+        walk(torch.load(path, weights_only=True), path.name)
+    return found
+
+
+def assert_same_checkpoint(a: Path, b: Path):
+    one, two = tensors(a), tensors(b)
+    assert one.keys() == two.keys() and len(one) > 20
+    for name, value in one.items():
+        assert torch.equal(value, two[name]) if torch.is_tensor(value) else value == two[name], name
+
+
+def assert_fails(what, message, capsys, also=""):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        what()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert message in err and also in err, err

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+import checkpoint
 import sample
 import train
 
@@ -40,10 +41,10 @@ def test_questions_are_judged_as_training_judged_them(run, capsys, facts_folder)
 def test_trace_shows_what_each_layer_read(run, capsys):
     run("--mem_layers=1,0")
     text = printed(capsys, f"--out_dir={run.out}", "--prompt=The job of", "--max_new_tokens=3", "--trace")
-    folder = train.checkpoints(run.out)[-1]
-    meta = train.read_meta(folder)
-    model = train.GPT(meta["config"])
-    train.load_model(folder, model)
+    folder = checkpoint.checkpoints(run.out)[-1]
+    meta = checkpoint.read_meta(folder)
+    model = train.GPT(train.stored_config(meta))
+    checkpoint.load_model(folder, model)
     encoding = train.encoding_from_json(meta["encoding"])
     reads = []
     model.pool.register_forward_pre_hook(lambda module, read: reads.append(read))
@@ -103,7 +104,7 @@ def test_a_damaged_checkpoint_and_damaged_questions_are_named(run, capsys, tmp_p
     assert "--- sample 1" in printed(capsys, here, "--prompt=<|fim_prefix|>", "--max_new_tokens=2"), (
         "kernel or not"
     )
-    for damaged in ("line 1 of qa.jsonl has no prompt and answer", "is damaged"):
+    for damaged in ("line 1 of qa.jsonl has no prompt and answer", "is whole"):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             sample.main([here])

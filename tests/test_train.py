@@ -11,42 +11,9 @@ import pytest
 import torch
 
 import train
+from conftest import assert_fails, assert_same_checkpoint, log
 from data import prepare
 from data.prepare import build_encoding
-
-
-def log(out: Path) -> list[dict]:
-    lines = [json.loads(line) for line in open(out / "log.jsonl")]
-    return [
-        {key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")}
-        for line in lines
-    ]
-
-
-def tensors(folder: Path) -> dict:
-    """Every tensor and number of a checkpoint, by its path."""
-    found = {}
-
-    def walk(at, name):
-        if isinstance(at, dict):
-            for key, value in at.items():
-                walk(value, f"{name}/{key}")
-        elif isinstance(at, (list, tuple)):
-            for i, value in enumerate(at):
-                walk(value, f"{name}/{i}")
-        else:
-            found[name] = at
-
-    for path in sorted(folder.glob("*.pt")):
-        walk(torch.load(path, weights_only=True), path.name)
-    return found
-
-
-def assert_same_checkpoint(a: Path, b: Path):
-    one, two = tensors(a), tensors(b)
-    assert one.keys() == two.keys() and len(one) > 20
-    for name, value in one.items():
-        assert torch.equal(value, two[name]) if torch.is_tensor(value) else value == two[name], name
 
 
 @pytest.mark.parametrize(
@@ -206,14 +173,6 @@ def test_a_mistake_is_one_line_and_status_2(run, options, message, capsys):
     assert_fails(lambda: run(*options), message, capsys)
 
 
-def assert_fails(what, message, capsys):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        what()
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 def test_triton_without_a_gpu(run, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
@@ -259,54 +218,9 @@ def test_a_log_line_cut_short_does_not_stop_a_run(run):
     assert log(run.out)[-1]["step"] == 6
 
 
-def test_a_millionth_step_comes_after_the_one_before_it(tmp_path):
-    for step in (999_999, 1_000_000, 2):
-        (tmp_path / f"step_{step:06d}").mkdir()
-    (tmp_path / "step_000002_kept").mkdir()  # of the user's
-    assert [train.step_of(path) for path in train.checkpoints(tmp_path)] == [2, 999_999, 1_000_000]
-
-
 def test_an_out_dir_that_cannot_be_is_named(run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert_fails(lambda: run(out=tmp_path / "file"), "file: File exists", capsys)
-
-
-def damage(path: Path, how: str):
-    if how == "missing":
-        path.unlink()
-    elif how == "truncated":
-        path.write_bytes(path.read_bytes()[:-100])
-    elif how == "a bit":
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "name, how",
-    [
-        ("model.pt", "missing"),
-        ("pool_0of1.pt", "truncated"),
-        ("pool_0of1.pt", "a bit"),
-        ("optimizer.pt", "a bit"),
-        ("meta.json", "missing"),
-        ("meta.json", "truncated"),
-    ],
-)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_works(run, name, how, capsys):
-    run()
-    damage(run.out / "step_000006" / name, how)
-    assert_fails(lambda: run("--resume"), "step_000006 is damaged", capsys)
-    shutil.rmtree(run.out / "step_000006")
-    run("--resume")
-    assert "resumed from" in capsys.readouterr().out
-
-
-def test_a_checkpoint_of_another_format_is_named(run, capsys):
-    run()
-    path = run.out / "step_000006" / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    assert_fails(lambda: run("--resume"), "has the format 99", capsys)
 
 
 def test_damaged_data_is_named(run, facts_folder, monkeypatch, tmp_path, capsys):
@@ -318,31 +232,6 @@ def test_damaged_data_is_named(run, facts_folder, monkeypatch, tmp_path, capsys)
         assert_fails(run, "is damaged", capsys)
     path.unlink()
     assert_fails(run, "is damaged", capsys)
-
-
-def test_nothing_in_a_checkpoint_is_ever_run(tmp_path):
-    class Harm:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "harm",)
-
-    torch.save({"weight": Harm()}, tmp_path / "model.pt")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
-        train.load_part(tmp_path, "model.pt")
-    assert not (tmp_path / "harm").exists()
-
-
-def test_a_stopped_run_says_how_to_go_on(run, monkeypatch, capsys):
-    draw = train.draw_batch
-
-    def interrupted(*arguments):
-        if arguments[-2:] == (0, 4):
-            raise KeyboardInterrupt
-        return draw(*arguments)
-
-    monkeypatch.setattr(train, "draw_batch", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        run()
-    assert stop.value.code == 130 and "--resume goes on from" in capsys.readouterr().out
 
 
 def test_a_short_run_on_facts_learns(run):

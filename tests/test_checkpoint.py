@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_fails, assert_same_checkpoint, log
 
 import checkpoint
 import train
-from conftest import assert_fails, assert_same_checkpoint, log
 from distributed import Group
 
 

@@ -1,17 +1,15 @@
 """train.py: resuming, accumulating, checkpoints, each mistake of a user's, and that it learns."""
 
-import json
 import math
 import shutil
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import assert_fails, assert_same_checkpoint, log
 
 import train
-from conftest import assert_fails, assert_same_checkpoint, log
 from data import prepare
 from data.prepare import build_encoding
 

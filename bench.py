@@ -5,6 +5,7 @@ How fast it is, each figure a median of several, of things measured in turn in o
     python bench.py search     the search: pruned against full grid, our top_k against torch.topk
     python bench.py model      a training step of the default model with memory and without, and its profile
     python bench.py kernels    the Triton kernels, compiled for GPUs that need not be here
+    python bench.py plan       reckons what a model needs of each of many GPUs: memory, traffic, time
 
 --json=FILE keeps the rows that the table shows; python bench.py step --help has the other options.
 """
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 import kernel
 from config import build, fail, parse
 from memory import PoolOptimizer, ValuePool, product_key_search, pruned_pairs, top_k
-from model import GPT
+from model import GPT, GPTConfig
 from train import TrainConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -402,18 +403,147 @@ def measure_operations(config: BenchConfig) -> list[dict]:
     return table
 
 
+# --- plan ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PlanConfig(GPTConfig):
+    vocab_size: int = 128_256  # tokens in the vocabulary
+    json: str = ""  # file for the rows, as JSON
+    gpus: int = 64  # processes, a GPU each
+    mem_group_size: int = 0  # GPUs that share the pool's columns; 0: all of them
+    tokens: int = 16_384  # a step and GPU
+    value_blocks: int = 8  # second moments a row, of rowwise; as many as GPUs share the pool, or more
+    flops: float = 400e12  # a second and GPU that matrix products reach; an H100 has 989e12 on paper
+    bandwidth: float = 3.35e12  # bytes a second of a GPU's memory
+    link: float = 50e9  # bytes a second that a GPU sends: 50e9 for 400 Gb/s, 450e9 in a DGX H100
+    gpu_memory: float = 80e9  # bytes
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("gpus", "tokens", "value_blocks", "flops", "bandwidth", "link", "gpu_memory"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be more than 0")
+        if not self.mem_layers:
+            raise ValueError("mem_layers: name at least one: python bench.py plan --mem_layers=4,12,20")
+        self.mem_group_size = self.mem_group_size or self.gpus
+        for name, total in (
+            ("gpus", self.gpus),
+            ("n_embd", self.n_embd),
+            ("value_blocks", self.value_blocks),
+        ):
+            if total % self.mem_group_size:
+                raise ValueError(f"mem_group_size={self.mem_group_size} must divide {name}={total}")
+
+
+PAPER = dict(  # the largest of Berges et al. 2024: 64M slots of 2,048, beside a GPT of 1.3B
+    block_size=4096,
+    n_layer=24,
+    n_head=16,
+    n_embd=2048,
+    mem_layers=(4, 12, 20),
+    mem_num_keys=8192,
+    mem_knn=32,
+    mem_key_dim=1024,
+    mem_dtype="bfloat16",
+    value_blocks=64,
+)
+
+
+def bytes_sent(c: PlanConfig) -> dict[str, float]:
+    """
+    Bytes that a GPU sends for each of its tokens and each memory layer; all activations are of float32.
+
+    Of G GPUs that share a pool, each sends every bag to all others, and gets dots back for it; sums and their
+    gradients are cut up, so that 1/G stays. Groups with the same columns send each other their reads.
+    """
+    G, bag, V = c.mem_group_size, c.mem_heads * c.mem_knn, c.n_embd
+    return {
+        "bags": (G - 1) * bag * (4 + 4),
+        "sums": (G - 1) / G * V * 4,
+        "gradients of sums": (G - 1) / G * V * 4,
+        "gradients of weights": (G - 1) * bag * 4,
+        "reads to replicas": (c.gpus // G - 1) * (G * bag * (4 + 4) + V * 4),
+    }
+
+
+def bench_plan(c: PlanConfig) -> list[dict]:
+    with torch.device("meta"):
+        counts = GPT(c).count_parameters()
+    G, bag, V, layers = c.mem_group_size, c.mem_heads * c.mem_knn, c.n_embd, len(c.mem_layers)
+    size = {"float32": 4, "bfloat16": 2}[c.mem_dtype]
+    slots = counts["memory"] // V
+    print(
+        f"{counts['dense'] / 1e9:.2f}B dense parameters; a pool of {slots:,} slots x {V:,} = "
+        f"{counts['memory'] / 1e9:.1f}B ({c.mem_dtype}), "
+        f"read by {layers} layers, {bag} slots a token;\n{c.gpus} GPUs, each {G} of which share it, "
+        f"{c.tokens:,} tokens a GPU and step\n"
+    )
+    parts = {
+        "dense: weights, gradients, AdamW": counts["dense"] * 16,
+        "values": counts["memory"] * size / G,
+        "reads of a step": layers * c.tokens * (c.gpus // G) * (G * bag * (4 + 4) + V * 4),
+        "slot use": slots * 4,
+    }
+    learners = {
+        "rowwise": {"state": slots * c.value_blocks * 4 / G},
+        "adam": {"state": counts["memory"] * 8 / G},
+        "adam and a dense gradient": {
+            "state": counts["memory"] * 8 / G,
+            "gradient": counts["memory"] * size / G,
+        },
+    }
+    table = []
+    print("GB a GPU:")
+    for name, part in parts.items():
+        print(f"  {name:34}{part / 1e9:9.2f}")
+    for name, extra in learners.items():
+        total = sum(parts.values()) + sum(extra.values())
+        verdict = "fits" if total < 0.9 * c.gpu_memory else f"does not fit {c.gpu_memory / 1e9:.0f} GB"
+        shown = ", ".join(f"{what} {part / 1e9:.2f}" for what, part in extra.items())
+        print(f"  + {name}: {shown}; in all {total / 1e9:.1f}: {verdict}")
+        table.append(dict(bench="plan", learner=name, bytes_per_gpu=total))
+
+    sent = bytes_sent(c)
+    print("\nbytes sent a token and memory layer:")
+    for name, part in sent.items():
+        print(f"  {name:34}{part:12,.0f}")
+    pool_bytes = (
+        layers * bag * V * size * 4
+    )  # read for sums and for dots; a row is read and written by the update
+    sent_bytes = layers * sum(sent.values()) + 2 * 4 * counts["dense"] / c.tokens  # and AdamW's gradients
+    flops = 6 * c.macs_per_token()
+    work = {
+        "matrix products": (flops, "FLOPs", c.flops),
+        "the pool's rows": (pool_bytes, "bytes", c.bandwidth),
+        "traffic": (sent_bytes, "bytes", c.link),
+    }
+    print("\na token of training, forward and backward:")
+    for name, (amount, unit, speed) in work.items():
+        print(f"  {name:16}{amount:18,.0f} {unit:5} {1e6 * amount / speed:8.2f} us at {speed:.3g} a second")
+        table.append(dict(bench="plan", work=name, amount=amount, seconds=amount / speed))
+    slowest = max(work, key=lambda name: work[name][0] / work[name][2])
+    print(f"the bottleneck: {slowest}. No time here is measured, and nothing is assumed to overlap.")
+    return table
+
+
 BENCHES = {"step": bench_step, "search": bench_search, "model": bench_model, "kernels": bench_kernels}
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in BENCHES:
+    if not argv or argv[0] not in (*BENCHES, "plan"):
         if argv and argv[0] in ("-h", "--help"):
             return print(__doc__.strip())
-        fail(f"name a measurement: python bench.py {'|'.join(BENCHES)} [options]")
-    _, given = parse(BenchConfig, argv[1:], description=__doc__)
-    config = build(BenchConfig, given)
-    table = BENCHES[argv[0]](config)
+        fail(f"name a measurement: python bench.py {'|'.join([*BENCHES, 'plan'])} [options]")
+    name, *options = argv
+    if name == "plan":
+        preset, given = parse(PlanConfig, options, {"paper": PAPER, "small": {"mem_layers": (1, 2)}}, __doc__)
+        config = build(PlanConfig, preset | given)
+        table = bench_plan(config)
+    else:
+        config = build(BenchConfig, parse(BenchConfig, options, description=__doc__)[1])
+        table = BENCHES[name](config)
     if config.json:
         Path(config.json).write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")
 

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 
 import bench
+import distributed
 import plot
+from memory import ValuePool
 
 
 @pytest.mark.parametrize(
@@ -50,3 +53,39 @@ def test_a_mistake_is_one_line_and_status_2(argv, message, capsys):
         bench.main(argv)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("gpus, G", [(4, 4), (4, 2), (8, 2), (2, 1)])
+def test_the_plan_counts_the_bytes_that_the_collectives_send(gpus, G, monkeypatch):
+    sent = 0
+
+    def count(result, x, group):
+        nonlocal sent
+        gathers = result.numel() > x.numel()  # all of it to each other; or a share to each
+        sent += x.nbytes * (group - 1) if gathers else x.nbytes * (group - 1) // group
+        result.copy_(x.repeat(group, *[1] * (x.dim() - 1)) if gathers else x)
+
+    monkeypatch.setattr(distributed.dist, "all_gather_single", count)
+    monkeypatch.setattr(distributed.dist, "all_to_all_single", count)
+    config = bench.PlanConfig(n_embd=16, mem_layers=(1,), gpus=gpus, mem_group_size=G)
+    N, bag = 5, config.mem_heads * config.mem_knn
+    sharding = distributed.Sharding(distributed.Group(G, 0, G), distributed.Group(gpus // G, 0, gpus // G))
+    pool = ValuePool(64, 16, sharding=sharding)
+    weights = torch.rand(N, bag, requires_grad=True)
+    pool(torch.randint(64, (N, bag)), weights).sum().backward()
+    pool.all_reads()
+    assert sent == N * sum(bench.bytes_sent(config).values())
+
+
+def test_the_plan_says_what_fits_and_refuses_what_cannot_be(capsys, tmp_path):
+    bench.main(["plan", f"--json={tmp_path / 'plan'}"])
+    printed = capsys.readouterr().out
+    assert "67,108,864 slots x 2,048 = 137.4B" in printed and "the bottleneck: " in printed
+    rows = [json.loads(line) for line in open(tmp_path / "plan")]
+    size = {row["learner"]: row["bytes_per_gpu"] for row in rows if "learner" in row}
+    pool = 8192**2 * 2048 / 64
+    assert size["adam"] - size["rowwise"] == pytest.approx(8 * pool - 4 * 8192**2)
+    assert size["adam and a dense gradient"] - size["adam"] == pytest.approx(2 * pool)
+    with pytest.raises(SystemExit):
+        bench.main(["plan", "--gpus=6"])
+    assert "mem_group_size=6 must divide n_embd=2048" in capsys.readouterr().err

@@ -81,25 +81,24 @@ def plot_step(path: Path) -> None:
     plt.close(figure)
 
 
-# models of evidence.py: colour, marker, line, so that no two differ by colour alone
+# models of evidence.py: colour, marker and line, so that no two differ by colour alone
 STYLE = {"dense": ("#000000", "o", "-"), "dense-2x": ("#000000", "o", ":"), "moe": ("#CC79A7", "v", "--"),
          "hash": ("#56B4E9", "X", ":"), "peer": ("#E69F00", "P", "--"), "memory": ("#56B4E9", "<", "-."),
          "memory+": ("#0072B2", "s", "-"), "memory+short": ("#0072B2", "s", ":"),
          "memory+4x": ("#009E73", "D", "-"), "memory+16x": ("#D55E00", "^", "-")}
-SLOTS = ("memory+", "memory+4x", "memory+16x")
 
 
 def draw(axis, model: str, x, ys, label: str | None = None):
-    """The mean of several runs, and the least and the most of them as a bar."""
+    """The mean of several runs (ys, a row each), and the least and the most of them as a bar."""
     colour, marker, line = STYLE[model]
-    ys = np.array(ys)
-    middle = ys.mean(0)
-    axis.errorbar(x, middle, (middle - ys.min(0), ys.max(0) - middle), color=colour, marker=marker,
-                  linestyle=line, capsize=2, elinewidth=0.8, markersize=5, label=label)
+    middle, low, high = np.mean(ys, 0), np.min(ys, 0), np.max(ys, 0)
+    axis.errorbar(x, middle, (middle - low, high - middle), color=colour, marker=marker, linestyle=line,
+                  capsize=2, elinewidth=0.8, markersize=5, label=label)
+    return x[-1], middle[-1], model  # for label_ends
 
 
 def label_ends(axis, ends: list[tuple]) -> None:
-    """Names of lines at their right ends (x, y, model), moved apart where they would overlap."""
+    """Names of lines to the right of their ends (x, y, model), moved apart where they would overlap."""
     right = max(x for x, _, _ in ends)
     low, high = axis.get_ylim()
     last = -np.inf
@@ -111,17 +110,18 @@ def label_ends(axis, ends: list[tuple]) -> None:
 
 def plot_facts(path: Path) -> None:
     """
-    The runs of `evidence.py facts`, those of the best learning rates. Beside them: .png, recall against how
-    often a thing was told; _more.png, against tokens, seconds and slots, and the use of slots.
+    The runs of `evidence.py facts`, of each model those at its best learning rate. Beside their lines: .png,
+    recall against how often a thing was told; _more.png, against tokens, seconds and slots, and slot use.
     """
     from evidence import kept, read_rows  # here, as it loads torch
     runs = kept(read_rows(path))
+    recalls = {model: [row["curve"][-1]["recall"] for row in rows] for model, rows in runs.items()}
+    best_first = sorted(runs, key=lambda model: -np.mean([recall["all"] for recall in recalls[model]]))
 
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    for model, rows in runs.items():
-        finals = [row["curve"][-1]["recall"]["by_exposure"] for row in rows]
-        bins = [low for low in finals[0] if int(low) < 256]
-        shares = [[final[low] for low in bins] for final in finals]
+    bins = [low for low in recalls[best_first[0]][0]["by_exposure"] if int(low) < 256]
+    for model in best_first:  # so that the legend has the order of the lines
+        shares = [[recall["by_exposure"][low] for low in bins] for recall in recalls[model]]
         draw(axis, model, [int(low) for low in bins], shares, model)
     axis.set(xscale="log", xlabel="times a fact was told in the training text", ylabel="recall (exact match)",
              ylim=(-0.02, 1.02), xticks=[int(low) for low in bins],
@@ -132,42 +132,43 @@ def plot_facts(path: Path) -> None:
     plt.close(figure)
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for axis, x, scale, label in ((axes[0, 0], "tokens", 1e-6, "million tokens"),
-                                  (axes[0, 1], "seconds", 1, "seconds of training on one thread")):
+    for axis, x, unit, label in ((axes[0, 0], "tokens", 1e6, "million tokens"),
+                                 (axes[0, 1], "seconds", 1, "seconds of training on one thread")):
         ends = []
         for model, rows in runs.items():
-            points = np.array([[point[x] for point in row["curve"]] for row in rows]).mean(0) * scale
-            recalls = [[point["recall"]["all"] for point in row["curve"]] for row in rows]
-            draw(axis, model, points, recalls)
-            ends.append((points[-1], np.mean(recalls, 0)[-1], model))
+            points = np.mean([[point[x] / unit for point in row["curve"]] for row in rows], 0)
+            curves = [[point["recall"]["all"] for point in row["curve"]] for row in rows]
+            ends.append(draw(axis, model, points, curves))
         axis.set(xlabel=label, ylabel="recall", ylim=(-0.02, 1.02))
         label_ends(axis, ends)
 
     axis = axes[1, 0]
-    sizes = {model: rows[0]["slots"] for model, rows in runs.items() if model in SLOTS}
+    sizes = [model for model in ("memory+", "memory+4x", "memory+16x") if model in runs]
+    sizes = {model: runs[model][0]["slots"] for model in sizes}
+    means = {model: np.mean([recall["all"] for recall in recalls[model]]) for model in runs}
+    axis.plot(list(sizes.values()), [means[model] for model in sizes], color="0.6", zorder=0)
     for model, slots in sizes.items():
-        draw(axis, model, [slots], [[row["curve"][-1]["recall"]["all"]] for row in runs[model]])
-    axis.plot(list(sizes.values()), [np.mean([row["curve"][-1]["recall"]["all"] for row in runs[model]])
-                                     for model in sizes], color="0.6", zorder=0)
-    for model in ("dense", "dense-2x"):
-        if model in runs:
-            recall = np.mean([row["curve"][-1]["recall"]["all"] for row in runs[model]])
-            axis.axhline(recall, color=STYLE[model][0], linestyle=STYLE[model][2])
-            axis.text(max(sizes.values()), recall, model, va="bottom", ha="right", fontsize=9)
-    axis.set(xscale="log", xlabel="slots of the pool", ylabel="recall", ylim=(-0.02, 1.02),
+        draw(axis, model, [slots], [[recall["all"]] for recall in recalls[model]])
+    for model, place in (("dense", "left"), ("dense-2x", "right")):
+        if model in runs and sizes:
+            x = (min if place == "left" else max)(sizes.values())
+            axis.axhline(means[model], color=STYLE[model][0], linestyle=STYLE[model][2])
+            axis.text(x, means[model] + 0.01, model, ha=place, fontsize=9)
+    axis.set(xscale="log", xlabel="slots of memory+", ylabel="recall", ylim=(-0.02, 1.02),
              xticks=list(sizes.values()))
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
 
     axis, ends = axes[1, 1], []
     for model, rows in runs.items():
-        if "slots_used" in rows[0]["curve"][-1]:
-            tokens = [point["tokens"] * 1e-6 for point in rows[0]["curve"][1:]]
-            used = [[point["slots_used"] for point in row["curve"][1:]] for row in rows]
-            draw(axis, model, tokens, used)
-            ends.append((tokens[-1], np.mean(used, 0)[-1], model))
-    axis.set(xlabel="million tokens", ylabel="share of slots read since last evaluation", ylim=(-0.02, 1.04))
-    label_ends(axis, ends)
+        if "kl_from_uniform" in rows[0]["curve"][-1]:
+            points = [point["tokens"] / 1e6 for point in rows[0]["curve"][1:]]
+            ends.append(draw(axis, model, points,
+                             [[point["kl_from_uniform"] for point in row["curve"][1:]] for row in rows]))
+    axis.set(xlabel="million tokens", ylabel="slot use: KL from uniform (nats)")
+    axis.set_ylim(bottom=0)
+    if ends:
+        label_ends(axis, ends)
     figure.savefig(path.with_name(path.stem + "_more.png"), dpi=120)
     plt.close(figure)
 

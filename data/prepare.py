@@ -246,9 +246,9 @@ def facts(config: FactsConfig) -> None:
 @dataclass
 class MqarConfig(Corpus):
     documents: int = 40_000  # in train.bin; a fiftieth as many in val.bin, and as many again are asked about
-    pairs: int = 8  # of a key and a value, in a document; each is told once and asked once
-    keys: int = 128  # different keys
-    values: int = 128  # different values
+    pairs: int = 4  # of a key and a value, in a document; each is told once and asked once
+    keys: int = 32  # different keys
+    values: int = 32  # different values
     seed: int = 1  # of everything that is drawn
 
     def __post_init__(self):

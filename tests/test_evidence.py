@@ -1,5 +1,6 @@
 """evidence.py: a small experiment from the plan to the table, and what the table says of made-up runs."""
 
+import itertools
 import json
 import math
 import shutil
@@ -7,6 +8,7 @@ import shutil
 import pytest
 
 import evidence
+import plot
 from data import prepare
 from evidence import EXPERIMENTS, MODELS, EvidenceConfig, bits_a_parameter, cross, kept, next_runs, told
 from model import GPT
@@ -149,6 +151,20 @@ def made_up(model="dense", lr=1e-3, seed=1, recall=0.5, seconds=100.0, **changes
         )
         | changes
     )
+
+
+def test_figures_are_drawn_from_the_lines_alone(tmp_path):
+    path = tmp_path / "evidence_facts.jsonl"
+    with open(path, "w") as f:
+        for model, seed in itertools.product(MODELS, (1, 2)):
+            row = made_up(model, seed=seed, recall=0.1 * seed, slots=64 if "memory" in model else 0)
+            for point in row["curve"]:
+                point["kl_from_uniform"] = 0.5
+            row["options"] = evidence.train_options("facts", model)
+            f.write(json.dumps(row) + "\n")
+    plot.plot_facts(path)
+    for name in ("evidence_facts.png", "evidence_facts_more.png"):
+        assert (tmp_path / name).stat().st_size > 20_000
 
 
 def test_the_best_learning_rate_is_chosen_once_all_are_tried():

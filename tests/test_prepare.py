@@ -197,7 +197,7 @@ def test_text_keeps_the_end_of_each_file_for_validation(data):
         (["facts", "--vocab_size=10"], "at least 257"),
         (["stdlib", "--val_share=1"], "between 0 and 1"),
         (["mqar", "--documents=0"], "--documents=0 must be at least 1"),
-        (["mqar", "--keys=3"], "--keys=3 must be at least pairs=8"),
+        (["mqar", "--keys=3"], "--keys=3 must be at least pairs=4"),
         (["mqar", "--seed=-1"], "--seed=-1 must not be negative"),
     ],
 )

@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from config import build, fail, parse
@@ -30,33 +30,37 @@ from model import GPT
 from train import TrainConfig, duration, read_questions
 
 ROOT = Path(__file__).resolve().parent
-VALUE_LR_RATIO = 20
+VALUE_LR_RATIO = 10  # of the pool's learning rate to the others'
 
-# what each model is, as options of train.py. All but the last cost the same multiply-adds a token, to 5%
-PLUS = dict(mem_layers=(1, 2))
+# What each model is, as options of train.py. All but dense-2x cost as many multiply-adds a token, to 2%: what
+# a memory layer costs less than an MLP, the MLPs that stay get. Of three blocks, memory+ has memory in two
+PLUS = dict(mem_layers=(1, 2), mlp_width=960)
 MODELS = {
     "dense": dict(mem_layers=()),
     "memory+": PLUS,
-    "moe": dict(mem_layers=(), moe_layers=(1, 2), moe_experts=32),  # as many parameters as memory+
-    "memory+16x": PLUS | dict(mem_num_keys=512),
-    "hash": PLUS | dict(mem_kind="hash"),
-    "peer": PLUS | dict(mem_kind="peer"),
-    "memory+4x": PLUS | dict(mem_num_keys=256),
-    "memory": PLUS | dict(mem_layers=(1,), mem_swilu=False),
-    "dense-2x": dict(mem_layers=(), mlp_width=816),
+    "memory+short": PLUS | dict(max_steps=1100),  # takes about as long as dense does
+    "moe": dict(mem_layers=(), moe_layers=(1, 2), moe_experts=18),  # as many parameters as memory+
+    "memory+16x": PLUS | dict(mem_num_keys=512, mlp_width=576),
+    "hash": PLUS | dict(mem_kind="hash", mlp_width=1152),
+    "memory+4x": PLUS | dict(mem_num_keys=256, mlp_width=832),
+    "dense-2x": dict(mem_layers=(), mlp_width=1416),
+    "memory": dict(mem_layers=(1,), mem_swilu=False, mlp_width=656),
+    "peer": PLUS | dict(mem_kind="peer", mem_num_keys=90, mlp_width=1184),  # an expert is two rows
 }
-MAIN = ("dense", "memory+", "moe", "hash")
+SMALL = dict(n_embd=128, block_size=64, batch_size=16, max_steps=1500, eval_interval=250, log_interval=25)
 EXPERIMENTS = {
-    "facts": dict(models=tuple(MODELS), options=dict(dataset="facts")),
-    "stdlib": dict(models=MAIN, options=dict(dataset="stdlib")),
-    "mqar": dict(models=MAIN, options=dict(dataset="mqar")),
+    "facts": dict(corpus="facts", corpus_options=dict(name="facts-1000", people=1000), options=SMALL,
+                  models=tuple(MODELS)),
+    "stdlib": dict(corpus="stdlib", corpus_options={}, options=SMALL,
+                   models=("dense", "memory+", "moe", "memory+16x", "hash")),
+    "mqar": dict(corpus="mqar", corpus_options={}, options=SMALL, models=("dense", "memory+", "moe", "hash")),
 }
 
 
 @dataclass
 class EvidenceConfig:
     models: tuple[str, ...] = ()  # which of MODELS, most urgent first; none: all that the experiment has
-    lrs: tuple[float, ...] = (1e-3, 3e-3, 6e-3)  # learning rates that each model is tuned over
+    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3)  # learning rates that each model is tuned over
     seeds: int = 3  # runs of each model at its best learning rate
     jobs: int = 2  # runs at a time, each on its share of the cores
     results: str = "results"  # folder for the line that a finished run leaves
@@ -69,20 +73,36 @@ class EvidenceConfig:
         if not self.lrs:
             raise ValueError("lrs needs one learning rate at least")
         if unknown := set(self.models) - MODELS.keys():
-            raise ValueError(f"models={','.join(unknown)} must be of {', '.join(MODELS)}")
+            raise ValueError(f"models={','.join(sorted(unknown))} must be of {', '.join(MODELS)}")
 
 
 # --- runs ---------------------------------------------------------------------------------------------------
 
 def train_options(experiment: str, model: str) -> dict:
     """What train.py is told, but for the learning rates, the seed and the folder."""
-    return EXPERIMENTS[experiment]["options"] | MODELS[model]
+    e = EXPERIMENTS[experiment]
+    return {"dataset": e["corpus_options"].get("name", e["corpus"])} | e["options"] | MODELS[model]
 
 
-def read_rows(experiment: str, results: str) -> list[dict]:
+def prepare_corpus(experiment: str) -> None:
+    """Makes it where it is not; one that was made with other options is not what the runs should see."""
+    make, config_class = CORPORA[EXPERIMENTS[experiment]["corpus"]]
+    config = config_class(**EXPERIMENTS[experiment]["corpus_options"])
+    path = DATA / train_options(experiment, "dense")["dataset"] / "meta.json"
+    if not path.exists():
+        make(config)
+    elif json.loads(path.read_text(encoding="utf-8"))["options"] != asdict(config):
+        fail(f"{path.parent} was made with other options: move it away, and it is made again")
+
+
+def rows_path(experiment: str, results: str) -> Path:
+    return ROOT / results / f"evidence_{experiment}.jsonl"
+
+
+def read_rows(path: Path) -> list[dict]:
     """The lines of finished runs, of the models as they are now: a model that was changed is run again."""
-    path = ROOT / results / f"evidence_{experiment}.jsonl"
     rows = [json.loads(line) for line in open(path, encoding="utf-8")] if path.exists() else []
+    experiment = path.stem.removeprefix("evidence_")
     known = {model: json.loads(json.dumps(train_options(experiment, model))) for model in MODELS}
     return [row for row in rows if row["options"] == known.get(row["model"])]
 
@@ -94,7 +114,7 @@ def goodness(row: dict) -> float:
 
 
 def best_lr(rows: list[dict], model: str) -> float:
-    return max((row for row in rows if row["model"] == model and row["seed"] == 1), key=goodness)["lr"]
+    return max((row for row in rows if (row["model"], row["seed"]) == (model, 1)), key=goodness)["lr"]
 
 
 def next_runs(config: EvidenceConfig, models, rows: list[dict]) -> list[tuple]:
@@ -141,22 +161,23 @@ def make_row(experiment: str, run: tuple, out_dir: Path) -> dict:
     for question in read_questions(DATA / config.dataset / "qa.jsonl"):
         low = "held_out" if question.get("held_out") else 1 << question.get("exposures", 1).bit_length() - 1
         asked[str(low)] = asked.get(str(low), 0) + 1
+    slots = config.mem_num_keys**2 if config.mem_layers else 0
     return {"model": model, "lr": lr, "value_lr": VALUE_LR_RATIO * lr, "seed": seed, "options": options,
-            "macs": config.macs_per_token(), "parameters": GPT(config).count_parameters(), "asked": asked,
+            "macs": config.macs_per_token(), "slots": slots, "parameters": GPT(config).count_parameters(),
+            "asked": asked,
             "tokens_per_second": statistics.median(speeds), "curve": curve}
 
 
 def run_all(experiment: str, config: EvidenceConfig) -> None:
     models = config.models or EXPERIMENTS[experiment]["models"]
-    dataset = EXPERIMENTS[experiment]["options"]["dataset"]
-    if not (DATA / dataset / "meta.json").exists():
-        make, config_class = CORPORA[dataset]
-        make(config_class())
+    prepare_corpus(experiment)
+    path = rows_path(experiment, config.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
     going = {}  # run: (process, folder, when it began)
     took = []  # seconds of each run that ended here
     try:
         while True:
-            rows = read_rows(experiment, config.results)
+            rows = read_rows(path)
             waiting = [run for run in next_runs(config, models, rows) if run not in going]
             for run in waiting[:config.jobs - len(going)]:
                 out_dir = ROOT / config.out / experiment / "{}_{:g}_{}".format(*run)
@@ -170,7 +191,8 @@ def run_all(experiment: str, config: EvidenceConfig) -> None:
                 if process.poll() is not None:
                     if process.returncode:
                         fail(f"the run of {run[0]} stopped: see {out_dir / 'printed.txt'}")
-                    append_row(experiment, config.results, make_row(experiment, run, out_dir))
+                    with open(path, "a", encoding="utf-8") as f:
+                        f.write(json.dumps(make_row(experiment, run, out_dir)) + "\n")
                     shutil.rmtree(out_dir)
                     del going[run]
                     took.append(time.time() - began)
@@ -180,13 +202,6 @@ def run_all(experiment: str, config: EvidenceConfig) -> None:
     finally:
         for process, *_ in going.values():
             process.terminate()
-
-
-def append_row(experiment: str, results: str, row: dict) -> None:
-    path = ROOT / results / f"evidence_{experiment}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
 
 
 def report(config: EvidenceConfig, models, rows: list[dict], going: dict, took: list[float]) -> None:
@@ -205,7 +220,8 @@ def report(config: EvidenceConfig, models, rows: list[dict], going: dict, took: 
 def kept(rows: list[dict]) -> dict[str, list[dict]]:
     """The runs of each model at its best learning rate, models in the order of MODELS."""
     best = {model: best_lr(rows, model) for model in MODELS if any(row["model"] == model for row in rows)}
-    return {model: [row for row in rows if (row["model"], row["lr"]) == (model, lr)] for model, lr in best.items()}
+    return {model: [row for row in rows if row["model"] == model and row["lr"] == lr]
+            for model, lr in best.items()}
 
 
 def told(row: dict, low: int, high: int) -> float:
@@ -227,9 +243,117 @@ def bits_a_parameter(row: dict) -> float:
 
 
 def cross(curve: list[dict], x: str, recall: float) -> float | None:
-    """At how many tokens or seconds (x) the curve first has this recall, on a straight line between points."""
+    """At how many tokens or seconds (x) the curve first has this recall; between points, straight lines."""
     points = [(point[x], point["recall"]["all"]) for point in curve]
     for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
         if y1 >= recall:
-            return x0 + (x1 - x0) * (recall - y0) / (y1 - y0)
+            return x0 + (x1 - x0) * (recall - y0) / (y1 - y0) if y1 > y0 else x0
     return None
+
+
+def at(curve: list[dict], seconds: float) -> float:
+    """Recall after so many seconds of training, likewise; after the end, that at the end."""
+    points = [(point["seconds"], point["recall"]["all"]) for point in curve]
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        if x1 >= seconds:
+            return y0 + (y1 - y0) * (seconds - x0) / (x1 - x0)
+    return points[-1][1]
+
+
+def mean(values) -> float:
+    """nan where one is missing."""
+    return statistics.mean(math.nan if value is None else value for value in values)
+
+
+def spread(values, form: str = ".3f", scale: float = 1) -> str:
+    """Mean and, of several, standard deviation; a dash where one is missing: it was never reached."""
+    if None in values:
+        return "-"
+    values = [value / scale for value in values]
+    around = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{around}"
+
+
+def table(experiment: str, config: EvidenceConfig) -> None:
+    """As in the README: mean ± standard deviation over the seeds, at each model's best learning rate."""
+    runs = kept(read_rows(rows_path(experiment, config.results)))
+    if not runs:
+        return print(f"{experiment}: no run is finished; python evidence.py {experiment} makes them")
+    recalls = "recall" in next(iter(runs.values()))[0]["curve"][-1]
+    facts = experiment == "facts" and "dense" in runs
+    if facts:
+        target = mean(row["curve"][-1]["recall"]["all"] for row in runs["dense"])
+        dense_seconds = mean(row["curve"][-1]["seconds"] for row in runs["dense"])
+    columns = {
+        "MACs a token": lambda rows: f"{rows[0]['macs']:,}",
+        "parameters": lambda rows: f"{sum(rows[0]['parameters'][kind] for kind in ('dense', 'memory')):,}",
+        "rate": lambda rows: f"{rows[0]['lr']:g}",
+        "validation loss": lambda rows: spread([row["curve"][-1]["val_loss"] for row in rows]),
+    }
+    if recalls:
+        columns["recall"] = lambda rows: spread([row["curve"][-1]["recall"]["all"] for row in rows])
+    if facts:
+        columns |= {
+            "told 8 to 31 times": lambda rows: spread([told(row, 8, 32) for row in rows]),
+            "held out": lambda rows: spread([row["curve"][-1]["recall"]["held_out"] for row in rows]),
+            "bits a parameter": lambda rows: spread([bits_a_parameter(row) for row in rows]),
+            "M tokens to dense's recall": lambda rows: spread(
+                [cross(row["curve"], "tokens", target) for row in rows], ".2f", 1e6),
+            "recall in dense's time": lambda rows: spread([at(row["curve"], dense_seconds) for row in rows]),
+        }
+    columns["k tokens/s"] = lambda rows: spread([row["tokens_per_second"] for row in rows], ".1f", 1e3)
+    print(f"\n{experiment}, {max(map(len, runs.values()))} seeds:\n")
+    print("| model | " + " | ".join(columns) + " |")
+    print("|---" * (1 + len(columns)) + "|")
+    for model, rows in runs.items():
+        print(f"| {model} | " + " | ".join(column(rows) for column in columns.values()) + " |")
+    if facts and "memory+" in runs:
+        bars(runs, target, dense_seconds)
+
+
+def bars(runs: dict[str, list[dict]], target: float, dense_seconds: float) -> None:
+    """What was hoped for, and whether it came."""
+    recall = {model: mean(row["curve"][-1]["recall"]["all"] for row in rows) for model, rows in runs.items()}
+    plus = runs["memory+"]
+    tiny = 1e-9  # a division by it says enough of a dense model that recalls nothing
+    dense_often = mean(told(row, 8, 32) for row in runs["dense"])
+    often = mean(told(row, 8, 32) for row in plus) / max(tiny, dense_often)
+    to_target = mean(cross(row["curve"], "tokens", target) for row in plus) / plus[0]["curve"][-1]["tokens"]
+    # best with a learning rate that comes down in that time; else from the curves of the whole runs
+    short = runs.get("memory+short", plus)
+    in_time = mean(at(row["curve"], dense_seconds) for row in short) / max(tiny, target)
+    checks = [("at least 3 times dense's recall of what was told 8 to 31 times", often >= 3, f"{often:.1f}"),
+              ("at least twice dense's recall, with dense between 0.2 and 0.4",
+               0.2 <= target <= 0.4 and recall["memory+"] >= 2 * target,
+               f"{recall['memory+'] / max(tiny, target):.1f} times {target:.2f}"),
+              ("at most 0.6 of the tokens to dense's recall", to_target <= 0.6, f"{to_target:.2f}"),
+              ("at least 1.4 times dense's recall in dense's time", in_time >= 1.4, f"{in_time:.2f}")]
+    for other in ("moe", "dense-2x"):
+        if other in runs:
+            checks.append((f"above {other}", recall["memory+"] > recall[other],
+                           f"{recall['memory+']:.3f}, {recall[other]:.3f}"))
+    sizes = [recall[model] for model in ("memory+", "memory+4x", "memory+16x") if model in runs]
+    if len(sizes) > 1:
+        checks.append(("rising with the number of slots", sizes == sorted(sizes),
+                       ", ".join(f"{size:.3f}" for size in sizes)))
+    print("\nmemory+ at the same multiply-adds and tokens:")
+    for what, is_met, figures in checks:
+        print(f"  {'yes' if is_met else 'no ':3}  {what}: {figures}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in (*EXPERIMENTS, "table"):
+        if argv and argv[0] in ("-h", "--help"):
+            return print(__doc__.strip())
+        fail(f"name an experiment: python evidence.py {'|'.join(EXPERIMENTS)}|table [options]")
+    _, given = parse(EvidenceConfig, argv[1:], description=__doc__)
+    config = build(EvidenceConfig, given)
+    for experiment in EXPERIMENTS if argv[0] == "table" else argv[:1]:
+        if argv[0] != "table":
+            run_all(experiment, config)
+        table(experiment, config)
+
+
+if __name__ == "__main__":
+    main()

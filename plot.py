@@ -3,6 +3,7 @@ Figures, from the lines that runs leave.
 
     python plot.py out/facts               out/facts/log.jsonl -> out/facts/loss.png
     python plot.py results/step.jsonl      the rows of bench.py step -> results/step.png
+    python plot.py results/evidence_facts.jsonl   the runs of evidence.py -> evidence_facts.png, _more.png
 """
 
 import json
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 from config import fail
 
@@ -79,11 +81,105 @@ def plot_step(path: Path) -> None:
     plt.close(figure)
 
 
+# models of evidence.py: colour, marker and line, so that no two differ by colour alone
+STYLE = {"dense": ("#000000", "o", "-"), "dense-2x": ("#000000", "o", ":"), "moe": ("#CC79A7", "v", "--"),
+         "hash": ("#56B4E9", "X", ":"), "peer": ("#E69F00", "P", "--"), "memory": ("#56B4E9", "<", "-."),
+         "memory+": ("#0072B2", "s", "-"), "memory+short": ("#0072B2", "s", ":"),
+         "memory+4x": ("#009E73", "D", "-"), "memory+16x": ("#D55E00", "^", "-")}
+
+
+def draw(axis, model: str, x, ys, label: str | None = None):
+    """The mean of several runs (ys, a row each), and the least and the most of them as a bar."""
+    colour, marker, line = STYLE[model]
+    middle, low, high = np.mean(ys, 0), np.min(ys, 0), np.max(ys, 0)
+    axis.errorbar(x, middle, (middle - low, high - middle), color=colour, marker=marker, linestyle=line,
+                  capsize=2, elinewidth=0.8, markersize=5, label=label)
+    return x[-1], middle[-1], model  # for label_ends
+
+
+def label_ends(axis, ends: list[tuple]) -> None:
+    """Names of lines to the right of their ends (x, y, model), moved apart where they would overlap."""
+    right = max(x for x, _, _ in ends)
+    low, high = axis.get_ylim()
+    last = -np.inf
+    for x, y, model in sorted(ends, key=lambda end: end[1]):
+        last = max(y, last + 0.055 * (high - low))
+        axis.annotate(model, (x, y), (right * 1.04, last), va="center", fontsize=9, color=STYLE[model][0],
+                      annotation_clip=False, arrowprops=dict(arrowstyle="-", color="0.7", linewidth=0.5))
+
+
+def plot_facts(path: Path) -> None:
+    """
+    The runs of `evidence.py facts`, of each model those at its best learning rate. Beside their lines: .png,
+    recall against how often a thing was told; _more.png, against tokens, seconds and slots, and slot use.
+    """
+    from evidence import kept, read_rows  # here, as it loads torch
+    runs = kept(read_rows(path))
+    recalls = {model: [row["curve"][-1]["recall"] for row in rows] for model, rows in runs.items()}
+    best_first = sorted(runs, key=lambda model: -np.mean([recall["all"] for recall in recalls[model]]))
+
+    figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    bins = [low for low in recalls[best_first[0]][0]["by_exposure"] if int(low) < 256]
+    for model in best_first:  # so that the legend has the order of the lines
+        shares = [[recall["by_exposure"][low] for low in bins] for recall in recalls[model]]
+        draw(axis, model, [int(low) for low in bins], shares, model)
+    axis.set(xscale="log", xlabel="times a fact was told in the training text", ylabel="recall (exact match)",
+             ylim=(-0.02, 1.02), xticks=[int(low) for low in bins],
+             xticklabels=[f"{low}-{2 * int(low) - 1}" for low in bins])
+    axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    plt.close(figure)
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for axis, x, unit, label in ((axes[0, 0], "tokens", 1e6, "million tokens"),
+                                 (axes[0, 1], "seconds", 1, "seconds of training on one thread")):
+        ends = []
+        for model, rows in runs.items():
+            points = np.mean([[point[x] / unit for point in row["curve"]] for row in rows], 0)
+            curves = [[point["recall"]["all"] for point in row["curve"]] for row in rows]
+            ends.append(draw(axis, model, points, curves))
+        axis.set(xlabel=label, ylabel="recall", ylim=(-0.02, 1.02))
+        label_ends(axis, ends)
+
+    axis = axes[1, 0]
+    sizes = [model for model in ("memory+", "memory+4x", "memory+16x") if model in runs]
+    sizes = {model: runs[model][0]["slots"] for model in sizes}
+    means = {model: np.mean([recall["all"] for recall in recalls[model]]) for model in runs}
+    axis.plot(list(sizes.values()), [means[model] for model in sizes], color="0.6", zorder=0)
+    for model, slots in sizes.items():
+        draw(axis, model, [slots], [[recall["all"]] for recall in recalls[model]])
+    for model, place in (("dense", "left"), ("dense-2x", "right")):
+        if model in runs and sizes:
+            x = (min if place == "left" else max)(sizes.values())
+            axis.axhline(means[model], color=STYLE[model][0], linestyle=STYLE[model][2])
+            axis.text(x, means[model] + 0.01, model, ha=place, fontsize=9)
+    axis.set(xscale="log", xlabel="slots of memory+", ylabel="recall", ylim=(-0.02, 1.02),
+             xticks=list(sizes.values()))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+
+    axis, ends = axes[1, 1], []
+    for model, rows in runs.items():
+        if "kl_from_uniform" in rows[0]["curve"][-1]:
+            points = [point["tokens"] / 1e6 for point in rows[0]["curve"][1:]]
+            ends.append(draw(axis, model, points,
+                             [[point["kl_from_uniform"] for point in row["curve"][1:]] for row in rows]))
+    axis.set(xlabel="million tokens", ylabel="slot use: KL from uniform (nats)")
+    axis.set_ylim(bottom=0)
+    if ends:
+        label_ends(axis, ends)
+    figure.savefig(path.with_name(path.stem + "_more.png"), dpi=120)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     given = Path(sys.argv[1] if len(sys.argv) == 2 else "")
     if (given / "log.jsonl").exists():
         plot_run(given)
+    elif given.name == "evidence_facts.jsonl" and given.is_file():
+        plot_facts(given)
     elif given.is_file():
         plot_step(given)
     else:
-        fail("name a run's folder or a benchmark's rows: python plot.py out/facts, or results/step.jsonl")
+        fail("name a run's folder or lines in results/: python plot.py out/facts, or results/step.jsonl")

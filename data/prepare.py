@@ -97,6 +97,8 @@ def write_corpus(name: str, config: Corpus, splits: dict, questions: list[dict] 
     splits: {"train": documents, "val": documents}, each a function that starts a new iterator of texts, where
     a text that ends a document ends with END.
     """
+    if Path(name).name != name or name in ("", ".."):
+        fail(f"--name={name} must be a plain name: data/NAME is where the corpus goes")
     folder = DATA / name
     folder.mkdir(parents=True, exist_ok=True)
     if config.tokenizer:
@@ -171,6 +173,7 @@ ATTRIBUTES = {
 
 @dataclass
 class FactsConfig(Corpus):
+    name: str = "facts"  # the folder under data/
     people: int = 2000  # each with a name of two parts and four attributes
     exposures: float = 30.0  # how often each attribute is told in train.bin, mean over people
     zipf: float = 1.0  # the r-th most exposed person is exposed in proportion to r**-zipf; 0 is uniform
@@ -235,7 +238,7 @@ def facts(config: FactsConfig) -> None:
     rng.shuffle(told)
     rng.shuffle(val)
     splits = {"train": lambda: batched(told), "val": lambda: batched(val)}
-    write_corpus("facts", config, splits, asked)
+    write_corpus(config.name, config, splits, asked)
 
 
 # --- mqar ---------------------------------------------------------------------------------------------------
@@ -243,9 +246,9 @@ def facts(config: FactsConfig) -> None:
 @dataclass
 class MqarConfig(Corpus):
     documents: int = 40_000  # in train.bin; a fiftieth as many in val.bin, and as many again are asked about
-    pairs: int = 8  # of a key and a value, in a document; each is told once and asked once
-    keys: int = 128  # different keys
-    values: int = 128  # different values
+    pairs: int = 4  # of a key and a value, in a document; each is told once and asked once
+    keys: int = 32  # different keys
+    values: int = 32  # different values
     seed: int = 1  # of everything that is drawn
 
     def __post_init__(self):
@@ -334,8 +337,6 @@ class TextConfig(Corpus):
 
 def text(config: TextConfig) -> None:
     """Any text. Files are read in blocks, so that they may be larger than the memory."""
-    if Path(config.name).name != config.name or config.name in ("", ".."):
-        fail(f"--name={config.name} must be a plain name: data/NAME is where the text goes")
     if not config.input:
         fail("name the files: --input FILE ...")
     for name in config.input:

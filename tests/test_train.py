@@ -140,7 +140,8 @@ def test_a_run_leaves_what_it_says(run, capsys):
 def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
     for module in (prepare, train):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
-    monkeypatch.setattr(prepare.FactsConfig.__init__, "__defaults__", ("", 4096, 8, 2.0, 1.0, 0.25, 0.1, 1))
+    defaults = ("", 4096, "facts", 8, 2.0, 1.0, 0.25, 0.1, 1)
+    monkeypatch.setattr(prepare.FactsConfig.__init__, "__defaults__", defaults)
     run("--max_steps=1")
     assert (tmp_path / "data" / "facts" / "qa.jsonl").exists()
 

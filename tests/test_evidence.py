@@ -1,0 +1,248 @@
+"""evidence.py: a small experiment from the plan to the table, and what the table says of made-up runs."""
+
+import itertools
+import json
+import math
+import shutil
+
+import pytest
+
+import evidence
+import plot
+from data import prepare
+from evidence import EXPERIMENTS, MODELS, EvidenceConfig, bits_a_parameter, cross, kept, next_runs, told
+from model import GPT
+from train import TrainConfig
+
+TINY = dict(
+    block_size=32,
+    n_head=2,
+    n_embd=16,
+    mem_num_keys=8,
+    mem_heads=2,
+    mem_knn=4,
+    mem_key_dim=8,
+    batch_size=4,
+    max_steps=4,
+    eval_interval=2,
+    eval_batches=1,
+    eval_questions=9,
+    log_interval=1,
+)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A copy of the project, in which the experiment `facts` has two tiny models and tiny data."""
+    for path in [*evidence.ROOT.glob("*.py"), *evidence.ROOT.glob("data/*.py")]:
+        copy = tmp_path / path.relative_to(evidence.ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    for module in (evidence, prepare):
+        monkeypatch.setattr(module, "DATA", tmp_path / "data")
+    models = {"dense": dict(mem_layers=()), "memory+": dict(mem_layers=(1, 2))}
+    facts = dict(
+        corpus="facts", corpus_options=dict(name="facts-tiny", people=20), options=TINY, models=models
+    )
+    monkeypatch.setattr(evidence, "MODELS", models)
+    monkeypatch.setattr(evidence, "EXPERIMENTS", {"facts": facts})
+    return tmp_path
+
+
+def lines(folder):
+    return [json.loads(line) for line in open(folder / "results" / "evidence_facts.jsonl")]
+
+
+def test_an_experiment_from_its_plan_to_its_table(tiny, capsys, monkeypatch):
+    evidence.main(["facts", "--lrs=6e-3", "--seeds=2"])
+    rows = lines(tiny)
+    assert {(row["model"], row["seed"]) for row in rows} == {
+        (m, s) for m in ("dense", "memory+") for s in (1, 2)
+    }
+    for row in rows:
+        assert [point["step"] for point in row["curve"]] == [0, 2, 4]
+        assert [point["tokens"] for point in row["curve"]] == [0, 256, 512]
+        seconds = [point["seconds"] for point in row["curve"]]
+        assert 0 == seconds[0] < seconds[1] < seconds[2] and row["value_lr"] == 10 * row["lr"] == 0.06
+        assert sum(row["asked"].values()) == 80 and row["asked"]["held_out"] == 8
+        config = TrainConfig(**TINY, **evidence.MODELS[row["model"]], vocab_size=300)
+        assert row["parameters"]["memory"] == GPT(config).count_parameters()["memory"]
+        assert ("slots_used" in row["curve"][-1]) == (row["model"] == "memory+")
+    first, second = (next(r for r in rows if (r["model"], r["seed"]) == ("dense", seed)) for seed in (1, 2))
+    assert first["curve"][-1]["val_loss"] != second["curve"][-1]["val_loss"]
+    assert list((tiny / "out" / "evidence" / "facts").iterdir()) == [], (
+        "no checkpoint of a finished run stays"
+    )
+    printed = capsys.readouterr().out
+    for part in ("0 of 4 runs done", "2 of 4 runs done, about", "| memory+ |", " ± ", "at least 3 times"):
+        assert part in printed
+
+    # finished runs are not run again, whatever the command; a model that is not what it was is
+    monkeypatch.setattr(evidence, "start", None)
+    evidence.main(["facts", "--lrs=6e-3", "--seeds=2"])
+    evidence.main(["table"])
+    assert lines(tiny) == rows and capsys.readouterr().out.count("| memory+ |") == 2
+    evidence.MODELS["dense"]["n_embd"] = 32
+    rows = evidence.read_rows(tiny / "results" / "evidence_facts.jsonl")
+    assert {row["model"] for row in rows} == {"memory+"}
+
+
+def test_a_run_that_was_stopped_goes_on(tiny, monkeypatch):
+    """Stopped by a failure of another, after its first checkpoint."""
+    start = evidence.start
+
+    def stopping(experiment, run, out_dir, jobs):
+        monkeypatch.setitem(evidence.EXPERIMENTS[experiment]["options"], "max_steps", 2)
+        start(experiment, run, out_dir, jobs).wait()
+        monkeypatch.setitem(evidence.EXPERIMENTS[experiment]["options"], "max_steps", 4)
+        raise KeyboardInterrupt
+
+    options = ["facts", "--models=memory+", "--lrs=6e-3", "--seeds=1"]
+    monkeypatch.setattr(evidence, "start", stopping)
+    with pytest.raises(SystemExit) as stop:
+        evidence.main(options)
+    assert stop.value.code == 130 and not (tiny / "results" / "evidence_facts.jsonl").exists()
+    monkeypatch.setattr(evidence, "start", start)
+    evidence.main(options)
+    (row,) = lines(tiny)
+    assert [point["step"] for point in row["curve"]] == [0, 2, 4]
+    assert row["curve"][1]["seconds"] > 0, "the time before the stop counts"
+
+
+def test_a_run_that_fails_is_named(tiny, monkeypatch, capsys):
+    monkeypatch.setitem(evidence.MODELS["dense"], "n_head", 3)
+    with pytest.raises(SystemExit) as stop:
+        evidence.main(["facts", "--models=dense"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "the run of dense stopped: see" in err
+    printed = next((tiny / "out").glob("**/printed.txt")).read_text()
+    assert "must be a multiple of n_head=3" in printed
+
+
+def test_data_made_with_other_options_is_refused(tiny, capsys):
+    prepare.main(["facts", "--name=facts-tiny", "--people=7"])
+    with pytest.raises(SystemExit):
+        evidence.main(["facts"])
+    assert "was made with other options" in capsys.readouterr().err
+
+
+def made_up(model="dense", lr=1e-3, seed=1, recall=0.5, seconds=100.0, **changes):
+    curve = [
+        dict(step=0, tokens=0, seconds=0.0, val_loss=6.0, recall={"all": 0.0, "by_exposure": {}}),
+        dict(
+            step=10,
+            tokens=1000,
+            seconds=seconds,
+            val_loss=2.0,
+            recall={"all": recall, "held_out": 0.25, "by_exposure": {"4": 0.1, "8": 0.5, "16": 1.0}},
+        ),
+    ]
+    return (
+        dict(
+            model=model,
+            lr=lr,
+            seed=seed,
+            curve=curve,
+            macs=7,
+            tokens_per_second=10.0,
+            asked={"4": 50, "8": 30, "16": 10, "held_out": 10},
+            parameters=dict(dense=100, memory=100),
+        )
+        | changes
+    )
+
+
+def test_figures_are_drawn_from_the_lines_alone(tmp_path):
+    path = tmp_path / "evidence_facts.jsonl"
+    with open(path, "w") as f:
+        for model, seed in itertools.product(MODELS, (1, 2)):
+            row = made_up(model, seed=seed, recall=0.1 * seed, slots=64 if "memory" in model else 0)
+            for point in row["curve"]:
+                point["kl_from_uniform"] = 0.5
+            row["options"] = evidence.train_options("facts", model)
+            f.write(json.dumps(row) + "\n")
+    plot.plot_facts(path)
+    for name in ("evidence_facts.png", "evidence_facts_more.png"):
+        assert (tmp_path / name).stat().st_size > 20_000
+
+
+def test_the_best_learning_rate_is_chosen_once_all_are_tried():
+    config = EvidenceConfig(lrs=(1e-3, 3e-3), seeds=3)
+    assert next_runs(config, ["dense"], []) == [("dense", 1e-3, 1), ("dense", 3e-3, 1)]
+    rows = [made_up(lr=3e-3, recall=0.6)]
+    assert next_runs(config, ["dense", "moe"], rows) == [
+        ("dense", 1e-3, 1),
+        ("moe", 1e-3, 1),
+        ("moe", 3e-3, 1),
+    ]
+    rows.append(made_up(lr=1e-3, recall=0.5))
+    assert next_runs(config, ["dense"], rows) == [("dense", 3e-3, 2), ("dense", 3e-3, 3)]
+    # another seed that does worse changes no choice
+    rows.append(made_up(lr=3e-3, seed=2, recall=0.1))
+    assert next_runs(config, ["dense"], rows) == [("dense", 3e-3, 3)]
+    assert kept(rows) == {"dense": [rows[0], rows[2]]}
+    # without questions the validation loss decides
+    for row in rows:
+        del row["curve"][-1]["recall"]
+    rows[1]["curve"][-1]["val_loss"] = 1.0
+    assert next_runs(config, ["dense"], rows) == [("dense", 1e-3, 2), ("dense", 1e-3, 3)]
+
+
+def test_measures_are_as_defined():
+    row = made_up()
+    assert told(row, 8, 32) == (0.5 * 30 + 1.0 * 10) / 40
+    assert told(row, 4, 8) == 0.1
+    bits = (3 * math.log2(50) + math.log2(336)) / 4  # three attributes of 50 values, and birthdays
+    assert math.isclose(bits_a_parameter(row), (0.5 * 90 + 0.25 * 10) * bits / 200)
+    assert cross(row["curve"], "tokens", 0.25) == 500 and cross(row["curve"], "seconds", 0.5) == 100
+    assert cross(row["curve"], "tokens", 0.51) is None
+    assert evidence.at(row["curve"], 50) == 0.25 and evidence.at(row["curve"], 1000) == 0.5
+
+
+def test_bars_say_what_is_met_and_what_is_not(capsys, monkeypatch):
+    def table(**recall):
+        rows = {"dense": [made_up(recall=0.25)]}
+        rows |= {name: [made_up(name, recall=value, seconds=200.0)] for name, value in recall.items()}
+        evidence.bars(rows, 0.25, 100.0)
+        return capsys.readouterr().out
+
+    out = table(**{"memory+": 0.6, "moe": 0.5, "memory+16x": 0.55})
+    assert "no   at least 3 times" in out and "yes  at least twice" in out and "yes  above moe" in out
+    assert "no   rising" in out and "yes  at most 0.6 of the tokens to dense's recall: 0.42" in out
+    assert "no   at least 1.4 times dense's recall in dense's time: 1.20" in out
+    assert "no   above dense-2x: 0.600, 0.700" in table(**{"memory+": 0.6, "dense-2x": 0.7})
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_models_that_are_compared_cost_alike(experiment):
+    """Multiply-adds of all but dense-2x within 5%; parameters of the mixture as of memory+."""
+    configs = {
+        model: TrainConfig(**evidence.train_options(experiment, model), vocab_size=600) for model in MODELS
+    }
+    macs = {model: config.macs_per_token() for model, config in configs.items()}
+    assert math.isclose(macs.pop("dense-2x"), 2 * macs["dense"], rel_tol=0.05)
+    assert max(macs.values()) <= 1.05 * min(macs.values())
+    parameters = {}
+    for model in ("memory+", "moe", "peer", "hash", "memory"):
+        counts = GPT(configs[model]).count_parameters()
+        parameters[model] = counts["dense"] + counts["memory"]
+    assert max(parameters.values()) <= 1.05 * min(parameters.values())
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "name an experiment"),
+        (["fact"], "name an experiment"),
+        (["facts", "--seeds=0"], "--seeds=0 must be at least 1"),
+        (["facts", "--lrs="], "--lrs needs one learning rate"),
+        (["facts", "--models", "dense", "moa"], "--models=moa must be of dense, "),
+        (["facts", "--job=2"], "did you mean --jobs?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evidence.main(argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err

@@ -108,7 +108,8 @@ def write_part(path: Path, part: dict) -> str:
             torch.save(part, f)
             f.flush()
         except RuntimeError as error:  # torch has its own word for what went wrong with the file
-            raise (error.__context__ if isinstance(error.__context__, OSError) else OSError(0, str(error))) from None
+            cause = error.__context__
+            raise (cause if isinstance(cause, OSError) else OSError(0, str(error))) from None
         os.fsync(f)
         f.seek(0)
         return hashlib.file_digest(f, "sha256").hexdigest()

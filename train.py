@@ -298,9 +298,8 @@ def make_model(config: TrainConfig) -> GPT:
     except ValueError as error:
         fail(error)
     except RuntimeError as error:
-        if file is None:
-            raise
-        fail(f"--mem_file={file}: {str(error).splitlines()[0]}")
+        what = f"--mem_file={file}" if file else "too large a model; --mem_file holds the pool in a file"
+        fail(f"{what}: {str(error).splitlines()[0]}")
 
 
 def train(config: TrainConfig, found: Path | None = None) -> None:

@@ -28,6 +28,7 @@ tokens, so that all that is missing is the learnt addressing.
 
 import functools
 import math
+import os
 
 import torch
 import torch.nn as nn
@@ -184,7 +185,7 @@ class ValuePool(nn.Module):
 
     sharding: several processes, each of which holds some columns: values is (num_values, value_dim / G) then,
     of the same pool however many they are. file: a path, where the values then are instead of in memory; a
-    file there is overwritten.
+    pool that is there is overwritten, and anything else an error.
     """
 
     def __init__(self, num_values: int, value_dim: int, dtype=torch.float32, kernel: str = "auto",
@@ -195,8 +196,12 @@ class ValuePool(nn.Module):
             raise ValueError(f"value_dim={value_dim} must be a multiple of the {columns.size} processes that "
                              "share its columns")
         shape = num_values, value_dim // columns.size
-        values = (torch.empty(shape, dtype=dtype) if file is None else
-                  torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype).view(shape))
+        if file is None:
+            values = torch.empty(shape, dtype=dtype)
+        else:
+            if os.path.exists(file) and os.path.getsize(file) != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"mem_file={file} is there, and not of the size of the pool: choose another")
+            values = torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
         for rows in values.split(2**14):
             drawn = torch.empty(len(rows), value_dim).normal_(std=value_dim**-0.5)
             rows.copy_(drawn.chunk(columns.size, dim=1)[columns.rank])

@@ -287,6 +287,8 @@ def make_model(config: TrainConfig) -> GPT:
     group_size = config.mem_group_size or WORLD_SIZE
     if WORLD_SIZE % group_size:
         fail(f"--mem_group_size={group_size} must divide the number of processes, {WORLD_SIZE}")
+    if config.mem_layers and config.n_embd % group_size:
+        fail(f"--n_embd={config.n_embd} must be a multiple of {group_size}, the processes that share the pool")
     file = None
     if config.mem_file and config.mem_layers:
         file = config.mem_file + (f".{RANK}of{WORLD_SIZE}" if WORLD_SIZE > 1 else "")
@@ -296,7 +298,7 @@ def make_model(config: TrainConfig) -> GPT:
     try:
         return GPT(config, distributed.make_sharding(group_size), file)
     except ValueError as error:
-        fail(error)
+        fail(f"--{error}")
     except RuntimeError as error:
         what = f"--mem_file={file}" if file else "too large a model; --mem_file holds the pool in a file"
         fail(f"{what}: {str(error).splitlines()[0]}")
@@ -508,6 +510,9 @@ def main(argv: list[str] | None = None) -> None:
                      f"{getattr(stored, name)} for good; choose another --out_dir")
     try:
         train(config, found)
+    except KeyboardInterrupt:
+        say("\nstopped before the first step")
+        raise SystemExit(130) from None
     except OSError as error:
         last = checkpoints(Path(config.out_dir))[-1:]
         fail(f"{error.strerror or error} ({error.filename or config.out_dir})"

@@ -191,6 +191,7 @@ def test_what_cannot_be_shared_out_is_refused_by_name(run, monkeypatch, capsys):
         "--mem_group_size=2 must divide the number of processes, 3",
         capsys,
     )
+    assert_fails(lambda: run("--batch_size=6"), "--n_embd=16 must be a multiple of 3", capsys)
     with pytest.raises(ValueError, match="value_dim=16 must be a multiple of the 3 processes"):
         ValuePool(9, 16, sharding=Sharding(Group(3, 0)))
 

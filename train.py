@@ -288,7 +288,7 @@ def make_model(config: TrainConfig) -> GPT:
     if WORLD_SIZE % group_size:
         fail(f"--mem_group_size={group_size} must divide the number of processes, {WORLD_SIZE}")
     if config.mem_layers and config.n_embd % group_size:
-        fail(f"--n_embd={config.n_embd} must be a multiple of {group_size}, the processes that share the pool")
+        fail(f"--n_embd={config.n_embd} must be a multiple of {group_size}, the processes that share it")
     file = None
     if config.mem_file and config.mem_layers:
         file = config.mem_file + (f".{RANK}of{WORLD_SIZE}" if WORLD_SIZE > 1 else "")

@@ -113,7 +113,7 @@ def plot_facts(path: Path) -> None:
     The runs of `evidence.py facts`, of each model those at its best learning rate. Beside their lines: .png,
     recall against how often a thing was told; _more.png, against tokens, seconds and slots, and slot use.
     """
-    from evidence import kept, read_rows  # here, as it loads torch
+    from evidence import kept, read_rows, speed  # here, as it loads torch
     runs = kept(read_rows(path))
     recalls = {model: [row["curve"][-1]["recall"] for row in rows] for model, rows in runs.items()}
     best_first = sorted(runs, key=lambda model: -np.mean([recall["all"] for recall in recalls[model]]))
@@ -132,11 +132,11 @@ def plot_facts(path: Path) -> None:
     plt.close(figure)
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for axis, x, unit, label in ((axes[0, 0], "tokens", 1e6, "million tokens"),
-                                 (axes[0, 1], "seconds", 1, "seconds of training on one thread")):
+    for axis, label in ((axes[0, 0], "million tokens"), (axes[0, 1], "seconds of training, one thread")):
         ends = []
         for model, rows in runs.items():
-            points = np.mean([[point[x] / unit for point in row["curve"]] for row in rows], 0)
+            unit = 1e6 if label == "million tokens" else speed(rows)
+            points = [point["tokens"] / unit for point in rows[0]["curve"]]
             curves = [[point["recall"]["all"] for point in row["curve"]] for row in rows]
             ends.append(draw(axis, model, points, curves))
         axis.set(xlabel=label, ylabel="recall", ylim=(-0.02, 1.02))
@@ -177,7 +177,7 @@ if __name__ == "__main__":
     given = Path(sys.argv[1] if len(sys.argv) == 2 else "")
     if (given / "log.jsonl").exists():
         plot_run(given)
-    elif given.name == "evidence_facts.jsonl" and given.is_file():
+    elif given.stem in ("evidence_facts", "evidence_facts_long") and given.is_file():
         plot_facts(given)
     elif given.is_file():
         plot_step(given)

@@ -245,15 +245,16 @@ def facts(config: FactsConfig) -> None:
 
 @dataclass
 class MqarConfig(Corpus):
-    documents: int = 40_000  # in train.bin; a fiftieth as many in val.bin, and as many again are asked about
-    pairs: int = 4  # of a key and a value, in a document; each is told once and asked once
+    documents: int = 20_000  # in train.bin; a fiftieth as many in val.bin, and as many again are asked about
+    pairs: int = 4  # of a key and a value, in a document
+    asks: int = 4  # times that each pair is asked, after all have been told
     keys: int = 32  # different keys
     values: int = 32  # different values
     seed: int = 1  # of everything that is drawn
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("documents", "pairs", "values"):
+        for name in ("documents", "pairs", "asks", "values"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.keys < self.pairs:
@@ -265,8 +266,8 @@ class MqarConfig(Corpus):
 def mqar(config: MqarConfig) -> None:
     """
     Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927): a document is pairs of
-    words, a line each, and then the same lines again in another order. Which words go together is new in each
-    document, so that the answer is in the context, and nothing is worth remembering for longer.
+    words, a line each, and then the same lines again a few times, in another order each time. Which words go
+    together is new in each document: the answer is in the context, and nothing is worth remembering longer.
     """
     rng = np.random.default_rng(config.seed)
     words = make_names(rng, config.keys + config.values, 3)
@@ -275,7 +276,7 @@ def mqar(config: MqarConfig) -> None:
         keys = rng.choice(config.keys, config.pairs, replace=False)
         values = config.keys + rng.integers(config.values, size=config.pairs)
         lines = [f"{words[key]} {words[value]}\n" for key, value in zip(keys, values, strict=True)]
-        return lines, [lines[i] for i in rng.permutation(config.pairs)]
+        return lines, [lines[i] for _ in range(config.asks) for i in rng.permutation(config.pairs)]
 
     few = -(-config.documents // 50)
     documents = {split: ["".join(told + asked) + END for told, asked in (draw() for _ in range(count))]

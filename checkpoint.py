@@ -150,7 +150,7 @@ def damage(folder: Path) -> str | None:
     try:
         meta = read_meta(folder)
         if meta["format"] != FORMAT:
-            return f"it has the format {meta['format']}, and this version of nanoPKM reads {FORMAT}"
+            fail(f"{folder} has the format {meta['format']}, and this version of nanoPKM reads {FORMAT}")
         for name, digest in list(meta["files"].items())[RANK::WORLD_SIZE]:
             with open(folder / name, "rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != digest:

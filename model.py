@@ -143,8 +143,8 @@ class MoE(nn.Module):
     their outputs are averaged with the softmax of those scores (Shazeer et al. 2017, arXiv 1701.06538). No
     token is ever dropped.
 
-    Leaves `balance`, the load-balancing loss of Fedus et al. 2021 (arXiv 2101.03961, section 2.2): 1 where
-    all experts are chosen alike, E where one is chosen always.
+    Leaves `balance`, the load-balancing loss of Fedus et al. 2021 (arXiv 2101.03961, section 2.2), over the
+    tokens of this process: 1 where all experts are chosen alike, E where one is chosen always.
     """
 
     def __init__(self, config: GPTConfig):

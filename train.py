@@ -385,7 +385,7 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
         data.questions, min(config.eval_questions, len(data.questions)))
     last_eval, latest = {}, ""
     began, spent, steps_spent = time.perf_counter(), 0.0, 0
-    train_seconds, stopping = read_meta(found)["train_seconds"] if found else 0.0, False
+    stopping = False
     with stop_signals() as received:
         for step in range(start, config.max_steps + 1):
             last_step = step == config.max_steps
@@ -402,12 +402,10 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
                 if model.pool is not None:
                     last_eval["slots_used"], last_eval["kl_from_uniform"] = model.pool.usage.summary()
                     model.pool.usage.reset()
-                line = {"step": step, "seconds": time.perf_counter() - began, "train_seconds": train_seconds,
-                        **last_eval}
+                line = {"step": step, "seconds": time.perf_counter() - began, **last_eval}
                 log_file.write(json.dumps(line) + "\n")
             if (due or stopping) and step > start:
-                meta = {"config": asdict(config), "encoding": data.encoding_json,
-                        "train_seconds": train_seconds}
+                meta = {"config": asdict(config), "encoding": data.encoding_json}
                 save_checkpoint(out_dir, step, model, optimizers, meta, config.keep)
             if last_step or stopping:
                 break
@@ -439,8 +437,7 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
                 optimizer.step()
             loss, stopping = all_reduce_sum(totals).tolist()  # waits for the device
             loss /= WORLD_SIZE
-            seconds = time.perf_counter() - t0
-            spent, steps_spent, train_seconds = spent + seconds, steps_spent + 1, train_seconds + seconds
+            spent, steps_spent = spent + time.perf_counter() - t0, steps_spent + 1
             # --- end of the timed part
 
             done = step + 1

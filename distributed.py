@@ -84,7 +84,11 @@ def start() -> None:
     if WORLD_SIZE > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(LOCAL_RANK)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        # torchrun may keep its store when it starts us again: the addresses of those that died are in it
+        store = next(dist.rendezvous("env://"))[0]
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store,
+                                rank=RANK, world_size=WORLD_SIZE)
 
 
 def stop() -> None:

@@ -424,6 +424,8 @@ class PlanConfig(GPTConfig):
         for name in ("gpus", "tokens", "value_blocks", "flops", "bandwidth", "link", "gpu_memory"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be more than 0")
+        if self.mem_kind == "peer":
+            raise ValueError("mem_kind=peer is not planned for: it reads two rows where the others read one")
         if not self.mem_layers:
             raise ValueError("mem_layers: name at least one: python bench.py plan --mem_layers=4,12,20")
         self.mem_group_size = self.mem_group_size or self.gpus
@@ -483,6 +485,8 @@ def bench_plan(c: PlanConfig) -> list[dict]:
         "dense: weights, gradients, AdamW": counts["dense"] * 16,
         "values": counts["memory"] * size / G,
         "reads of a step": layers * c.tokens * (c.gpus // G) * (G * bag * (4 + 4) + V * 4),
+        # of a place where a row was read: index and weight, twice, token, thrice, and the sort's order
+        "sorting them": layers * c.tokens * c.gpus * bag * (2 * (4 + 4) + 3 * 8 + 8),
         "slot use": slots * 4,
     }
     learners = {
@@ -494,7 +498,7 @@ def bench_plan(c: PlanConfig) -> list[dict]:
         },
     }
     table = []
-    print("GB a GPU:")
+    print("GB a GPU, without activations:")
     for name, part in parts.items():
         print(f"  {name:34}{part / 1e9:9.2f}")
     for name, extra in learners.items():

@@ -39,11 +39,11 @@ def step_of(checkpoint: Path) -> int:
 
 def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta: dict, keep: int) -> None:
     """Writes out_dir/step_N; called by all processes. meta goes into meta.json. The newest `keep` stay."""
-    folder, temporary = out_dir / f"step_{step:06d}", out_dir / "saving"
+    folder, temporary = out_dir / f"step_{step:06d}", out_dir / ".saving_checkpoint"
 
     def make_folder():
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)
 
     def write_parts():
         parts = own_parts(model, optimizers)
@@ -58,9 +58,10 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta
         shutil.rmtree(folder, ignore_errors=True)  # there only if it was damaged, and so passed over
         os.rename(temporary, folder)
         sync_folder(out_dir)
-        for old in checkpoints(out_dir)[:-keep]:
+        # newer ones are damaged, and count for nothing
+        for old in [path for path in checkpoints(out_dir) if step_of(path) <= step][:-keep]:
             os.rename(old, temporary)  # no folder that is half gone is ever called a checkpoint
-            shutil.rmtree(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
 
     try:
         together(make_folder if RANK == 0 else None)
@@ -137,7 +138,7 @@ def find_checkpoint(out_dir: Path) -> Path | None:
         if RANK == 0:
             print(f"checkpoint {folder} is damaged and passed over: {problem}", flush=True)
     if folders:
-        fail(f"no checkpoint in {out_dir} is whole: delete them, or choose another --out_dir")
+        fail(f"no checkpoint in {out_dir} is whole: choose another --out_dir")
     return None
 
 

@@ -19,12 +19,12 @@ import sys
 import typing
 
 
-def fail(message) -> typing.NoReturn:
+def fail(message, alone: bool = False) -> typing.NoReturn:
     """
     Ends the program over a mistake of its user's: one line that says what to do, and exit status 2. Of many
-    processes, those with the same mistake, one a machine says it.
+    processes, which make the same mistake, one a machine says it; `alone`: it is of this one only.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from config import fail
+
 RANK, WORLD_SIZE, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
                                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
@@ -79,16 +81,22 @@ class Sharding:
 
 ALONE = Sharding()  # a process that has the whole pool
 
-def start() -> None:
+
+def start(device: str) -> None:
     """Connects the processes that torchrun started: by NCCL what is on a GPU, by gloo what is not."""
-    if WORLD_SIZE > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(LOCAL_RANK)
-        # torchrun may keep its store when it starts us again: the addresses of those that died are in it
-        store = next(dist.rendezvous("env://"))[0]
+    if WORLD_SIZE == 1:
+        return
+    if device == "cuda":
+        if LOCAL_RANK >= torch.cuda.device_count():
+            fail(f"process {RANK} has no GPU: this machine has {torch.cuda.device_count()}", alone=True)
+        torch.cuda.set_device(LOCAL_RANK)
+    store = next(dist.rendezvous("env://"))[0]
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # on one machine torchrun may keep its store when it starts us again, with the addresses of those that
+        # died in it. On several it makes a new one, and they may count their starts differently
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store,
-                                rank=RANK, world_size=WORLD_SIZE)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
 
 
 def stop() -> None:

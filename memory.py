@@ -185,11 +185,11 @@ class ValuePool(nn.Module):
 
     sharding: several processes, each of which holds some columns: values is (num_values, value_dim / G) then,
     of the same pool however many they are. file: a path, where the values then are instead of in memory; a
-    pool that is there is overwritten, and anything else an error.
+    pool that is there is overwritten, and anything else an error. draw=False: values are yet to be loaded.
     """
 
     def __init__(self, num_values: int, value_dim: int, dtype=torch.float32, kernel: str = "auto",
-                 sharding: Sharding = ALONE, file: str | None = None):
+                 sharding: Sharding = ALONE, file: str | None = None, draw: bool = True):
         super().__init__()
         columns = sharding.columns
         if value_dim % columns.size:
@@ -201,8 +201,10 @@ class ValuePool(nn.Module):
         else:
             if os.path.exists(file) and os.path.getsize(file) != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"mem_file={file} is there, and not of the size of the pool: choose another")
+            with open(file, "ab") as f:  # so that a disk too small is noticed now, not at a page's first use
+                os.posix_fallocate(f.fileno(), 0, math.prod(shape) * dtype.itemsize)
             values = torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-        for rows in values.split(2**14):
+        for rows in values.split(2**14) if draw else ():
             drawn = torch.empty(len(rows), value_dim).normal_(std=value_dim**-0.5)
             rows.copy_(drawn.chunk(columns.size, dim=1)[columns.rank])
         self.values = nn.Parameter(values, requires_grad=False)

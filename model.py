@@ -71,6 +71,8 @@ class GPTConfig:
             raise ValueError(f"moe_layers={self.moe_layers} and mem_layers={self.mem_layers} share a layer")
         if self.mem_layers and self.mem_knn > self.mem_num_keys:
             raise ValueError(f"mem_knn={self.mem_knn} must be at most mem_num_keys={self.mem_num_keys}")
+        if self.mem_layers and self.mem_num_keys > 32_767:
+            raise ValueError(f"mem_num_keys={self.mem_num_keys} must be at most 32767: rows are int32")
         if self.mem_layers and self.mem_key_dim % 2:
             raise ValueError(f"mem_key_dim={self.mem_key_dim} must be even: a query has two halves")
         if self.mem_kind == "peer" and self.mem_mode == "add":
@@ -201,10 +203,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """
     sharding: how the pool's columns lie on processes. mem_file: a file to hold the pool's values, instead of
-    the memory (ValuePool).
+    the memory. draw_pool=False: the pool's values are yet to be loaded.
     """
 
-    def __init__(self, config: GPTConfig, sharding: Sharding = ALONE, mem_file: str | None = None):
+    def __init__(self, config: GPTConfig, sharding: Sharding = ALONE, mem_file: str | None = None,
+                 draw_pool: bool = True):
         super().__init__()
         if config.vocab_size < 1:
             raise ValueError("vocab_size must be at least 1")
@@ -217,7 +220,8 @@ class GPT(nn.Module):
         if config.mem_layers:
             dtype = getattr(torch, config.mem_dtype)
             num_values = config.mem_num_keys**2 * (2 if config.mem_kind == "peer" else 1)
-            self.pool = ValuePool(num_values, config.n_embd, dtype, config.kernel, sharding, mem_file)
+            self.pool = ValuePool(num_values, config.n_embd, dtype, config.kernel, sharding, mem_file,
+                                  draw_pool)
 
         # GPT-2's initialisation: what a block adds to the residual stream starts smaller, the more blocks
         for name, module in self.named_modules():

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     meta = read_meta(folder)
     trained, encoding = stored_config(meta), encoding_from_json(meta["encoding"])
     trained.kernel = "auto"  # that of the training is no matter here
-    model = GPT(trained)
+    model = GPT(trained, draw_pool=False)
     load_model(folder, model)
     model.to(device).eval()
     print(f"from {folder}")

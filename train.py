@@ -63,7 +63,7 @@ class TrainConfig(GPTConfig):
     mem_file: str = ""  # hold the pool's values in this file, not in memory, so that they may be larger
 
     batch_size: int = 16  # sequences a step, of all processes
-    accum_steps: int = 1  # parts that a batch is worked through in, if it does not fit; same result
+    accum_steps: int = 1  # parts that a batch is worked through in, one by one; the result is the same, MoE aside
     max_steps: int = 2500  # steps in all
     lr: float = 3e-3  # of the dense parameters, at its highest
     value_lr: float = 6e-2  # of the pool; decisive: near lr there is little gain. Good with adam: 2e-2
@@ -282,7 +282,7 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def make_model(config: TrainConfig) -> GPT:
+def make_model(config: TrainConfig, draw_pool: bool) -> GPT:
     """The model with its share of the pool, on the CPU; the same weights however many processes there are."""
     group_size = config.mem_group_size or WORLD_SIZE
     if WORLD_SIZE % group_size:
@@ -292,16 +292,20 @@ def make_model(config: TrainConfig) -> GPT:
     file = None
     if config.mem_file and config.mem_layers:
         file = config.mem_file + (f".{RANK}of{WORLD_SIZE}" if WORLD_SIZE > 1 else "")
-        if Path(file).exists() and not config.resume:
-            fail(f"--mem_file={file} is there already: delete it, or choose another")
     torch.manual_seed(config.seed)
+    sharding, model, problem = distributed.make_sharding(group_size), None, None
     try:
-        return GPT(config, distributed.make_sharding(group_size), file)
+        if file and Path(file).exists() and not config.resume:
+            raise ValueError(f"mem_file={file} is there already: delete it, or choose another")
+        model = GPT(config, sharding, file, draw_pool)
     except ValueError as error:
-        fail(f"--{error}")
-    except RuntimeError as error:
+        problem = f"--{error}"
+    except (OSError, RuntimeError) as error:
         what = f"--mem_file={file}" if file else "too large a model; --mem_file holds the pool in a file"
-        fail(f"{what}: {str(error).splitlines()[0]}")
+        problem = f"{what}: {str(error).splitlines()[0]}"
+    for said in filter(None, gather_objects(problem)):
+        fail(said)
+    return model
 
 
 def train(config: TrainConfig, found: Path | None = None) -> None:
@@ -324,10 +328,14 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
     except OSError as error:
         fail(f"--out_dir={out_dir}: {error.strerror}")
 
-    # data; where it has to be made, by one process of each machine
-    data = Dataset(config.dataset) if LOCAL_RANK == 0 else None
-    gather_objects(None)
-    data = data or Dataset(config.dataset)
+    # data; where it has to be made, by one process of each machine, and by one of all where they share a disk
+    data = None
+    for has_turn in (RANK == 0, LOCAL_RANK == 0, True):
+        data = data or (Dataset(config.dataset) if has_turn else None)
+        gather_objects(None)
+    sizes = gather_objects((data.encoding_json, len(data.train), len(data.val), len(data.questions)))
+    if any(size != sizes[0] for size in sizes):
+        fail(f"{config.dataset} differs between machines: copy data/{config.dataset} from one to the others")
     if found and read_meta(found)["encoding"] != data.encoding_json:
         fail(f"{config.dataset} has other tokens than {found} was trained on; choose another --out_dir")
     needed = data.encoding.n_vocab
@@ -339,7 +347,7 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
             fail(f"--block_size={config.block_size} is too large: {split}.bin has only {len(tokens)} tokens")
 
     # model and optimisers; the raw model stays at hand for saving, evaluating and sampling
-    model = make_model(config)
+    model = make_model(config, draw_pool=found is None)
     if found:
         load_model(found, model)
     model.to(device)
@@ -486,34 +494,40 @@ def print_result(result: dict) -> None:
 
 def stored_config(meta: dict) -> TrainConfig:
     """Of a checkpoint."""
-    return build(TrainConfig, {name: tuple(value) if isinstance(value, list) else value
-                               for name, value in meta["config"].items()})
+    try:
+        return TrainConfig(**{name: tuple(value) if isinstance(value, list) else value
+                              for name, value in meta["config"].items()})
+    except (TypeError, ValueError) as error:
+        fail(f"the checkpoint is of another version of nanoPKM: {error}")
 
 
 def main(argv: list[str] | None = None) -> None:
     preset, given = parse(TrainConfig, argv, PRESETS, description=__doc__)
     config = build(TrainConfig, preset | given)
-    distributed.start()
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun --max-restarts starts us again
-        config.resume = given["resume"] = True
-    found = find_checkpoint(Path(config.out_dir)) if config.resume else None
-    if found:
-        stored = stored_config(read_meta(found))
-        config = build(TrainConfig, asdict(stored) | given)
-        fixed = {field.name for field in fields(GPTConfig)} - {"dropout", "kernel"}
-        for name in sorted(fixed | {"value_optimizer", "value_blocks"}):
-            if getattr(config, name) != getattr(stored, name):
-                fail(f"--{name}={getattr(config, name)}: the model in {config.out_dir} has "
-                     f"{getattr(stored, name)} for good; choose another --out_dir")
     try:
+        distributed.start(find_device(config.device))
+        # a process that torchrun --max-restarts started again goes on, and all others with it
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        config.resume = any(gather_objects(config.resume or again))
+        found = find_checkpoint(Path(config.out_dir)) if config.resume else None
+        if found:
+            stored = stored_config(read_meta(found))
+            here = {"out_dir": config.out_dir, "resume": True}
+            config = build(TrainConfig, asdict(stored) | given | here)
+            fixed = {field.name for field in fields(GPTConfig)} - {"dropout", "kernel"}
+            for name in sorted(fixed | {"value_optimizer", "value_blocks"}):
+                if getattr(config, name) != getattr(stored, name):
+                    fail(f"--{name}={getattr(config, name)}: the model in {config.out_dir} has "
+                         f"{getattr(stored, name)} for good; choose another --out_dir")
         train(config, found)
     except KeyboardInterrupt:
-        say("\nstopped before the first step")
+        say("\nstopped")
         raise SystemExit(130) from None
     except OSError as error:
         last = checkpoints(Path(config.out_dir))[-1:]
+        shared = "checkpoint" in str(error)  # then all processes have it
         fail(f"{error.strerror or error} ({error.filename or config.out_dir})"
-             + (f"; once this is mended, --resume goes on from {last[0]}" if last else ""))
+             + (f"; once this is mended, --resume goes on from {last[0]}" if last else ""), alone=not shared)
     except RuntimeError as error:
         # what a process meets with when another, which says why, has ended
         if WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):

@@ -68,6 +68,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, name, how
     assert_fails(lambda: run("--resume"), "no checkpoint", capsys)
 
 
+def test_damaged_newer_checkpoints_do_not_push_out_the_good(run):
+    run()
+    damage(run.out / "step_000006" / "model.pt", "a bit")
+    run("--resume", "--keep=1", "--max_steps=5")
+    assert checkpoint.find_checkpoint(run.out).name == "step_000005"
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(run):
+    run("--max_steps=3")
+    moved = run.out.with_name("moved")
+    shutil.copytree(run.out, moved)
+    train.main(["--resume", f"--out_dir={moved}", "--max_steps=4"])
+    assert checkpoint.checkpoints(moved)[-1].name == "step_000004"
+    assert [path.name for path in checkpoint.checkpoints(run.out)] == ["step_000003"]
+
+
 def test_a_checkpoint_of_another_format_is_named(run, capsys):
     run("--keep=1")
     path = run.out / "step_000006" / "meta.json"
@@ -99,9 +115,9 @@ def test_a_full_disk_is_said_and_costs_nothing(run, capsys, limit):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
-    assert not (run.out / "saving").exists() and [p.name for p in checkpoint.checkpoints(run.out)] == [
-        "step_000003"
-    ]
+    assert not (run.out / ".saving_checkpoint").exists() and [
+        p.name for p in checkpoint.checkpoints(run.out)
+    ] == ["step_000003"]
     run("--resume", "--max_steps=6")
 
 

@@ -211,7 +211,7 @@ def test_a_shared_pool_in_files_and_a_shard_gone(run, together, tmp_path):
 
 def test_torchrun_restarts_a_killed_process_and_nothing_is_lost(run, together, facts_folder):
     """SIGKILL at a random moment, to either process; the losses are those of a run left alone."""
-    options = "--max_steps=120", "--eval_interval=10"
+    options = "--max_steps=200", "--eval_interval=10"
     together(2, *options, f"--out_dir={run.out}")
     out = run.out.with_name("killed")
     script = run.out.with_name("worker.py")
@@ -234,12 +234,15 @@ def test_torchrun_restarts_a_killed_process_and_nothing_is_lost(run, together, f
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     job = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     pids = [int(re.match(r"process (\d+)", job.stdout.readline()).group(1)) for _ in range(2)]
-    while not checkpoint.checkpoints(out):
-        time.sleep(0.02)
-    time.sleep(random.uniform(0, 1))
-    os.kill(random.choice(pids), signal.SIGKILL)
-    printed = job.communicate(timeout=120)[0]
+    try:
+        while not checkpoint.checkpoints(out) and job.poll() is None:
+            time.sleep(0.02)
+        time.sleep(random.uniform(0, 0.5))
+        os.kill(random.choice(pids), signal.SIGKILL)
+        printed = job.communicate(timeout=240)[0]
+    finally:
+        job.terminate()  # and with it its processes
     assert job.returncode == 0 and "resumed from" in printed, printed
     losses = [[line["loss"] for line in log(folder) if "loss" in line] for folder in (run.out, out)]
-    assert len(losses[0]) == 120 and losses[0] == losses[1]
-    assert json.loads((out / "step_000120" / "meta.json").read_text())["step"] == 120
+    assert len(losses[0]) == 200 and losses[0] == losses[1]
+    assert json.loads((out / "step_000200" / "meta.json").read_text())["step"] == 200

@@ -30,8 +30,8 @@ def test_resuming_equals_not_stopping_bit_for_bit(run, options):
     whole = log(run.out)
     shutil.copytree(run.out / "step_000006", run.out.parent / "end")
     shutil.rmtree(run.out / "step_000006")
-    (run.out / "saving").mkdir()  # what a kill in the middle of a save leaves
-    (run.out / "saving" / "model.pt").write_bytes(b"half")
+    (run.out / ".saving_checkpoint").mkdir()  # what a kill in the middle of a save leaves
+    (run.out / ".saving_checkpoint" / "model.pt").write_bytes(b"half")
     train.main(["--resume", f"--out_dir={run.out}"])  # the other options are the run's own
     assert_same_checkpoint(run.out / "step_000006", run.out.parent / "end")
     assert log(run.out) == whole

@@ -63,7 +63,7 @@ class TrainConfig(GPTConfig):
     mem_file: str = ""  # hold the pool's values in this file, not in memory, so that they may be larger
 
     batch_size: int = 16  # sequences a step, of all processes
-    accum_steps: int = 1  # parts that a batch is worked through in, one by one; the result is the same, MoE aside
+    accum_steps: int = 1  # parts of a batch that are worked through in turn; same result, MoE aside
     max_steps: int = 2500  # steps in all
     lr: float = 3e-3  # of the dense parameters, at its highest
     value_lr: float = 6e-2  # of the pool; decisive: near lr there is little gain. Good with adam: 2e-2

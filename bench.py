@@ -531,23 +531,25 @@ def bench_plan(c: PlanConfig) -> list[dict]:
     return table
 
 
-BENCHES = {"step": bench_step, "search": bench_search, "model": bench_model, "kernels": bench_kernels}
+BENCHES = {  # name: (what is done, its options, presets of them)
+    "step": (bench_step, BenchConfig, None),
+    "search": (bench_search, BenchConfig, None),
+    "model": (bench_model, BenchConfig, None),
+    "kernels": (bench_kernels, BenchConfig, None),
+    "plan": (bench_plan, PlanConfig, {"paper": PAPER, "small": {"mem_layers": (1, 2)}}),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in (*BENCHES, "plan"):
+    if not argv or argv[0] not in BENCHES:
         if argv and argv[0] in ("-h", "--help"):
             return print(__doc__.strip())
-        fail(f"name a measurement: python bench.py {'|'.join([*BENCHES, 'plan'])} [options]")
-    name, *options = argv
-    if name == "plan":
-        preset, given = parse(PlanConfig, options, {"paper": PAPER, "small": {"mem_layers": (1, 2)}}, __doc__)
-        config = build(PlanConfig, preset | given)
-        table = bench_plan(config)
-    else:
-        config = build(BenchConfig, parse(BenchConfig, options, description=__doc__)[1])
-        table = BENCHES[name](config)
+        fail(f"name a measurement: python bench.py {'|'.join(BENCHES)} [options]")
+    bench, config_class, presets = BENCHES[argv[0]]
+    preset, given = parse(config_class, argv[1:], presets, description=__doc__)
+    config = build(config_class, preset | given)
+    table = bench(config)
     if config.json:
         Path(config.json).write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")
 

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -72,7 +73,13 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta
     except OSError as error:
         if RANK == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(error.errno, f"cannot write checkpoint {folder}: {error.strerror}") from None
+        cannot_go_on(out_dir, f"cannot write checkpoint {folder}: {error.strerror}")
+
+
+def cannot_go_on(out_dir: Path, problem: str, alone: bool = False) -> NoReturn:
+    """Ends the run, as config.fail does, and says which checkpoint is left."""
+    last = checkpoints(out_dir)[-1:]
+    fail(problem + (f"; once this is mended, --resume goes on from {last[0]}" if last else ""), alone)
 
 
 def together(do) -> list:
@@ -158,8 +165,10 @@ def damage(folder: Path) -> str | None:
                     return f"{name} is not as it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
         return str(error)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"meta.json: {error}"
     return None
 
 
@@ -167,12 +176,12 @@ def load_part(folder: Path, name: str) -> dict:
     return torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
 
 
-def load_pool(folder: Path, columns: Group) -> dict:
-    """Of what the pool's files hold, the columns of this process: {"values": ..., "step": ..., ...}."""
+def load_pool(folder: Path, columns: Group, names) -> dict:
+    """{name: tensor or number} of what the pool's files hold; of a tensor, the columns of this process."""
     number = sum(name.startswith("pool_") for name in read_meta(folder)["files"])
     parts = [load_part(folder, f"pool_{i}of{number}.pt") for i in range(number)]
-    return {key: take_columns([part[key] for part in parts], columns) if torch.is_tensor(value) else value
-            for key, value in parts[0].items()}
+    return {name: take_columns([part[name] for part in parts], columns)
+            if torch.is_tensor(parts[0][name]) else parts[0][name] for name in names}
 
 
 def take_columns(parts: list[torch.Tensor], columns: Group) -> torch.Tensor:
@@ -191,7 +200,7 @@ def load_model(folder: Path, model: GPT) -> None:
     """Before optimizers are made: the parameters become the mapped file's, so no pool is in memory twice."""
     state = load_part(folder, "model.pt")
     if model.pool is not None:
-        state["pool.values"] = load_pool(folder, model.pool.sharding.columns)["values"]
+        state["pool.values"] = load_pool(folder, model.pool.sharding.columns, ["values"])["values"]
         if model.pool.file:
             with torch.no_grad():
                 state["pool.values"] = model.pool.values.copy_(state["pool.values"])
@@ -199,12 +208,10 @@ def load_model(folder: Path, model: GPT) -> None:
 
 
 def load_optimizers(folder: Path, model: GPT, optimizers: list) -> None:
-    # betas, weight decay and the like are as the options say now
-    optimizers[0].load_state_dict(
-        load_part(folder, "optimizer.pt") | {"param_groups": optimizers[0].state_dict()["param_groups"]})
+    stored = [load_part(folder, "optimizer.pt")["state"]]
     if model.pool is not None:
-        state = load_pool(folder, model.pool.sharding.columns)
-        del state["values"]
-        device = model.pool.values.device
-        optimizers[1].state[model.pool.values] = {
-            key: value.to(device) if torch.is_tensor(value) else value for key, value in state.items()}
+        names = optimizers[1].state[model.pool.values]
+        stored.append({0: load_pool(folder, model.pool.sharding.columns, names)})
+    for optimizer, state in zip(optimizers, stored, strict=True):
+        # betas, weight decay and the like are as the options say now
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -28,8 +28,9 @@ from pathlib import Path
 
 from config import build, fail, parse
 from data.prepare import ATTRIBUTES, CORPORA, DATA
+from evaluate import read_questions
 from model import GPT
-from train import TrainConfig, duration, read_questions
+from train import TrainConfig, duration
 
 ROOT = Path(__file__).resolve().parent
 VALUE_LR_RATIO = 10  # of the pool's learning rate to the others'
@@ -191,8 +192,7 @@ def make_row(experiment: str, run: tuple, out_dir: Path) -> dict:
     value_lr = options.get("value_lr", VALUE_LR_RATIO * lr)
     return {"model": model, "lr": lr, "value_lr": value_lr, "seed": seed, "options": options,
             "macs": config.macs_per_token(), "slots": slots, "parameters": GPT(config).count_parameters(),
-            "asked": asked,
-            "tokens_per_second": statistics.median(speeds), "curve": curve}
+            "asked": asked, "tokens_per_second": statistics.median(speeds), "curve": curve}
 
 
 def run_all(experiment: str, config: EvidenceConfig) -> None:
@@ -218,7 +218,8 @@ def run_all(experiment: str, config: EvidenceConfig) -> None:
                 time.sleep(0.2)
             for run, (process, out_dir, began) in list(going.items()):
                 if process.poll() is not None:
-                    if process.returncode:
+                    end = train_options(experiment, run[0])["max_steps"]
+                    if process.returncode or not (out_dir / f"step_{end:06d}").exists():
                         fail(f"the run of {run[0]} stopped: see {out_dir / 'printed.txt'}")
                     with open(path, "a", encoding="utf-8") as f:
                         f.write(json.dumps(make_row(experiment, run, out_dir)) + "\n")

@@ -202,7 +202,8 @@ class ValuePool(nn.Module):
             if os.path.exists(file) and os.path.getsize(file) != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"mem_file={file} is there, and not of the size of the pool: choose another")
             with open(file, "ab") as f:  # so that a disk too small is noticed now, not at a page's first use
-                os.posix_fallocate(f.fileno(), 0, math.prod(shape) * dtype.itemsize)
+                if hasattr(os, "posix_fallocate"):  # macOS has none
+                    os.posix_fallocate(f.fileno(), 0, math.prod(shape) * dtype.itemsize)
             values = torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
         for rows in values.split(2**14) if draw else ():
             drawn = torch.empty(len(rows), value_dim).normal_(std=value_dim**-0.5)

@@ -16,8 +16,9 @@ import torch
 from checkpoint import checkpoints, find_checkpoint, load_model, read_meta
 from config import build, fail, parse
 from data.prepare import DATA, END, encoding_from_json
+from evaluate import answer, read_questions
 from model import GPT
-from train import answer, find_device, read_questions, stored_config
+from train import find_device, stored_config
 
 SLOTS_SHOWN = 4  # a token and memory layer, in a trace
 

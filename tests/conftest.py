@@ -8,6 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernel.py imports Triton
 
+import evaluate  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from data import prepare  # noqa: E402
@@ -46,7 +47,7 @@ def facts_folder(tmp_path_factory):
 @pytest.fixture
 def run(facts_folder, tmp_path, monkeypatch):
     """run(options): trains a small model on a small corpus; what it leaves is in run.out."""
-    for module in (prepare, train, sample):
+    for module in (prepare, evaluate, sample):
         monkeypatch.setattr(module, "DATA", facts_folder)
 
     def run(*options, out=tmp_path / "out"):

@@ -24,10 +24,10 @@ from memory import ValuePool
 WORKER = """
 import os, signal, sys
 from pathlib import Path
-import checkpoint, train
+import checkpoint, evaluate, train
 from data import prepare
 from distributed import RANK, gather_objects
-prepare.DATA = train.DATA = Path(sys.argv[1])
+prepare.DATA = evaluate.DATA = Path(sys.argv[1])
 {patch}
 train.main(sys.argv[2:])
 """
@@ -78,7 +78,8 @@ def together(facts_folder):
 
 
 def whole_pool(folder: Path) -> dict:
-    return checkpoint.load_pool(folder, train.distributed.Group())
+    names = checkpoint.load_part(folder, next(folder.glob("pool_0*")).name)
+    return checkpoint.load_pool(folder, Group(), names)
 
 
 def assert_equal_but_for_rounding(a: Path, b: Path):
@@ -115,9 +116,9 @@ train.save_checkpoint = check_and_save
 @pytest.mark.parametrize(
     "world, options",
     [
-        (2, ["--mem_layers=0,1"]),
         (2, ["--value_optimizer=adam", "--accum_steps=2", "--mem_group_size=1"]),
         (2, ["--mem_kind=peer"]),
+        (2, ["--mem_kind=hash", "--mem_layers=0,1"]),
         (4, ["--mem_group_size=2", "--batch_size=8", "--accum_steps=2"]),
     ],
 )

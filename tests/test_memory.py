@@ -277,7 +277,6 @@ def test_optimizer_refuses_what_cannot_be():
         PoolOptimizer(ValuePool(16, 12), 0.1)
     with pytest.raises(ValueError, match="rowwise"):
         PoolOptimizer(ValuePool(16, 8), 0.1, "sgd")
-        PoolOptimizer(ValuePool(4, 8), 0.1, "sgd")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -45,7 +45,7 @@ def test_trace_shows_what_each_layer_read(run, capsys):
     meta = checkpoint.read_meta(folder)
     model = train.GPT(train.stored_config(meta))
     checkpoint.load_model(folder, model)
-    encoding = train.encoding_from_json(meta["encoding"])
+    encoding = sample.encoding_from_json(meta["encoding"])
     reads = []
     model.pool.register_forward_pre_hook(lambda module, read: reads.append(read))
     model.eval()(torch.tensor([encoding.encode("The job of")]))

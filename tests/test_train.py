@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import assert_fails, assert_same_checkpoint, log
 
+import evaluate
 import train
 from data import prepare
 from data.prepare import build_encoding
@@ -70,12 +71,12 @@ def test_accumulation_equals_the_big_batch(run, optimizer):
 
 def test_a_batch_is_a_function_of_its_key():
     tokens = np.arange(1000, dtype=np.uint16)
-    x, y = train.draw_batch(tokens, 5, 8, 1, 0, 7)
+    x, y = evaluate.draw_batch(tokens, 5, 8, 1, 0, 7)
     assert torch.equal(y, x + 1) and x.shape == (5, 8) and x.dtype == torch.int64
-    assert torch.equal(x, train.draw_batch(tokens, 5, 8, 1, 0, 7)[0])
+    assert torch.equal(x, evaluate.draw_batch(tokens, 5, 8, 1, 0, 7)[0])
     for other in ((1, 0, 8), (2, 0, 7), (1, 1, 7)):
-        assert not torch.equal(x, train.draw_batch(tokens, 5, 8, *other)[0])
-    starts = torch.cat([train.draw_batch(tokens[:10], 50, 8, 1, 0, step)[0][:, 0] for step in range(9)])
+        assert not torch.equal(x, evaluate.draw_batch(tokens, 5, 8, *other)[0])
+    starts = torch.cat([evaluate.draw_batch(tokens[:10], 50, 8, 1, 0, step)[0][:, 0] for step in range(9)])
     assert set(starts.tolist()) == {0, 1}, "the first and the last window are drawn, none beyond"
 
 
@@ -109,12 +110,12 @@ def test_recall_counts_exact_answers():
         dict(prompt="d?", answer="x y", exposures=15),
         dict(prompt="e? no", answer="y", exposures=16, held_out=True),
     ]
-    assert train.recall(model, encoding, questions) == {
+    assert evaluate.recall(model, encoding, questions) == {
         "all": 0.5,
         "held_out": 1.0,
         "by_exposure": {"1": 1.0, "8": 1 / 3},
     }
-    assert train.recall(model, encoding, questions[4:]) == {"held_out": 1.0, "by_exposure": {}}
+    assert evaluate.recall(model, encoding, questions[4:]) == {"held_out": 1.0, "by_exposure": {}}
 
 
 def test_a_run_leaves_what_it_says(run, capsys):
@@ -138,7 +139,7 @@ def test_a_run_leaves_what_it_says(run, capsys):
 
 
 def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
-    for module in (prepare, train):
+    for module in (prepare, evaluate):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
     defaults = ("", 4096, "facts", 8, 2.0, 1.0, 0.25, 0.1, 1)
     monkeypatch.setattr(prepare.FactsConfig.__init__, "__defaults__", defaults)
@@ -203,7 +204,7 @@ def test_what_may_change_on_resuming_does(run):
 
 def test_resuming_on_other_data_is_refused(run, monkeypatch, tmp_path, capsys):
     run()
-    for module in (prepare, train):
+    for module in (prepare, evaluate):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
     prepare.main(["facts", "--people=8", "--exposures=9", "--seed=5"])
     assert_fails(lambda: run("--resume"), "facts has other tokens than", capsys)
@@ -224,7 +225,7 @@ def test_an_out_dir_that_cannot_be_is_named(run, tmp_path, capsys):
 
 def test_damaged_data_is_named(run, facts_folder, monkeypatch, tmp_path, capsys):
     shutil.copytree(facts_folder / "facts", tmp_path / "data" / "facts")
-    monkeypatch.setattr(train, "DATA", tmp_path / "data")
+    monkeypatch.setattr(evaluate, "DATA", tmp_path / "data")
     path = tmp_path / "data" / "facts" / "train.bin"
     for damaged in (path.read_bytes()[:-1], path.read_bytes()[:-2]):
         path.write_bytes(damaged)

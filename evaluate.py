@@ -61,7 +61,7 @@ def draw_batch(tokens: np.ndarray, count: int, block_size: int, *key: int):
 
 # --- evaluation ---------------------------------------------------------------------------------------------
 
-def answer(model: GPT, encoding, questions: list[dict], batch_size: int = 128) -> list[list[int]]:
+def answer(model: GPT, encoding, questions: list[dict], batch_size: int = 64) -> list[list[int]]:
     """
     The tokens of the model's greedy answer to each question, up to the end of the line. The processes share
     the questions; all get all answers.

@@ -205,7 +205,7 @@ class ValuePool(nn.Module):
                 if hasattr(os, "posix_fallocate"):  # macOS has none
                     os.posix_fallocate(f.fileno(), 0, math.prod(shape) * dtype.itemsize)
             values = torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-        for rows in values.split(2**14) if draw else ():
+        for rows in values.split(2**12) if draw else ():
             drawn = torch.empty(len(rows), value_dim).normal_(std=value_dim**-0.5)
             rows.copy_(drawn.chunk(columns.size, dim=1)[columns.rank])
         self.values = nn.Parameter(values, requires_grad=False)

@@ -287,15 +287,6 @@ def tokens_to(recall: float, curve: list[dict]) -> float | None:
     return None
 
 
-def recall_after(tokens: float, curve: list[dict]) -> float:
-    """Likewise; after the end, that at the end."""
-    points = [(point["tokens"], point["recall"]["all"]) for point in curve]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
-        if x1 >= tokens:
-            return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
-    return points[-1][1]
-
-
 def mean(values) -> float:
     """nan where one is missing."""
     return statistics.mean(math.nan if value is None else value for value in values)
@@ -319,7 +310,6 @@ def table(experiment: str, config: EvidenceConfig) -> None:
     facts = experiment in ("facts", "facts_long") and "dense" in runs
     if facts:
         target = mean(row["curve"][-1]["recall"]["all"] for row in runs["dense"])
-        dense_seconds = runs["dense"][0]["curve"][-1]["tokens"] / speed(runs["dense"])
     columns = {
         "MACs a token": lambda rows: f"{rows[0]['macs']:,}",
         "parameters": lambda rows: f"{sum(rows[0]['parameters'][kind] for kind in ('dense', 'memory')):,}",
@@ -335,20 +325,19 @@ def table(experiment: str, config: EvidenceConfig) -> None:
             "bits a parameter": lambda rows: spread([bits_a_parameter(row) for row in rows]),
             "M tokens to dense's recall": lambda rows: spread(
                 [tokens_to(target, row["curve"]) for row in rows], ".2f", 1e6),
-            "recall in dense's time": lambda rows: spread(
-                [recall_after(dense_seconds * speed(rows), row["curve"]) for row in rows]),
         }
     columns["k tokens/s"] = lambda rows: f"{speed(rows) / 1e3:.1f}"
+    columns["seconds"] = lambda rows: f"{rows[0]['curve'][-1]['tokens'] / speed(rows):.0f}"
     print(f"\n{experiment}, {max(map(len, runs.values()))} seeds:\n")
     print("| model | " + " | ".join(columns) + " |")
     print("|---" * (1 + len(columns)) + "|")
     for model, rows in runs.items():
         print(f"| {model} | " + " | ".join(column(rows) for column in columns.values()) + " |")
     if facts and "memory+" in runs:
-        bars(runs, target, dense_seconds)
+        bars(runs, target)
 
 
-def bars(runs: dict[str, list[dict]], target: float, dense_seconds: float) -> None:
+def bars(runs: dict[str, list[dict]], target: float) -> None:
     """What was hoped for, and whether it came."""
     recall = {model: mean(row["curve"][-1]["recall"]["all"] for row in rows) for model, rows in runs.items()}
     plus = runs["memory+"]
@@ -356,16 +345,15 @@ def bars(runs: dict[str, list[dict]], target: float, dense_seconds: float) -> No
     dense_often = mean(told(row, 8, 32) for row in runs["dense"])
     often = mean(told(row, 8, 32) for row in plus) / max(tiny, dense_often)
     to_target = mean(tokens_to(target, row["curve"]) for row in plus) / plus[0]["curve"][-1]["tokens"]
-    # best with a learning rate that comes down in that time; else from the curves of the whole runs
-    short = runs.get("memory+short", plus)
-    in_time = mean(recall_after(dense_seconds * speed(short), row["curve"]) for row in short)
     checks = [("at least 3 times dense's recall of what was told 8 to 31 times", often >= 3, f"{often:.1f}"),
               ("at least twice dense's recall, with dense between 0.2 and 0.4",
                0.2 <= target <= 0.4 and recall["memory+"] >= 2 * target,
                f"{recall['memory+'] / max(tiny, target):.1f} times {target:.2f}"),
-              ("at most 0.6 of the tokens to dense's recall", to_target <= 0.6, f"{to_target:.2f}"),
-              ("at least 1.4 times dense's recall in dense's time", in_time >= 1.4 * target,
-               f"{in_time / max(tiny, target):.2f}")]
+              ("at most 0.6 of the tokens to dense's recall", to_target <= 0.6, f"{to_target:.2f}")]
+    if "memory+short" in runs:
+        checks.append(("at least 1.4 times dense's recall in dense's time",
+                       recall["memory+short"] >= 1.4 * target,
+                       f"{recall['memory+short'] / max(tiny, target):.2f}"))
     for other in ("moe", "dense-2x"):
         if other in runs:
             checks.append((f"above {other}", recall["memory+"] > recall[other],

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -202,6 +203,7 @@ def run_all(experiment: str, config: EvidenceConfig) -> None:
     prepare_corpus(experiment)
     path = rows_path(experiment, config.results)
     path.parent.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: no run stays behind
     going = {}  # run: (process, folder, when it began)
     took = []  # seconds of each run that ended here
     try:

@@ -52,17 +52,22 @@ MODELS = {
     "peer": PLUS | dict(mem_kind="peer", mem_num_keys=90, mlp_width=1184),  # an expert is two rows
 }
 SHORT = 11 / 15  # of the steps: memory+'s speed over dense's
+PLUS_FAST = PLUS | dict(value_lr=6e-2)
 ABLATIONS = {
+    "value_lr=6e-2": PLUS_FAST,  # of which all below change one thing
     "value_lr=1.5e-2": PLUS | dict(value_lr=1.5e-2),
     "value_lr=3e-2": PLUS | dict(value_lr=3e-2),
-    "value_lr=6e-2": PLUS | dict(value_lr=6e-2),
     "value_lr=12e-2": PLUS | dict(value_lr=12e-2),
-    "16x, value_lr=6e-2": MODELS["memory+16x"] | dict(value_lr=6e-2),
-    "8 heads, knn 8": PLUS | dict(value_lr=6e-2, mem_heads=8, mem_knn=8, mem_key_dim=16),
-    "2 heads, knn 32": PLUS | dict(value_lr=6e-2, mem_heads=2, mem_knn=32, mem_key_dim=64),
-    "layers 0, 2": PLUS | dict(value_lr=6e-2, mem_layers=(0, 2)),
-    "no qk-norm": PLUS | dict(value_lr=6e-2, mem_qk_norm=False),
-    "no gate": PLUS | dict(value_lr=6e-2, mem_swilu=False, mlp_width=1088),
+    "16x the slots": PLUS_FAST | dict(mem_num_keys=512, mlp_width=576),
+    "8 heads, knn 8": PLUS_FAST | dict(mem_heads=8, mem_knn=8, mem_key_dim=16),
+    "2 heads, knn 32": PLUS_FAST | dict(mem_heads=2, mem_knn=32, mem_key_dim=64),
+    "knn 8": PLUS_FAST | dict(mem_knn=8),
+    "knn 32": PLUS_FAST | dict(mem_knn=32),
+    "no qk-norm": PLUS_FAST | dict(mem_qk_norm=False),
+    "no gate": PLUS_FAST | dict(mem_swilu=False, mlp_width=1088),
+    "layers 0, 2": PLUS_FAST | dict(mem_layers=(0, 2)),
+    "layer 1 alone": PLUS_FAST | dict(mem_layers=(1,), mlp_width=624),
+    "beside the MLPs": PLUS_FAST | dict(mem_mode="add", mlp_width=320),
 }
 SMALL = dict(n_embd=128, block_size=64, batch_size=16, max_steps=1500, eval_interval=250, log_interval=25)
 FACTS = dict(corpus="facts", corpus_options=dict(name="facts-1000", people=1000), options=SMALL)

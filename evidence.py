@@ -2,7 +2,7 @@
 Does memory help, where, and at what cost? Trains models that differ in one thing, and says what came of it.
 
     python evidence.py facts         facts to be recalled without a text to look at: all the models of MODELS
-    python evidence.py facts_long    the same for longer: dense and memory+
+    python evidence.py facts_small   half as wide, twice the people, 6 million tokens: dense and memory+
     python evidence.py ablation      memory+ with one thing changed
     python evidence.py stdlib        validation loss on real text: the source of Python's standard library
     python evidence.py mqar          words to be recalled from the context, where memory should not help
@@ -73,8 +73,10 @@ SMALL = dict(n_embd=128, block_size=64, batch_size=16, max_steps=1500, eval_inte
 FACTS = dict(corpus="facts", corpus_options=dict(name="facts-1000", people=1000), options=SMALL)
 EXPERIMENTS = {
     "facts": FACTS | dict(models=MODELS),
-    "facts_long": FACTS | dict(options=SMALL | dict(max_steps=2500),
-                               models={name: MODELS[name] for name in ("dense", "memory+", "memory+short")}),
+    "facts_small": dict(corpus="facts", corpus_options={}, options=dict(max_steps=3000, eval_interval=250),
+                        models={"dense": dict(mem_layers=(), mlp_width=276),
+                                "memory+": {},  # what train.py trains by default
+                                "dense-2x": dict(mem_layers=(), mlp_width=858)}),
     "ablation": FACTS | dict(models=ABLATIONS),
     "stdlib": dict(corpus="stdlib", corpus_options={}, options=SMALL,
                    models={name: MODELS[name] for name in ("dense", "memory+", "moe", "memory+16x", "hash")}),
@@ -314,7 +316,7 @@ def table(experiment: str, config: EvidenceConfig) -> None:
     if not runs:
         return print(f"{experiment}: no run is finished; python evidence.py {experiment} makes them")
     recalls = "recall" in next(iter(runs.values()))[0]["curve"][-1]
-    facts = experiment in ("facts", "facts_long") and "dense" in runs
+    facts = experiment in ("facts", "facts_small") and "dense" in runs
     if facts:
         target = mean(row["curve"][-1]["recall"]["all"] for row in runs["dense"])
     columns = {

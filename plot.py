@@ -177,7 +177,7 @@ if __name__ == "__main__":
     given = Path(sys.argv[1] if len(sys.argv) == 2 else "")
     if (given / "log.jsonl").exists():
         plot_run(given)
-    elif given.stem in ("evidence_facts", "evidence_facts_long") and given.is_file():
+    elif given.stem in ("evidence_facts", "evidence_facts_small") and given.is_file():
         plot_facts(given)
     elif given.is_file():
         plot_step(given)

@@ -7,6 +7,7 @@ Asks a trained model, and shows what it read in its memory.
 """
 
 import random
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -135,4 +136,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # Windows has none
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it, and quietly
     main()

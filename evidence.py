@@ -2,7 +2,7 @@
 Does memory help, where, and at what cost? Trains models that differ in one thing, and says what came of it.
 
     python evidence.py facts         facts to be recalled without a text to look at: all the models of MODELS
-    python evidence.py facts_small   half as wide, twice the people, 6 million tokens: dense and memory+
+    python evidence.py facts_small   half as wide, twice the people, more tokens: dense, memory+, dense-2x
     python evidence.py ablation      memory+ with one thing changed
     python evidence.py stdlib        validation loss on real text: the source of Python's standard library
     python evidence.py mqar          words to be recalled from the context, where memory should not help
@@ -10,11 +10,13 @@ Does memory help, where, and at what cost? Trains models that differ in one thin
     python evidence.py facts --help  the options: which models, how many seeds, how many runs at a time
 
 All models see the same tokens in the same order, and are tuned alike: a run at each of the same learning
-rates with seed 1 (the pool's is VALUE_LR_RATIO times as high), of which the best is kept and repeated with
-other seeds. A finished run is one line of results/evidence_NAME.jsonl, and is not run again; one that was
-stopped goes on from its last checkpoint. So hours of runs add up, and figures are drawn without training.
+rates with seed 1 (the pool's is VALUE_LR_RATIO times as high), and at twice the highest for as long as that
+is the best one; then the best is repeated with other seeds. A finished run is one line of
+results/evidence_NAME.jsonl, and is not run again; one that was stopped goes on from its last checkpoint. So
+hours of runs add up, and figures are drawn without training.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -24,6 +26,8 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,8 +39,9 @@ from train import TrainConfig, duration
 
 ROOT = Path(__file__).resolve().parent
 VALUE_LR_RATIO = 10  # of the pool's learning rate to the others'
+RUN_OPTIONS = dict(lr=0.0, value_lr=0.0, seed=0, out_dir="", resume=True, keep=1)  # a run's own
 
-# What each model is, as options of train.py. All but dense-2x cost as many multiply-adds a token, to 2%: what
+# What each model is, as options of train.py. All but dense-2x cost as many multiply-adds a token, to 5%: what
 # a memory layer costs less than an MLP, the MLPs that stay get. Of three blocks, memory+ has memory in two
 PLUS = dict(mem_layers=(1, 2), mlp_width=960)
 MODELS = {
@@ -52,35 +57,36 @@ MODELS = {
     "peer": PLUS | dict(mem_kind="peer", mem_num_keys=90, mlp_width=1184),  # an expert is two rows
 }
 SHORT = 11 / 15  # of the steps: memory+'s speed over dense's
-PLUS_FAST = PLUS | dict(value_lr=6e-2)
+BASE = PLUS | dict(value_lr=6e-2)
 ABLATIONS = {
-    "value_lr=6e-2": PLUS_FAST,  # of which all below change one thing
+    "value_lr=6e-2": BASE,  # of which all below change one thing
     "value_lr=1.5e-2": PLUS | dict(value_lr=1.5e-2),
     "value_lr=3e-2": PLUS | dict(value_lr=3e-2),
     "value_lr=12e-2": PLUS | dict(value_lr=12e-2),
-    "16x the slots": PLUS_FAST | dict(mem_num_keys=512, mlp_width=576),
-    "8 heads, knn 8": PLUS_FAST | dict(mem_heads=8, mem_knn=8, mem_key_dim=16),
-    "2 heads, knn 32": PLUS_FAST | dict(mem_heads=2, mem_knn=32, mem_key_dim=64),
-    "knn 8": PLUS_FAST | dict(mem_knn=8),
-    "knn 32": PLUS_FAST | dict(mem_knn=32),
-    "no qk-norm": PLUS_FAST | dict(mem_qk_norm=False),
-    "no gate": PLUS_FAST | dict(mem_swilu=False, mlp_width=1088),
-    "layers 0, 2": PLUS_FAST | dict(mem_layers=(0, 2)),
-    "layer 1 alone": PLUS_FAST | dict(mem_layers=(1,), mlp_width=624),
-    "beside the MLPs": PLUS_FAST | dict(mem_mode="add", mlp_width=320),
+    "16x the slots": BASE | dict(mem_num_keys=512, mlp_width=576),
+    "8 heads, knn 8": BASE | dict(mem_heads=8, mem_knn=8, mem_key_dim=16),
+    "2 heads, knn 32": BASE | dict(mem_heads=2, mem_knn=32, mem_key_dim=64),
+    "knn 8": BASE | dict(mem_knn=8),
+    "knn 32": BASE | dict(mem_knn=32),
+    "no qk-norm": BASE | dict(mem_qk_norm=False),
+    "no gate": BASE | dict(mem_swilu=False, mlp_width=1088),
+    "layers 0, 2": BASE | dict(mem_layers=(0, 2)),
+    "layer 1 alone": BASE | dict(mem_layers=(1,), mlp_width=624),
+    "beside the MLPs": BASE | dict(mem_mode="add", mlp_width=320),
 }
-SMALL = dict(n_embd=128, block_size=64, batch_size=16, max_steps=1500, eval_interval=250, log_interval=25)
-FACTS = dict(corpus="facts", corpus_options=dict(name="facts-1000", people=1000), options=SMALL)
+WIDTH_128 = dict(n_embd=128, block_size=64, batch_size=16, max_steps=1500, eval_interval=250, log_interval=25)
+FACTS = dict(corpus="facts", corpus_options=dict(name="facts-1000", people=1000), options=WIDTH_128)
 EXPERIMENTS = {
     "facts": FACTS | dict(models=MODELS),
     "facts_small": dict(corpus="facts", corpus_options={}, options=dict(max_steps=3000, eval_interval=250),
                         models={"dense": dict(mem_layers=(), mlp_width=276),
-                                "memory+": {},  # what train.py trains by default
+                                "memory+": {},  # the default of train.py, but for its learning rates
                                 "dense-2x": dict(mem_layers=(), mlp_width=858)}),
     "ablation": FACTS | dict(models=ABLATIONS),
-    "stdlib": dict(corpus="stdlib", corpus_options={}, options=SMALL,
+    "stdlib": dict(corpus="stdlib", corpus_options={}, options=WIDTH_128,
                    models={name: MODELS[name] for name in ("dense", "memory+", "moe", "memory+16x", "hash")}),
-    "mqar": dict(corpus="mqar", corpus_options={}, options=SMALL,
+    "mqar": dict(corpus="mqar", corpus_options=dict(documents=40_000, pairs=2, keys=16, values=16, asks=10),
+                 options=WIDTH_128 | dict(batch_size=32),
                  models={name: MODELS[name] for name in ("dense", "memory+", "moe", "hash")}),
 }
 
@@ -100,6 +106,8 @@ class EvidenceConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.lrs:
             raise ValueError("lrs needs one learning rate at least")
+        self.lrs = tuple(dict.fromkeys(self.lrs))
+        self.models = tuple(dict.fromkeys(name for names in self.models for name in names.split(",")))
 
 
 # --- runs ---------------------------------------------------------------------------------------------------
@@ -116,6 +124,12 @@ def train_options(experiment: str, model: str) -> dict:
     if model == "memory+short":
         options["max_steps"] = round(SHORT * options["max_steps"])
     return options
+
+
+def all_options(experiment: str, model: str) -> dict:
+    """What makes a run another one: all that it is told, but for RUN_OPTIONS, and that its corpus was."""
+    options = asdict(TrainConfig(**RUN_OPTIONS | train_options(experiment, model)))
+    return json.loads(json.dumps(options | EXPERIMENTS[experiment]["corpus_options"]))
 
 
 def prepare_corpus(experiment: str) -> None:
@@ -135,11 +149,14 @@ def rows_path(experiment: str, results: str) -> Path:
 
 def read_rows(path: Path) -> list[dict]:
     """The lines of finished runs, of the models as they are now: a model that was changed is run again."""
-    rows = [json.loads(line) for line in open(path, encoding="utf-8")] if path.exists() else []
-    experiment = path.stem.removeprefix("evidence_")
-    known = {model: json.loads(json.dumps(train_options(experiment, model)))
-             for model in EXPERIMENTS[experiment]["models"]}
-    return [row for row in rows if row["options"] == known.get(row["model"])]
+    experiment, rows = path.stem.removeprefix("evidence_"), []
+    known = {model: all_options(experiment, model) for model in EXPERIMENTS[experiment]["models"]}
+    for line in open(path, encoding="utf-8") if path.exists() else ():
+        with contextlib.suppress(ValueError):  # a line that was cut short
+            row = json.loads(line)
+            if row["options"] == known.get(row["model"]):
+                rows.append(row)
+    return rows
 
 
 def goodness(row: dict) -> float:
@@ -159,15 +176,18 @@ def next_runs(config: EvidenceConfig, models, rows: list[dict]) -> list[tuple]:
     for model in models:
         wanted = [(model, lr, 1) for lr in config.lrs]
         if done.issuperset(wanted):
-            wanted = [(model, best_lr(rows, model), seed) for seed in range(2, config.seeds + 1)]
+            best, highest = best_lr(rows, model), max(lr for name, lr, _ in done if name == model)
+            wanted = [(model, best, seed) for seed in range(2, config.seeds + 1)]
+            if best == highest and len(config.lrs) > 1:  # a better one may lie beyond
+                wanted = [(model, 2 * best, 1)]
         runs += [run for run in wanted if run not in done]
     return runs
 
 
 def start(experiment: str, run: tuple, out_dir: Path, jobs: int) -> subprocess.Popen:
     model, lr, seed = run
-    options = dict(value_lr=VALUE_LR_RATIO * lr) | train_options(experiment, model) | dict(lr=lr, seed=seed)
-    options |= dict(out_dir=out_dir, resume=True, keep=1)
+    options = RUN_OPTIONS | dict(value_lr=VALUE_LR_RATIO * lr) | train_options(experiment, model)
+    options |= dict(lr=lr, seed=seed, out_dir=out_dir)
     words = [f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
              for name, value in options.items()]
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -198,7 +218,8 @@ def make_row(experiment: str, run: tuple, out_dir: Path) -> dict:
         asked[str(low)] = asked.get(str(low), 0) + 1
     slots = config.mem_num_keys**2 if config.mem_layers else 0
     value_lr = options.get("value_lr", VALUE_LR_RATIO * lr)
-    return {"model": model, "lr": lr, "value_lr": value_lr, "seed": seed, "options": options,
+    return {"model": model, "lr": lr, "value_lr": value_lr, "seed": seed,
+            "options": all_options(experiment, model),
             "macs": config.macs_per_token(), "slots": slots, "parameters": GPT(config).count_parameters(),
             "asked": asked, "tokens_per_second": statistics.median(speeds), "curve": curve}
 
@@ -218,7 +239,9 @@ def run_all(experiment: str, config: EvidenceConfig) -> None:
             rows = read_rows(path)
             waiting = [run for run in next_runs(config, models, rows) if run not in going]
             for run in waiting[:config.jobs - len(going)]:
-                out_dir = ROOT / config.out / experiment / "{}_{:g}_{}".format(*run)
+                # a run of the same name with other options is another run
+                which = zlib.crc32(json.dumps(all_options(experiment, run[0])).encode())
+                out_dir = ROOT / config.out / experiment / "{}_{:g}_{}_{:x}".format(*run, which)
                 going[run] = start(experiment, run, out_dir, config.jobs), out_dir, time.time()
             if not going:
                 return
@@ -241,12 +264,14 @@ def run_all(experiment: str, config: EvidenceConfig) -> None:
     finally:
         for process, *_ in going.values():
             process.terminate()
+        for process, *_ in going.values():
+            process.wait()  # it saves: what is started next may go on from there
 
 
 def report(config: EvidenceConfig, models, rows: list[dict], going: dict, took: list[float]) -> None:
-    """A line on how far the plan is: (learning rates + seeds - 1) runs for each model."""
-    total = len(models) * (len(config.lrs) + config.seeds - 1)
+    """A line on how far the plan is: (learning rates + seeds - 1) runs for each model, or a few more."""
     done = sum(row["model"] in models for row in rows)
+    total = max(len(models) * (len(config.lrs) + config.seeds - 1), done + len(going))
     left = ""
     if took:
         left = f", about {duration(statistics.mean(took) * (total - done) / config.jobs)} left"
@@ -312,7 +337,8 @@ def spread(values, form: str = ".3f", scale: float = 1) -> str:
 
 def table(experiment: str, config: EvidenceConfig) -> None:
     """As in the README: mean ± standard deviation over the seeds, at each model's best learning rate."""
-    runs = kept(read_rows(rows_path(experiment, config.results)))
+    rows = read_rows(rows_path(experiment, config.results))
+    runs, rates = kept(rows), Counter(row["model"] for row in rows if row["seed"] == 1)
     if not runs:
         return print(f"{experiment}: no run is finished; python evidence.py {experiment} makes them")
     recalls = "recall" in next(iter(runs.values()))[0]["curve"][-1]
@@ -322,7 +348,8 @@ def table(experiment: str, config: EvidenceConfig) -> None:
     columns = {
         "MACs a token": lambda rows: f"{rows[0]['macs']:,}",
         "parameters": lambda rows: f"{sum(rows[0]['parameters'][kind] for kind in ('dense', 'memory')):,}",
-        "rate": lambda rows: f"{rows[0]['lr']:g}",
+        "seeds": lambda rows: str(len(rows)),
+        "rate (of)": lambda rows: f"{rows[0]['lr']:g} ({rates[rows[0]['model']]})",
         "validation loss": lambda rows: spread([row["curve"][-1]["val_loss"] for row in rows]),
     }
     if recalls:
@@ -331,13 +358,13 @@ def table(experiment: str, config: EvidenceConfig) -> None:
         columns |= {
             "told 8 to 31 times": lambda rows: spread([told(row, 8, 32) for row in rows]),
             "held out": lambda rows: spread([row["curve"][-1]["recall"]["held_out"] for row in rows]),
-            "bits a parameter": lambda rows: spread([bits_a_parameter(row) for row in rows]),
+            "bits a parameter": lambda rows: spread([bits_a_parameter(row) for row in rows], ".4f"),
             "M tokens to dense's recall": lambda rows: spread(
                 [tokens_to(target, row["curve"]) for row in rows], ".2f", 1e6),
         }
     columns["k tokens/s"] = lambda rows: f"{speed(rows) / 1e3:.1f}"
     columns["seconds"] = lambda rows: f"{rows[0]['curve'][-1]['tokens'] / speed(rows):.0f}"
-    print(f"\n{experiment}, {max(map(len, runs.values()))} seeds:\n")
+    print(f"\n{experiment}; of the learning rates tried the best:\n")
     print("| model | " + " | ".join(columns) + " |")
     print("|---" * (1 + len(columns)) + "|")
     for model, rows in runs.items():
@@ -360,9 +387,11 @@ def bars(runs: dict[str, list[dict]], target: float) -> None:
                f"{recall['memory+'] / max(tiny, target):.1f} times {target:.2f}"),
               ("at most 0.6 of the tokens to dense's recall", to_target <= 0.6, f"{to_target:.2f}")]
     if "memory+short" in runs:
+        short, dense = (runs[model][0]["curve"][-1]["tokens"] / speed(runs[model])
+                        for model in ("memory+short", "dense"))
         checks.append(("at least 1.4 times dense's recall in dense's time",
-                       recall["memory+short"] >= 1.4 * target,
-                       f"{recall['memory+short'] / max(tiny, target):.2f}"))
+                       recall["memory+short"] >= 1.4 * target and short <= dense,
+                       f"{recall['memory+short'] / max(tiny, target):.2f}, {short:.0f} and {dense:.0f} s"))
     for other in ("moe", "dense-2x"):
         if other in runs:
             checks.append((f"above {other}", recall["memory+"] > recall[other],
@@ -371,7 +400,7 @@ def bars(runs: dict[str, list[dict]], target: float) -> None:
     if len(sizes) > 1:
         checks.append(("rising with the number of slots", sizes == sorted(sizes),
                        ", ".join(f"{size:.3f}" for size in sizes)))
-    print("\nmemory+ at the same multiply-adds and tokens:")
+    print("\nmemory+, what was hoped for:")
     for what, is_met, figures in checks:
         print(f"  {'yes' if is_met else 'no ':3}  {what}: {figures}")
 

@@ -141,12 +141,12 @@ class MLP(nn.Module):
 
 class MoE(nn.Module):
     """
-    A mixture of experts: each token goes through the top_k of E small MLPs that a router scores highest, and
-    their outputs are averaged with the softmax of those scores (Shazeer et al. 2017, arXiv 1701.06538). No
-    token is ever dropped.
+    A mixture of experts: each token goes through the top_k of E MLPs (small, without bias) that a router
+    scores highest, and their outputs are averaged with the softmax of those scores (Shazeer et al. 2017,
+    arXiv 1701.06538). No token is ever dropped.
 
     Leaves `balance`, the load-balancing loss of Fedus et al. 2021 (arXiv 2101.03961, section 2.2), over the
-    tokens of this process: 1 where all experts are chosen alike, E where one is chosen always.
+    tokens of this process: 1 where all experts are chosen alike, E / top_k where the same ones always are.
     """
 
     def __init__(self, config: GPTConfig):

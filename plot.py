@@ -116,6 +116,8 @@ def plot_facts(path: Path) -> None:
     from evidence import kept, read_rows, speed  # here, as it loads torch
     runs = kept(read_rows(path))
     recalls = {model: [row["curve"][-1]["recall"] for row in rows] for model, rows in runs.items()}
+    if not runs:
+        fail(f"{path}: no line is of the models that evidence.py has now")
     best_first = sorted(runs, key=lambda model: -np.mean([recall["all"] for recall in recalls[model]]))
 
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
@@ -132,7 +134,7 @@ def plot_facts(path: Path) -> None:
     plt.close(figure)
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for axis, label in ((axes[0, 0], "million tokens"), (axes[0, 1], "seconds of training, one thread")):
+    for axis, label in ((axes[0, 0], "million tokens"), (axes[0, 1], "seconds of training")):
         ends = []
         for model, rows in runs.items():
             unit = 1e6 if label == "million tokens" else speed(rows)
@@ -177,9 +179,9 @@ if __name__ == "__main__":
     given = Path(sys.argv[1] if len(sys.argv) == 2 else "")
     if (given / "log.jsonl").exists():
         plot_run(given)
-    elif given.stem in ("evidence_facts", "evidence_facts_small") and given.is_file():
+    elif given.name in ("evidence_facts.jsonl", "evidence_facts_small.jsonl") and given.is_file():
         plot_facts(given)
-    elif given.is_file():
+    elif given.is_file() and not given.name.startswith("evidence"):
         plot_step(given)
     else:
-        fail("name a run's folder or lines in results/: python plot.py out/facts, or results/step.jsonl")
+        fail("name a run's folder or lines: out/facts, results/step.jsonl or results/evidence_facts.jsonl")

@@ -3,7 +3,11 @@
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
+import threading
+import time
 
 import pytest
 
@@ -119,14 +123,39 @@ def test_a_run_that_was_stopped_goes_on(tiny, monkeypatch):
     assert row["curve"][1]["seconds"] > 0, "the time before the stop counts"
 
 
+def test_sigterm_ends_the_runs_too_once_they_have_saved(tiny, monkeypatch):
+    monkeypatch.setitem(evidence.EXPERIMENTS["facts"]["options"], "max_steps", 1_000_000)
+    monkeypatch.setitem(evidence.EXPERIMENTS["facts"]["options"], "eval_interval", 1_000_000)
+    start, going = evidence.start, []
+
+    def noting(experiment, run, out_dir, jobs):
+        def end_once_it_trains():
+            log = out_dir / "log.jsonl"
+            while not log.exists() or '"loss"' not in log.read_text():
+                time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=end_once_it_trains).start()
+        going.append((start(experiment, run, out_dir, jobs), out_dir))
+        return going[-1][0]
+
+    monkeypatch.setattr(evidence, "start", noting)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        evidence.main(["facts", "--models=memory+", "--lrs=6e-3", "--seeds=1"])
+    signal.signal(signal.SIGTERM, before)
+    ((process, out_dir),) = going
+    assert stop.value.code == 130 and process.returncode == 0 and list(out_dir.glob("step_*"))
+
+
 def test_a_run_that_fails_is_named(tiny, monkeypatch, capsys):
-    monkeypatch.setitem(evidence.EXPERIMENTS["facts"]["models"]["dense"], "n_head", 3)
+    monkeypatch.setitem(evidence.EXPERIMENTS["facts"]["models"]["dense"], "block_size", 10_000)
     with pytest.raises(SystemExit) as stop:
         evidence.main(["facts", "--models=dense"])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "the run of dense stopped: see" in err
     printed = next((tiny / "out").glob("**/printed.txt")).read_text()
-    assert "must be a multiple of n_head=3" in printed
+    assert "--block_size=10000 is too large" in printed
 
 
 def test_data_made_with_other_options_is_refused(tiny, capsys):
@@ -136,7 +165,7 @@ def test_data_made_with_other_options_is_refused(tiny, capsys):
     assert "was made with other options" in capsys.readouterr().err
 
 
-def made_up(model="dense", lr=1e-3, seed=1, recall=0.5, seconds=100.0, **changes):
+def made_up(model="dense", lr=1e-3, seed=1, recall=0.5, seconds=100.0, often=0.5, **changes):
     curve = [
         dict(step=0, tokens=0, seconds=0.0, val_loss=6.0, recall={"all": 0.0, "by_exposure": {}}),
         dict(
@@ -144,7 +173,7 @@ def made_up(model="dense", lr=1e-3, seed=1, recall=0.5, seconds=100.0, **changes
             tokens=1000,
             seconds=seconds,
             val_loss=2.0,
-            recall={"all": recall, "held_out": 0.25, "by_exposure": {"4": 0.1, "8": 0.5, "16": 1.0}},
+            recall={"all": recall, "held_out": 0.25, "by_exposure": {"4": 0.1, "8": often, "16": 2 * often}},
         ),
     ]
     return (
@@ -162,18 +191,27 @@ def made_up(model="dense", lr=1e-3, seed=1, recall=0.5, seconds=100.0, **changes
     )
 
 
-def test_figures_are_drawn_from_the_lines_alone(tmp_path):
+def test_figures_are_drawn_from_the_lines_alone(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plot.plt, "close", figures.append)
     path = tmp_path / "evidence_facts.jsonl"
     with open(path, "w") as f:
         for model, seed in itertools.product(MODELS, (1, 2)):
             row = made_up(model, seed=seed, recall=0.1 * seed, slots=64 if "memory" in model else 0)
             for point in row["curve"]:
                 point["kl_from_uniform"] = 0.5
-            row["options"] = evidence.train_options("facts", model)
+            row["options"] = evidence.all_options("facts", model)
             f.write(json.dumps(row) + "\n")
     plot.plot_facts(path)
     for name in ("evidence_facts.png", "evidence_facts_more.png"):
         assert (tmp_path / name).stat().st_size > 20_000
+    # lines with their spread, on each axis: against exposures; tokens, seconds and slots, and slot use
+    lines = [[len(axis.containers) for axis in figure.axes] for figure in figures]
+    assert lines == [[len(MODELS)], [len(MODELS), len(MODELS), 3, len(MODELS)]]
+    for axis, x in zip(figures[1].axes[:2], (0.001, 100.0), strict=True):  # 1,000 tokens, at 10 a second
+        for container in axis.containers:
+            assert container.lines[0].get_xdata()[-1] == x
+            assert math.isclose(container.lines[0].get_ydata()[-1], 0.15), "the mean of 0.1 and 0.2"
 
 
 def test_the_best_learning_rate_is_chosen_once_all_are_tried():
@@ -185,12 +223,16 @@ def test_the_best_learning_rate_is_chosen_once_all_are_tried():
         ("moe", 1e-3, 1),
         ("moe", 3e-3, 1),
     ]
+    # the best is the highest: is there a better one beyond? There is not
     rows.append(made_up(lr=1e-3, recall=0.5))
+    assert next_runs(config, ["dense"], rows) == [("dense", 6e-3, 1)]
+    rows.append(made_up(lr=6e-3, recall=0.55))
     assert next_runs(config, ["dense"], rows) == [("dense", 3e-3, 2), ("dense", 3e-3, 3)]
+    assert next_runs(EvidenceConfig(lrs=(3e-3,), seeds=1), ["dense"], rows[:1]) == []
     # another seed that does worse changes no choice
     rows.append(made_up(lr=3e-3, seed=2, recall=0.1))
     assert next_runs(config, ["dense"], rows) == [("dense", 3e-3, 3)]
-    assert kept(rows) == {"dense": [rows[0], rows[2]]}
+    assert kept(rows) == {"dense": [rows[0], rows[3]]}
     # without questions the validation loss decides
     for row in rows:
         del row["curve"][-1]["recall"]
@@ -209,16 +251,24 @@ def test_measures_are_as_defined():
 
 
 def test_bars_say_what_is_met_and_what_is_not(capsys, monkeypatch):
-    def table(**recall):
-        rows = {"dense": [made_up(recall=0.25)]}
-        rows |= {name: [made_up(name, recall=value, tokens_per_second=5.0)] for name, value in recall.items()}
+    def table(often=0.5, speed=10.0, **recall):
+        rows = {"dense": [made_up(recall=0.25, often=0.15)]}
+        rows |= {
+            name: [made_up(name, recall=value, often=often, tokens_per_second=speed)]
+            for name, value in recall.items()
+        }
         evidence.bars(rows, 0.25)
         return capsys.readouterr().out
 
-    out = table(**{"memory+": 0.6, "memory+short": 0.3, "moe": 0.5, "memory+16x": 0.55})
+    out = table(0.44, **{"memory+": 0.6, "memory+short": 0.3, "moe": 0.5, "memory+16x": 0.55})
     assert "no   at least 3 times" in out and "yes  at least twice" in out and "yes  above moe" in out
     assert "no   rising" in out and "yes  at most 0.6 of the tokens to dense's recall: 0.42" in out
-    assert "no   at least 1.4 times dense's recall in dense's time: 1.20" in out
+    assert "no   at least 1.4 times dense's recall in dense's time: 1.20, 100 and 100 s" in out
+    assert "yes  at least 3 times dense's recall of what was told 8 to 31 times: 3.3" in table(
+        **{"memory+": 0.6}
+    )
+    assert "yes  at least 1.4 times" in table(**{"memory+": 0.6, "memory+short": 0.4})
+    assert "no   at least 1.4 times" in table(speed=9.0, **{"memory+": 0.6, "memory+short": 0.4})
     assert "no   above dense-2x: 0.600, 0.700" in table(**{"memory+": 0.6, "dense-2x": 0.7})
 
 
@@ -247,7 +297,7 @@ def test_models_that_are_compared_cost_alike(experiment):
         (["fact"], "name an experiment"),
         (["facts", "--seeds=0"], "--seeds=0 must be at least 1"),
         (["facts", "--lrs="], "--lrs needs one learning rate"),
-        (["facts", "--models", "dense", "moa"], "--models=moa must be of dense, "),
+        (["facts", "--models=dense,moa"], "--models=moa must be of dense, "),
         (["facts", "--job=2"], "did you mean --jobs?"),
     ],
 )

@@ -2,7 +2,7 @@
 Does memory help, where, and at what cost? Trains models that differ in one thing, and says what came of it.
 
     python evidence.py facts         facts to be recalled without a text to look at: all the models of MODELS
-    python evidence.py facts_small   half as wide, twice the people, more tokens: dense, memory+, dense-2x
+    python evidence.py facts_small   half as wide, twice the people, more tokens: dense and memory+
     python evidence.py ablation      memory+ with one thing changed
     python evidence.py stdlib        validation loss on real text: the source of Python's standard library
     python evidence.py mqar          words to be recalled from the context, where memory should not help
@@ -10,8 +10,8 @@ Does memory help, where, and at what cost? Trains models that differ in one thin
     python evidence.py facts --help  the options: which models, how many seeds, how many runs at a time
 
 All models see the same tokens in the same order, and are tuned alike: a run at each of the same learning
-rates with seed 1 (the pool's is VALUE_LR_RATIO times as high), and at twice the highest for as long as that
-is the best one; then the best is repeated with other seeds. A finished run is one line of
+rates with seed 1 (the pool's is VALUE_LR_RATIO times as high), and at twice the highest, or half the lowest,
+for as long as that is the best one; then the best is repeated with other seeds. A finished run is one line of
 results/evidence_NAME.jsonl, and is not run again; one that was stopped goes on from its last checkpoint. So
 hours of runs add up, and figures are drawn without training.
 """
@@ -80,8 +80,7 @@ EXPERIMENTS = {
     "facts": FACTS | dict(models=MODELS),
     "facts_small": dict(corpus="facts", corpus_options={}, options=dict(max_steps=3000, eval_interval=250),
                         models={"dense": dict(mem_layers=(), mlp_width=276),
-                                "memory+": {},  # the default of train.py, but for its learning rates
-                                "dense-2x": dict(mem_layers=(), mlp_width=858)}),
+                                "memory+": {}}),  # the default of train.py, but for its learning rates
     "ablation": FACTS | dict(models=ABLATIONS),
     "stdlib": dict(corpus="stdlib", corpus_options={}, options=WIDTH_128,
                    models={name: MODELS[name] for name in ("dense", "memory+", "moe", "memory+16x", "hash")}),
@@ -176,10 +175,10 @@ def next_runs(config: EvidenceConfig, models, rows: list[dict]) -> list[tuple]:
     for model in models:
         wanted = [(model, lr, 1) for lr in config.lrs]
         if done.issuperset(wanted):
-            best, highest = best_lr(rows, model), max(lr for name, lr, _ in done if name == model)
+            best, tried = best_lr(rows, model), {lr for name, lr, _ in done if name == model}
             wanted = [(model, best, seed) for seed in range(2, config.seeds + 1)]
-            if best == highest and len(config.lrs) > 1:  # a better one may lie beyond
-                wanted = [(model, 2 * best, 1)]
+            if len(config.lrs) > 1 and best in (min(tried), max(tried)):  # a better one may lie beyond
+                wanted = [(model, 2 * best if best == max(tried) else best / 2, 1)]
         runs += [run for run in wanted if run not in done]
     return runs
 

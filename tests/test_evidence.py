@@ -226,6 +226,7 @@ def test_the_best_learning_rate_is_chosen_once_all_are_tried():
     # the best is the highest: is there a better one beyond? There is not
     rows.append(made_up(lr=1e-3, recall=0.5))
     assert next_runs(config, ["dense"], rows) == [("dense", 6e-3, 1)]
+    assert next_runs(config, ["dense"], [*rows, made_up(lr=0.5e-3, recall=0.7)]) == [("dense", 0.25e-3, 1)]
     rows.append(made_up(lr=6e-3, recall=0.55))
     assert next_runs(config, ["dense"], rows) == [("dense", 3e-3, 2), ("dense", 3e-3, 3)]
     assert next_runs(EvidenceConfig(lrs=(3e-3,), seeds=1), ["dense"], rows[:1]) == []

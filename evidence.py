@@ -80,7 +80,7 @@ EXPERIMENTS = {
     "facts": FACTS | dict(models=MODELS),
     "facts_small": dict(corpus="facts", corpus_options={}, options=dict(max_steps=3000, eval_interval=250),
                         models={"dense": dict(mem_layers=(), mlp_width=276),
-                                "memory+": {}}),  # the default of train.py, but for its learning rates
+                                "memory+": dict(value_lr=6e-2)}),  # the defaults of train.py
     "ablation": FACTS | dict(models=ABLATIONS),
     "stdlib": dict(corpus="stdlib", corpus_options={}, options=WIDTH_128,
                    models={name: MODELS[name] for name in ("dense", "memory+", "moe", "memory+16x", "hash")}),

@@ -151,13 +151,10 @@ def plot_facts(path: Path) -> None:
     axis.plot(list(sizes.values()), [means[model] for model in sizes], color="0.6", zorder=0)
     for model, slots in sizes.items():
         draw(axis, model, [slots], [[recall["all"]] for recall in recalls[model]])
-    for model, place in (("dense", "left"), ("dense-2x", "right")):
+    for model in ("dense", "dense-2x"):
         if model in runs and sizes:
-            x = (min if place == "left" else max)(sizes.values())
-            axis.axhline(means[model], color=STYLE[model][0], linestyle=STYLE[model][2])
-            above = means[model] == max(means.get("dense", 0), means.get("dense-2x", 0))
-            axis.text(x, means[model] + (0.01 if above else -0.015), model, ha=place,
-                      va="bottom" if above else "top", fontsize=9)
+            axis.axhline(means[model], color=STYLE[model][0], linestyle=STYLE[model][2], label=model)
+            axis.legend()
     axis.set(xscale="log", xlabel="slots of memory+", ylabel="recall", ylim=(-0.02, 1.02),
              xticks=list(sizes.values()))
     axis.xaxis.set_major_formatter("{x:,.0f}")

@@ -154,8 +154,10 @@ class MoE(nn.Module):
         C, E, width = config.n_embd, config.moe_experts, config.hidden // config.moe_top_k
         self.top_k = config.moe_top_k
         self.router = nn.Linear(C, E, bias=False)
-        self.c_fc = nn.Parameter(torch.empty(E, C, width).normal_(std=0.02))
-        self.c_proj = nn.Parameter(torch.empty(E, width, C).normal_(std=0.02 / math.sqrt(2 * config.n_layer)))
+        self.c_fc = nn.Parameter(torch.empty(E, C, width).normal_(std=C**-0.5))
+        # top_k times an MLP's: an average of top_k experts, each 1/top_k as wide, starts as large as an MLP
+        std = self.top_k / math.sqrt(2 * config.n_layer * C)
+        self.c_proj = nn.Parameter(torch.empty(E, width, C).normal_(std=std))
 
     def forward(self, x):
         shape, x = x.shape, x.flatten(0, -2)  # (N, C)
@@ -200,6 +202,16 @@ class Block(nn.Module):
         return x, past
 
 
+def sinusoids(positions: int, width: int) -> torch.Tensor:
+    """
+    (positions, width), of variance 1: the encoding of Vaswani et al. 2017 (arXiv 1706.03762, section 3.5).
+    Learnt positions start from it, so that "the token before" is a thing that an attention head can ask for.
+    """
+    column = torch.arange(width)
+    angles = torch.arange(positions).unsqueeze(1) * 10_000 ** (-(column - column % 2) / width)
+    return math.sqrt(2) * torch.where(column % 2 == 0, angles.sin(), angles.cos())
+
+
 class GPT(nn.Module):
     """
     sharding: how the pool's columns lie on processes. mem_file: a file to hold the pool's values, instead of
@@ -223,15 +235,19 @@ class GPT(nn.Module):
             self.pool = ValuePool(num_values, config.n_embd, dtype, config.kernel, sharding, mem_file,
                                   draw_pool)
 
-        # GPT-2's initialisation: what a block adds to the residual stream starts smaller, the more blocks
+        # GPT-2's initialisation, but for the width: its 0.02 is 1/sqrt(C) for C = 2,500, and too small for
+        # narrow models. What a block adds to the residual stream starts smaller, the more blocks
+        std = config.n_embd**-0.5
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 residual = name.endswith(("c_proj", "memory.out"))
-                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+                nn.init.normal_(module.weight, std=std / math.sqrt(2 * config.n_layer) if residual else std)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
                 if name.endswith("memory.out") and config.mem_mode == "add":
                     nn.init.zeros_(module.weight)  # the GPT starts as the function that it was without memory
+        with torch.no_grad():
+            self.wpe.weight.copy_(std * sinusoids(config.block_size, config.n_embd))
 
     def forward(self, idx, targets=None, past=None):
         """

@@ -2,7 +2,7 @@
 Does memory help, where, and at what cost? Trains models that differ in one thing, and says what came of it.
 
     python evidence.py facts         facts to be recalled without a text to look at: all the models of MODELS
-    python evidence.py facts_small   half as wide, twice the people, more tokens: dense and memory+
+    python evidence.py facts_small   half as wide, four times the people, more tokens: dense and memory+
     python evidence.py ablation      memory+ with one thing changed
     python evidence.py stdlib        validation loss on real text: the source of Python's standard library
     python evidence.py mqar          words to be recalled from the context, where memory should not help
@@ -47,7 +47,6 @@ PLUS = dict(mem_layers=(1, 2), mlp_width=960)
 MODELS = {
     "dense": dict(mem_layers=()),
     "memory+": PLUS,
-    "memory+short": PLUS,  # for about as long as dense takes: train_options
     "moe": dict(mem_layers=(), moe_layers=(1, 2), moe_experts=18),  # as many parameters as memory+
     "memory+16x": PLUS | dict(mem_num_keys=512, mlp_width=576),
     "hash": PLUS | dict(mem_kind="hash", mlp_width=1152),
@@ -56,7 +55,6 @@ MODELS = {
     "memory": dict(mem_layers=(1,), mem_swilu=False, mlp_width=656),
     "peer": PLUS | dict(mem_kind="peer", mem_num_keys=90, mlp_width=1184),  # an expert is two rows
 }
-SHORT = 11 / 15  # of the steps: memory+'s speed over dense's
 BASE = PLUS | dict(value_lr=6e-2)
 ABLATIONS = {
     "value_lr=6e-2": BASE,  # of which all below change one thing
@@ -75,12 +73,15 @@ ABLATIONS = {
     "beside the MLPs": BASE | dict(mem_mode="add", mlp_width=320),
 }
 WIDTH_128 = dict(n_embd=128, block_size=64, batch_size=16, max_steps=1500, eval_interval=250, log_interval=25)
-FACTS = dict(corpus="facts", corpus_options=dict(name="facts-1000", people=1000), options=WIDTH_128)
+FACTS = dict(corpus="facts", corpus_options=dict(name="facts-1000", people=1000),
+             options=WIDTH_128 | dict(max_steps=1000, eval_interval=125))
+SMALL = dict(value_lr=6e-2)  # with this, the defaults of train.py
 EXPERIMENTS = {
     "facts": FACTS | dict(models=MODELS),
-    "facts_small": dict(corpus="facts", corpus_options={}, options=dict(max_steps=3000, eval_interval=250),
-                        models={"dense": dict(mem_layers=(), mlp_width=276),
-                                "memory+": dict(value_lr=6e-2)}),  # the defaults of train.py
+    "facts_small": dict(corpus="facts", corpus_options=dict(name="facts-4000", people=4000),
+                        options=dict(max_steps=3000, eval_interval=250),
+                        models={"dense": dict(mem_layers=(), mlp_width=276), "memory+": SMALL,
+                                "memory+short": SMALL | dict(max_steps=1900)}),  # dense's time
     "ablation": FACTS | dict(models=ABLATIONS),
     "stdlib": dict(corpus="stdlib", corpus_options={}, options=WIDTH_128,
                    models={name: MODELS[name] for name in ("dense", "memory+", "moe", "memory+16x", "hash")}),
@@ -119,10 +120,7 @@ def dataset(experiment: str) -> str:
 def train_options(experiment: str, model: str) -> dict:
     """What train.py is told, but for the learning rates, the seed and the folder."""
     e = EXPERIMENTS[experiment]
-    options = {"dataset": dataset(experiment)} | e["options"] | e["models"][model]
-    if model == "memory+short":
-        options["max_steps"] = round(SHORT * options["max_steps"])
-    return options
+    return {"dataset": dataset(experiment)} | e["options"] | e["models"][model]
 
 
 def all_options(experiment: str, model: str) -> dict:

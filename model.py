@@ -202,16 +202,6 @@ class Block(nn.Module):
         return x, past
 
 
-def sinusoids(positions: int, width: int) -> torch.Tensor:
-    """
-    (positions, width), of variance 1: the encoding of Vaswani et al. 2017 (arXiv 1706.03762, section 3.5).
-    Learnt positions start from it, so that "the token before" is a thing that an attention head can ask for.
-    """
-    column = torch.arange(width)
-    angles = torch.arange(positions).unsqueeze(1) * 10_000 ** (-(column - column % 2) / width)
-    return math.sqrt(2) * torch.where(column % 2 == 0, angles.sin(), angles.cos())
-
-
 class GPT(nn.Module):
     """
     sharding: how the pool's columns lie on processes. mem_file: a file to hold the pool's values, instead of
@@ -246,8 +236,6 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
                 if name.endswith("memory.out") and config.mem_mode == "add":
                     nn.init.zeros_(module.weight)  # the GPT starts as the function that it was without memory
-        with torch.no_grad():
-            self.wpe.weight.copy_(std * sinusoids(config.block_size, config.n_embd))
 
     def forward(self, idx, targets=None, past=None):
         """

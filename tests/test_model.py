@@ -186,17 +186,6 @@ def test_a_new_model_s_states_and_logits_are_of_size_1_whatever_its_width(C):
     assert 0.8 < mixed / dense < 1.25
 
 
-@pytest.mark.parametrize("positions, C", [(1, 4), (40, 15), (40, 64)])
-def test_positions_start_as_sinusoids(positions, C):
-    model = GPT(GPTConfig(vocab_size=50, block_size=positions, n_head=1, n_embd=C))
-    p = model.wpe.weight.detach().double() * C**0.5
-    for t in range(positions):
-        for column in range(C):
-            angle = t / 10_000 ** (column // 2 * 2 / C)
-            wave = math.cos(angle) if column % 2 else math.sin(angle)
-            assert math.isclose(p[t, column], 2**0.5 * wave, abs_tol=1e-4)
-
-
 def test_layers_share_one_pool_and_models_share_nothing():
     """Guards against sharing through class-level state."""
     a, b = make_model(mem_layers=(0, 2)), make_model(mem_layers=(0, 2))

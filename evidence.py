@@ -13,7 +13,8 @@ All models see the same tokens in the same order, and are tuned alike: a run at 
 rates with seed 1 (the pool's is VALUE_LR_RATIO times as high), and at twice the highest, or half the lowest,
 for as long as that is the best one; then the best is repeated with other seeds. A finished run is one line of
 results/evidence_NAME.jsonl, and is not run again; one that was stopped goes on from its last checkpoint. So
-hours of runs add up, and figures are drawn without training.
+hours of runs add up, and figures are drawn without training. A line knows its options, but not the code: with
+code of your own, say --results=FOLDER.
 """
 
 import contextlib

@@ -10,11 +10,11 @@ Does memory help, where, and at what cost? Trains models that differ in one thin
     python evidence.py facts --help  the options: which models, how many seeds, how many runs at a time
 
 All models see the same tokens in the same order, and are tuned alike: a run at each of the same learning
-rates with seed 1 (the pool's is VALUE_LR_RATIO times as high), and at twice the highest, or half the lowest,
-for as long as that is the best one; then the best is repeated with other seeds. A finished run is one line of
-results/evidence_NAME.jsonl, and is not run again; one that was stopped goes on from its last checkpoint. So
-hours of runs add up, and figures are drawn without training. A line knows its options, but not the code: with
-code of your own, say --results=FOLDER.
+rates with seed 1 (the pool's is VALUE_LR_RATIO times as high, unless the model says what it is), and at twice
+the highest, or half the lowest, for as long as that is the best one; then the best is repeated with other
+seeds. A finished run is one line of results/evidence_NAME.jsonl, and is not run again; one that was stopped
+goes on from its last checkpoint. So hours of runs add up, and figures are drawn without training. A line
+knows its options, but not the code: with code of your own, say --results=FOLDER.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ EXPERIMENTS = {
     "facts_small": dict(corpus="facts", corpus_options=dict(name="facts-4000", people=4000),
                         options=dict(max_steps=3000, eval_interval=250),
                         models={"dense": dict(mem_layers=(), mlp_width=276), "memory+": SMALL,
-                                "memory+short": SMALL | dict(max_steps=1900)}),  # dense's time
+                                "memory+short": SMALL | dict(max_steps=2000)}),  # dense's time
     "ablation": FACTS | dict(models=ABLATIONS),
     "stdlib": dict(corpus="stdlib", corpus_options={}, options=WIDTH_128,
                    models={name: MODELS[name] for name in ("dense", "memory+", "moe", "memory+16x", "hash")}),

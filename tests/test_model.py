@@ -171,8 +171,17 @@ def test_a_context_that_is_too_long_is_refused():
         make_model()(tokens(1, 17))
 
 
+def test_the_keys_bias_has_no_gradient_but_rounding():
+    """A softmax over keys does not see what all have in common. test_distributed.py relies on it."""
+    model = make_model()
+    model(tokens(2, 9), tokens(2, 9, seed=2))[1].backward()
+    for block in model.blocks:
+        q, k, v = block.attn.c_attn.bias.grad.abs().chunk(3)
+        assert k.max() < 1e-12 * min(q.max(), v.max())
+
+
 @pytest.mark.parametrize("C", [15, 64])
-def test_a_new_model_s_states_and_logits_are_of_size_1_whatever_its_width(C):
+def test_a_new_model_s_projections_and_logits_are_of_size_1_whatever_its_width(C):
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=400, block_size=48, n_layer=2, n_head=1, n_embd=C, moe_layers=(1,))
     model = GPT(config)

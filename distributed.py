@@ -6,6 +6,7 @@ between GPUs, gloo between CPUs. Started without torchrun, a process is alone, a
 collective hands back what it was given.
 """
 
+import atexit
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -97,11 +98,7 @@ def start(device: str) -> None:
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
-
-
-def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    atexit.register(dist.destroy_process_group)  # however it ends: gloo's threads must not outlive Python
 
 
 def make_sharding(group_size: int) -> Sharding:

@@ -425,7 +425,6 @@ def main(argv: list[str] | None = None) -> None:
             print(f"process {RANK} ends, having lost another", file=sys.stderr)
             os._exit(1)
         raise
-    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def plot_step(path: Path) -> None:
 # models of evidence.py: colour, marker and line, so that no two differ by colour alone
 STYLE = {"dense": ("#000000", "o", "-"), "dense-2x": ("#000000", "o", ":"), "moe": ("#CC79A7", "v", "--"),
          "hash": ("#56B4E9", "X", ":"), "peer": ("#E69F00", "P", "--"), "memory": ("#56B4E9", "<", "-."),
-         "memory+": ("#0072B2", "s", "-"), "memory+short": ("#0072B2", "s", ":"),
+         "memory+": ("#0072B2", "s", "-"), "memory+4x-short": ("#009E73", "D", ":"),
          "memory+4x": ("#009E73", "D", "-"), "memory+16x": ("#D55E00", "^", "-")}
 
 

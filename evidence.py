@@ -74,13 +74,13 @@ ABLATIONS = {
     "value_lr=3e-2": PLUS | dict(value_lr=3e-2),
     "value_lr=12e-2": PLUS | dict(value_lr=12e-2),
     "16x the slots": BASE | dict(mem_num_keys=512, mlp_width=576),
-    "8 heads, knn 8": BASE | dict(mem_heads=8, mem_knn=8, mem_key_dim=16),
-    "2 heads, knn 32": BASE | dict(mem_heads=2, mem_knn=32, mem_key_dim=64),
+    "8 heads of knn 8": BASE | dict(mem_heads=8, mem_knn=8, mem_key_dim=16),
+    "2 heads of knn 32": BASE | dict(mem_heads=2, mem_knn=32, mem_key_dim=64),
     "knn 8": BASE | dict(mem_knn=8),
     "knn 32": BASE | dict(mem_knn=32),
     "no qk-norm": BASE | dict(mem_qk_norm=False),
     "no gate": BASE | dict(mem_swilu=False, mlp_width=1088),
-    "layers 0, 2": BASE | dict(mem_layers=(0, 2)),
+    "layers 0 and 2": BASE | dict(mem_layers=(0, 2)),
     "layer 1 alone": BASE | dict(mem_layers=(1,), mlp_width=624),
     "beside the MLPs": BASE | dict(mem_mode="add", mlp_width=320),
 }
@@ -158,16 +158,19 @@ def read_rows(path: Path) -> list[dict]:
     """The lines of finished runs, of the models as they are now: a model that was changed is run again."""
     experiment, rows = path.stem.removeprefix("evidence_"), []
     known = {model: all_options(experiment, model) for model in EXPERIMENTS[experiment]["models"]}
+    default = json.loads(json.dumps(asdict(TrainConfig())))  # of an option that came after the line
     for line in open(path, encoding="utf-8") if path.exists() else ():
         with contextlib.suppress(ValueError):  # a line that was cut short
             row = json.loads(line)
-            if row["options"] == known.get(row["model"]):
+            if default | row["options"] == known.get(row["model"]):
                 rows.append(row)
     return rows
 
 
 def goodness(row: dict) -> float:
     """By which runs are compared: recall, or the validation loss where nothing is asked."""
+    if not row["curve"]:
+        return -math.inf
     final = row["curve"][-1]
     return final["recall"]["all"] if "recall" in final else -final["val_loss"]
 
@@ -198,16 +201,25 @@ def start(experiment: str, run: tuple, out_dir: Path, jobs: int) -> subprocess.P
     words = [f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
              for name, value in options.items()]
     out_dir.mkdir(parents=True, exist_ok=True)
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = max(1, cores // jobs)
     with open(out_dir / "printed.txt", "a") as printed:
         return subprocess.Popen([sys.executable, ROOT / "train.py", *words], stdout=printed, stderr=printed,
                                 env=os.environ | {"OMP_NUM_THREADS": str(threads)})
 
 
+def diverged(out_dir: Path) -> bool:
+    return "training has diverged" in (out_dir / "printed.txt").read_text()
+
+
 def make_row(experiment: str, run: tuple, out_dir: Path) -> dict:
-    """The line of a finished run."""
+    """The line of a finished run; of one that diverged, without a curve."""
     model, lr, seed = run
     options = train_options(experiment, model)
+    row = {"model": model, "lr": lr, "value_lr": options.get("value_lr", VALUE_LR_RATIO * lr), "seed": seed,
+           "options": all_options(experiment, model), "curve": []}
+    if diverged(out_dir):
+        return row
     meta = json.loads((DATA / options["dataset"] / "meta.json").read_text())
     config = TrainConfig(**options, vocab_size=meta["vocab_size"])
     tokens_per_step = config.batch_size * config.block_size
@@ -224,11 +236,9 @@ def make_row(experiment: str, run: tuple, out_dir: Path) -> dict:
         low = "held_out" if question.get("held_out") else 1 << question.get("exposures", 1).bit_length() - 1
         asked[str(low)] = asked.get(str(low), 0) + 1
     slots = config.mem_num_keys**2 if config.mem_layers else 0
-    value_lr = options.get("value_lr", VALUE_LR_RATIO * lr)
-    return {"model": model, "lr": lr, "value_lr": value_lr, "seed": seed,
-            "options": all_options(experiment, model),
-            "macs": config.macs_per_token(), "slots": slots, "parameters": GPT(config).count_parameters(),
-            "asked": asked, "tokens_per_second": statistics.median(speeds), "curve": curve}
+    return row | {"macs": config.macs_per_token(), "slots": slots,
+                  "parameters": GPT(config).count_parameters(), "asked": asked,
+                  "tokens_per_second": statistics.median(speeds), "curve": curve}
 
 
 def run_all(experiment: str, config: EvidenceConfig) -> None:
@@ -258,10 +268,13 @@ def run_all(experiment: str, config: EvidenceConfig) -> None:
             for run, (process, out_dir, began) in list(going.items()):
                 if process.poll() is not None:
                     end = train_options(experiment, run[0])["max_steps"]
-                    if process.returncode or not (out_dir / f"step_{end:06d}").exists():
+                    finished = process.returncode == 0 and (out_dir / f"step_{end:06d}").exists()
+                    if not finished and not diverged(out_dir):
                         fail(f"the run of {run[0]} stopped: see {out_dir / 'printed.txt'}")
+                    line = json.dumps(make_row(experiment, run, out_dir)) + "\n"
+                    is_cut = path.exists() and not path.read_bytes().endswith(b"\n")
                     with open(path, "a", encoding="utf-8") as f:
-                        f.write(json.dumps(make_row(experiment, run, out_dir)) + "\n")
+                        f.write("\n" * is_cut + line)
                     shutil.rmtree(out_dir)
                     del going[run]
                     took.append(time.time() - began)
@@ -289,11 +302,12 @@ def report(config: EvidenceConfig, models, rows: list[dict], going: dict, took: 
 # --- what came of it ----------------------------------------------------------------------------------------
 
 def kept(rows: list[dict]) -> dict[str, list[dict]]:
-    """The runs of each model at its best learning rate."""
+    """The runs of each model at its best learning rate that did not diverge."""
     tuned = dict.fromkeys(row["model"] for row in rows if row["seed"] == 1)
     best = {model: best_lr(rows, model) for model in tuned}
-    return {model: [row for row in rows if row["model"] == model and row["lr"] == lr]
+    runs = {model: [row for row in rows if row["model"] == model and row["lr"] == lr and row["curve"]]
             for model, lr in best.items()}
+    return {model: rows for model, rows in runs.items() if rows}
 
 
 def told(row: dict, low: int, high: int) -> float:
@@ -394,8 +408,8 @@ def bars(runs: dict[str, list[dict]], target: float) -> None:
                    often >= 3, f"{often:.1f}"),
                   ("at least twice dense's recall, with dense between 0.2 and 0.4",
                    0.2 <= target <= 0.4 and recall[plus] >= 2 * target,
-                   f"{recall[plus] / max(tiny, target):.1f} times {target:.2f}"),
-                  ("at most 0.6 of the tokens to dense's recall", to_target <= 0.6, f"{to_target:.2f}")]
+                   f"{recall[plus] / max(tiny, target):.1f} times {target:.3f}"),
+                  ("at most 0.6 of the tokens to dense's recall", to_target <= 0.6, f"{to_target:.3f}")]
         if (short := f"{plus}-short") in runs:
             seconds, dense = (runs[model][0]["curve"][-1]["tokens"] / speed(runs[model])
                               for model in (short, "dense"))

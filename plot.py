@@ -62,7 +62,8 @@ def plot_step(path: Path) -> None:
     """Time of a step over the size of the pool: the rows of `bench.py step` -> a .png beside them."""
     rows = [json.loads(line) for line in open(path, encoding="utf-8")]
     tokens = min(row["tokens"] for row in rows)
-    rows = [row for row in rows if row["tokens"] == tokens and row["reads"] == "uniform"]
+    reads = rows[0]["reads"]
+    rows = [row for row in rows if row["tokens"] == tokens and row["reads"] == reads]
     figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
     for method, marker in zip(dict.fromkeys(row["method"] for row in rows), "osv^D", strict=True):
         line = [row for row in rows if row["method"] == method]

@@ -138,6 +138,11 @@ def duration(seconds: float) -> str:
     return f"{seconds // 60}m{seconds % 60:02d}s"
 
 
+def check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        fail(f"the loss is {loss} at step {step}: training has diverged; lower --lr or --value_lr")
+
+
 def peak_memory(device: str) -> int:
     """Bytes: the most that the process (on CUDA: torch, on the device) has held at once."""
     if device == "cuda":
@@ -303,6 +308,7 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
                 if model.pool is not None:
                     last_eval["slots_used"], last_eval["kl_from_uniform"] = model.pool.usage.summary()
                     model.pool.usage.reset()
+                check_finite(last_eval["val_loss"], step)  # before it is saved in the place of a good one
                 line = {"step": step, "seconds": time.perf_counter() - began, **last_eval}
                 log_file.write(json.dumps(line) + "\n")
             if (due or stopping) and step > start:
@@ -342,8 +348,7 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
             # --- end of the timed part
 
             done = step + 1
-            if not math.isfinite(loss):
-                fail(f"the loss is {loss} at step {step}: training has diverged; lower --lr or --value_lr")
+            check_finite(loss, step)
             if done % config.log_interval == 0 or done == config.max_steps:
                 speed = tokens_per_step * steps_spent / spent
                 spent, steps_spent = 0.0, 0

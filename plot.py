@@ -61,11 +61,10 @@ def plot_run(out_dir: Path) -> None:
 def plot_step(path: Path) -> None:
     """Time of a step over the size of the pool: the rows of `bench.py step` -> a .png beside them."""
     rows = [json.loads(line) for line in open(path, encoding="utf-8")]
-    tokens = min(row["tokens"] for row in rows)
-    reads = rows[0]["reads"]
-    rows = [row for row in rows if row["tokens"] == tokens and row["reads"] == reads]
+    tokens, reads = min(row["tokens"] for row in rows), rows[0]["reads"]
+    rows = [row for row in rows if (row["tokens"], row["reads"]) == (tokens, reads)]
     figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    for method, marker in zip(dict.fromkeys(row["method"] for row in rows), "osv^D", strict=True):
+    for method, marker in zip(dict.fromkeys(row["method"] for row in rows), "osv^D", strict=False):
         line = [row for row in rows if row["method"] == method]
         ours = method in ("rowwise", "adam")
         axis.plot([row["rows"] for row in line], [1e3 * row["seconds"] for row in line], marker=marker,
@@ -87,11 +86,12 @@ STYLE = {"dense": ("#000000", "o", "-"), "dense-2x": ("#000000", "o", ":"), "moe
          "hash": ("#56B4E9", "X", ":"), "peer": ("#E69F00", "P", "--"), "memory": ("#56B4E9", "<", "-."),
          "memory+": ("#0072B2", "s", "-"), "memory+4x-short": ("#009E73", "D", ":"),
          "memory+4x": ("#009E73", "D", "-"), "memory+16x": ("#D55E00", "^", "-")}
+OTHER = ("#777777", "h", "-")  # a model of your own
 
 
 def draw(axis, model: str, x, ys, label: str | None = None):
     """The mean of several runs (ys, a row each), and the least and the most of them as a bar."""
-    colour, marker, line = STYLE[model]
+    colour, marker, line = STYLE.get(model, OTHER)
     middle, low, high = np.mean(ys, 0), np.min(ys, 0), np.max(ys, 0)
     axis.errorbar(x, middle, (middle - low, high - middle), color=colour, marker=marker, linestyle=line,
                   capsize=2, elinewidth=0.8, markersize=5, label=label)
@@ -105,7 +105,7 @@ def label_ends(axis, ends: list[tuple]) -> None:
     last = -np.inf
     for x, y, model in sorted(ends, key=lambda end: end[1]):
         last = max(y, last + 0.055 * (high - low))
-        axis.annotate(model, (x, y), (right * 1.04, last), va="center", fontsize=9, color=STYLE[model][0],
+        axis.annotate(model, (x, y), (right * 1.04, last), va="center", fontsize=9, color=STYLE.get(model, OTHER)[0],
                       annotation_clip=False, arrowprops=dict(arrowstyle="-", color="0.7", linewidth=0.5))
 
 

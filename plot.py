@@ -8,6 +8,7 @@ Figures, from the lines that runs leave.
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -82,16 +83,16 @@ def plot_step(path: Path) -> None:
 
 
 # models of evidence.py: colour, marker and line, so that no two differ by colour alone
-STYLE = {"dense": ("#000000", "o", "-"), "dense-2x": ("#000000", "o", ":"), "moe": ("#CC79A7", "v", "--"),
-         "hash": ("#56B4E9", "X", ":"), "peer": ("#E69F00", "P", "--"), "memory": ("#56B4E9", "<", "-."),
-         "memory+": ("#0072B2", "s", "-"), "memory+4x-short": ("#009E73", "D", ":"),
-         "memory+4x": ("#009E73", "D", "-"), "memory+16x": ("#D55E00", "^", "-")}
-OTHER = ("#777777", "h", "-")  # a model of your own
+STYLE = defaultdict(lambda: ("#777777", "h", "-"), {  # which is for a model of your own
+    "dense": ("#000000", "o", "-"), "dense-2x": ("#000000", "o", ":"), "moe": ("#CC79A7", "v", "--"),
+    "hash": ("#56B4E9", "X", ":"), "peer": ("#E69F00", "P", "--"), "memory": ("#56B4E9", "<", "-."),
+    "memory+": ("#0072B2", "s", "-"), "memory+4x": ("#009E73", "D", "-"),
+    "memory+4x-short": ("#009E73", "D", ":"), "memory+16x": ("#D55E00", "^", "-")})
 
 
 def draw(axis, model: str, x, ys, label: str | None = None):
     """The mean of several runs (ys, a row each), and the least and the most of them as a bar."""
-    colour, marker, line = STYLE.get(model, OTHER)
+    colour, marker, line = STYLE[model]
     middle, low, high = np.mean(ys, 0), np.min(ys, 0), np.max(ys, 0)
     axis.errorbar(x, middle, (middle - low, high - middle), color=colour, marker=marker, linestyle=line,
                   capsize=2, elinewidth=0.8, markersize=5, label=label)
@@ -105,7 +106,7 @@ def label_ends(axis, ends: list[tuple]) -> None:
     last = -np.inf
     for x, y, model in sorted(ends, key=lambda end: end[1]):
         last = max(y, last + 0.055 * (high - low))
-        axis.annotate(model, (x, y), (right * 1.04, last), va="center", fontsize=9, color=STYLE.get(model, OTHER)[0],
+        axis.annotate(model, (x, y), (right * 1.04, last), va="center", fontsize=9, color=STYLE[model][0],
                       annotation_clip=False, arrowprops=dict(arrowstyle="-", color="0.7", linewidth=0.5))
 
 

@@ -104,7 +104,7 @@ EXPERIMENTS = {
 @dataclass
 class EvidenceConfig:
     models: tuple[str, ...] = ()  # most urgent first; none: all that the experiment has
-    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3)  # learning rates that each model is tuned over
+    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3)  # learning rates that each model is tuned over; one: as it is
     seeds: int = 3  # runs of each model at its best learning rate
     jobs: int = 2  # runs at a time, each on its share of the cores
     results: str = "results"  # folder for the line that a finished run leaves
@@ -186,7 +186,8 @@ def next_runs(config: EvidenceConfig, models, rows: list[dict]) -> list[tuple]:
     for model in models:
         wanted = [(model, lr, 1) for lr in config.lrs]
         if done.issuperset(wanted):
-            best, tried = best_lr(rows, model), {lr for name, lr, _ in done if name == model}
+            tried = {lr for name, lr, _ in done if name == model}
+            best = best_lr(rows, model) if len(config.lrs) > 1 else config.lrs[0]
             wanted = [(model, best, seed) for seed in range(2, config.seeds + 1)]
             if len(config.lrs) > 1 and best in (min(tried), max(tried)):  # a better one may lie beyond
                 wanted = [(model, 2 * best if best == max(tried) else best / 2, 1)]

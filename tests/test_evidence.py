@@ -256,6 +256,7 @@ def test_the_best_learning_rate_is_chosen_once_all_are_tried():
     rows.append(made_up(lr=6e-3, recall=0.55))
     assert next_runs(config, ["dense"], rows) == [("dense", 3e-3, 2), ("dense", 3e-3, 3)]
     assert next_runs(EvidenceConfig(lrs=(3e-3,), seeds=1), ["dense"], rows[:1]) == []
+    assert next_runs(EvidenceConfig(lrs=(6e-3,), seeds=2), ["dense"], rows) == [("dense", 6e-3, 2)]
     # another seed that does worse changes no choice
     rows.append(made_up(lr=3e-3, seed=2, recall=0.1))
     assert next_runs(config, ["dense"], rows) == [("dense", 3e-3, 3)]

@@ -3,7 +3,7 @@ How fast it is, each figure a median of several, of things measured in turn in o
 
     python bench.py step       a step of the memory, beside what else one could write in PyTorch
     python bench.py search     the search: pruned against full grid, our top_k against torch.topk
-    python bench.py model      a training step of the default model with memory and without, and its profile
+    python bench.py model      a training step of the models that evidence.py compares, and a profile of one
     python bench.py kernels    the Triton kernels, compiled for GPUs that need not be here
     python bench.py plan       reckons what a model needs of each of many GPUs: memory, traffic, time
 
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 import kernel
 from config import build, fail, parse
+from evidence import SMALL_MODELS
 from memory import PoolOptimizer, ValuePool, product_key_search, pruned_pairs, top_k
 from model import GPT, GPTConfig
 from train import TrainConfig
@@ -241,15 +242,20 @@ def train_step(config: TrainConfig):
 
 
 def bench_model(config: BenchConfig) -> list[dict]:
-    configs = {"memory": TrainConfig(vocab_size=680), "dense": TrainConfig(vocab_size=680, mem_layers=())}
+    configs = {
+        name: TrainConfig(vocab_size=754, **options)
+        for name, options in SMALL_MODELS.items()
+        if "max_steps" not in options
+    }
     steps = {name: train_step(c) for name, c in configs.items()}
     times = measure(steps, 3 * config.repeats)
-    print("a training step of the default preset, and of it with an MLP in place of each memory layer:")
+    print("a training step of the models of evidence.py facts_small:")
     for name, measured in times.items():
-        print(f"  {name:8}{spread(measured)}, {configs[name].macs_per_token():,} multiply-adds a token")
-    print(f"  memory / dense: {ratio(times, 'memory', 'dense'):.2f} times\n")
+        macs = f"{configs[name].macs_per_token():,} multiply-adds a token"
+        print(f"  {name:10}{spread(measured)}, {ratio(times, name, 'dense'):.2f} times dense; {macs}")
+    print("\nwhere the time of memory+ goes:")
     with torch.profiler.profile() as profile:
-        steps["memory"]()
+        steps["memory+"]()
     print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
     return [
         dict(

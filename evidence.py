@@ -2,7 +2,7 @@
 Does memory help, where, and at what cost? Trains models that differ in one thing, and says what came of it.
 
     python evidence.py facts         facts to be recalled without a text to look at: all the models of MODELS
-    python evidence.py facts_small   half as wide, four times the people, more tokens: dense and memory+
+    python evidence.py facts_small   half as wide, four times the people, more tokens
     python evidence.py ablation      memory+ with one thing changed
     python evidence.py stdlib        validation loss on real text: the source of Python's standard library
     python evidence.py mqar          words to be recalled from the context, where memory should not help

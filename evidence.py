@@ -58,14 +58,14 @@ MODELS = {
 }
 SMALL = dict(value_lr=6e-2)  # with this, the defaults of train.py
 SMALL_4X = SMALL | dict(mem_num_keys=256, mem_key_dim=16, mlp_width=320)
-SMALL_MODELS = {  # alike, but for a GPT half as wide
+SMALL_MODELS = {  # alike, for a GPT half as wide; larger pools have narrower queries, to cost no more
     "dense": dict(mem_layers=(), mlp_width=276),
     "memory+": SMALL,
     "memory+4x": SMALL_4X,
     "memory+16x": SMALL | dict(mem_num_keys=512, mem_key_dim=16, mlp_width=64),
     "moe": dict(mem_layers=(), mlp_width=268, moe_layers=(1, 2), moe_experts=32),
     "dense-2x": dict(mem_layers=(), mlp_width=872),
-    "memory+4x-short": SMALL_4X | dict(max_steps=1500),  # dense's time
+    "memory+4x-short": SMALL_4X | dict(max_steps=1500),  # for about dense's time
 }
 BASE = PLUS | dict(value_lr=6e-2)
 ABLATIONS = {

@@ -29,7 +29,7 @@ class GPTConfig:
     dropout: float = 0.0  # share of activations dropped in training
     bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has
     mlp_width: int = 0  # hidden units of an MLP; 0: 4 * n_embd
-    positions: Literal["normal", "sinusoids"] = "normal"  # how learnt positions start: the latter recall sooner
+    positions: Literal["normal", "sinusoids"] = "normal"  # how the learnt positions start
 
     mem_layers: tuple[int, ...] = ()  # blocks with a memory layer, from 0; the papers spread 3 over the depth
     mem_kind: Literal["product-key", "peer", "hash"] = "product-key"  # see memory.py

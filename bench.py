@@ -243,7 +243,7 @@ def train_step(config: TrainConfig):
 
 def bench_model(config: BenchConfig) -> list[dict]:
     configs = {
-        name: TrainConfig(vocab_size=754, **options)
+        name: TrainConfig(vocab_size=754, **options)  # the vocabulary of facts-4000
         for name, options in SMALL_MODELS.items()
         if "max_steps" not in options
     }

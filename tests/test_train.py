@@ -173,6 +173,13 @@ def test_a_mistake_is_one_line_and_status_2(run, options, message, capsys):
     assert_fails(lambda: run(*options), message, capsys)
 
 
+def test_weights_that_have_diverged_are_not_saved(run, capsys):
+    """By a step whose own loss was finite: saved, they would push out the last good checkpoint."""
+    options = ["--lr=1e30", "--warmup_steps=0", "--grad_clip=0", "--eval_interval=1"]
+    assert_fails(lambda: run(*options), "at step 1: training has diverged", capsys)
+    assert train.checkpoints(run.out) == []
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 def test_triton_without_a_gpu(run, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")

@@ -39,64 +39,48 @@ from model import GPT
 from train import TrainConfig, duration
 
 ROOT = Path(__file__).resolve().parent
-VALUE_LR_RATIO = 10  # of the pool's learning rate to the others'
-RUN_OPTIONS = dict(lr=0.0, value_lr=0.0, seed=0, out_dir="", resume=True, keep=1)  # a run's own
+RUN_OPTIONS = dict(lr=0.0, seed=0, out_dir="", resume=True, keep=1)  # a run's own
 
-# What each model is, as options of train.py. All but dense-2x cost as many multiply-adds a token, to 5%: what
-# a memory layer costs less than an MLP, the MLPs that stay get. Of three blocks, memory+ has memory in two
-PLUS = dict(mem_layers=(1, 2), mlp_width=960)
+# What each model is, as options of train.py, whose defaults are memory+: three blocks, of which two have memory.
+# All but dense-2x cost as many multiply-adds a token, to 5%: what a memory layer costs less than an MLP, the MLPs
+# that stay get, and larger pools have narrower queries
+MEMORY_4X = dict(mem_num_keys=256, mem_key_dim=16, mlp_width=320)
 MODELS = {
-    "dense": dict(mem_layers=()),
-    "memory+": PLUS,
-    "moe": dict(mem_layers=(), moe_layers=(1, 2), moe_experts=18),  # as many parameters as memory+
-    "memory+16x": PLUS | dict(mem_num_keys=512, mlp_width=576),
-    "hash": PLUS | dict(mem_kind="hash", mlp_width=1152),
-    "memory+4x": PLUS | dict(mem_num_keys=256, mlp_width=832),
-    "dense-2x": dict(mem_layers=(), mlp_width=1416),
-    "memory": dict(mem_layers=(1,), mem_swilu=False, mlp_width=656),
-    "peer": PLUS | dict(mem_kind="peer", mem_num_keys=90, mlp_width=1184),  # an expert is two rows
-}
-SMALL = dict(value_lr=6e-2)  # with this, the defaults of train.py
-SMALL_4X = SMALL | dict(mem_num_keys=256, mem_key_dim=16, mlp_width=320)
-SMALL_MODELS = {  # alike, for a GPT half as wide; larger pools have narrower queries, to cost no more
     "dense": dict(mem_layers=(), mlp_width=276),
-    "memory+": SMALL,
-    "memory+4x": SMALL_4X,
-    "memory+16x": SMALL | dict(mem_num_keys=512, mem_key_dim=16, mlp_width=64),
-    "moe": dict(mem_layers=(), mlp_width=268, moe_layers=(1, 2), moe_experts=32),
+    "memory+": {},
+    "memory+4x": MEMORY_4X,
+    "moe": dict(mem_layers=(), mlp_width=268, moe_layers=(1, 2)),  # as many parameters as memory+
     "dense-2x": dict(mem_layers=(), mlp_width=872),
-    "memory+4x-short": SMALL_4X | dict(max_steps=1500),  # for about dense's time
+    "memory+16x": dict(mem_num_keys=512, mem_key_dim=16, mlp_width=64),
+    "memory+4x-short": MEMORY_4X | dict(max_steps=800),  # for about dense's time
+    "hash": dict(mem_kind="hash", mlp_width=572),
+    "memory": dict(mem_layers=(1,), mem_swilu=False, mlp_width=288),
+    "peer": dict(mem_kind="peer", mem_num_keys=90, mlp_width=392),  # an expert is two rows
 }
-BASE = PLUS | dict(value_lr=6e-2)
 ABLATIONS = {
-    "value_lr=6e-2": BASE,  # of which all below change one thing
-    "value_lr=1.5e-2": PLUS | dict(value_lr=1.5e-2),
-    "value_lr=3e-2": PLUS | dict(value_lr=3e-2),
-    "value_lr=12e-2": PLUS | dict(value_lr=12e-2),
-    "16x the slots": BASE | dict(mem_num_keys=512, mlp_width=576),
-    "8 heads of knn 8": BASE | dict(mem_heads=8, mem_knn=8, mem_key_dim=16),
-    "2 heads of knn 32": BASE | dict(mem_heads=2, mem_knn=32, mem_key_dim=64),
-    "knn 8": BASE | dict(mem_knn=8),
-    "knn 32": BASE | dict(mem_knn=32),
-    "no qk-norm": BASE | dict(mem_qk_norm=False),
-    "no gate": BASE | dict(mem_swilu=False, mlp_width=1088),
-    "layers 0 and 2": BASE | dict(mem_layers=(0, 2)),
-    "layer 1 alone": BASE | dict(mem_layers=(1,), mlp_width=624),
-    "beside the MLPs": BASE | dict(mem_mode="add", mlp_width=320),
+    "memory+": {},  # of which all below change one thing
+    "value_lr=3e-3": dict(value_lr=3e-3),
+    "value_lr=1.5e-2": dict(value_lr=1.5e-2),
+    "value_lr=24e-2": dict(value_lr=24e-2),
+    "2 heads of knn 32": dict(mem_heads=2, mem_knn=32, mem_key_dim=64),
+    "8 heads of knn 8": dict(mem_heads=8, mem_knn=8, mem_key_dim=16),
+    "knn 4": dict(mem_knn=4),
+    "no qk-norm": dict(mem_qk_norm=False),
+    "no gate": dict(mem_swilu=False, mlp_width=320),
+    "layers 0 and 2": dict(mem_layers=(0, 2)),
+    "layer 1 alone": dict(mem_layers=(1,), mlp_width=256),
+    "layers 0 to 2": dict(mem_layers=(0, 1, 2)),
+    "beside the MLPs": dict(mem_mode="add", mlp_width=84),
 }
-WIDTH_128 = dict(n_embd=128, block_size=64, batch_size=16, max_steps=1500, eval_interval=250, log_interval=25)
-FACTS = dict(corpus="facts", corpus_options=dict(name="facts-1000", people=1000),
-             options=WIDTH_128 | dict(max_steps=1000, eval_interval=125))
+FACTS = dict(corpus="facts", corpus_options=dict(name="facts-2500", people=2500),
+             options=dict(max_steps=2000, eval_interval=250))
 EXPERIMENTS = {
     "facts": FACTS | dict(models=MODELS),
-    "facts_small": dict(corpus="facts", corpus_options=dict(name="facts-4000", people=4000),
-                        options=dict(max_steps=3000, eval_interval=250),
-                        models=SMALL_MODELS),
     "ablation": FACTS | dict(models=ABLATIONS),
-    "stdlib": dict(corpus="stdlib", corpus_options={}, options=WIDTH_128,
+    "stdlib": dict(corpus="stdlib", corpus_options={}, options=dict(max_steps=2000, eval_interval=250),
                    models={name: MODELS[name] for name in ("dense", "memory+", "moe", "memory+16x", "hash")}),
     "mqar": dict(corpus="mqar", corpus_options=dict(documents=40_000, pairs=2, keys=16, values=16, asks=10),
-                 options=WIDTH_128 | dict(batch_size=32),
+                 options=dict(block_size=64, batch_size=32, max_steps=2000, eval_interval=250),
                  models={name: MODELS[name] for name in ("dense", "memory+", "moe", "hash")}),
 }
 

@@ -29,7 +29,6 @@ class GPTConfig:
     dropout: float = 0.0  # share of activations dropped in training
     bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has
     mlp_width: int = 0  # hidden units of an MLP; 0: 4 * n_embd
-    positions: Literal["normal", "sinusoids"] = "normal"  # how the learnt positions start
 
     mem_layers: tuple[int, ...] = ()  # blocks with a memory layer, from 0; the papers spread 3 over the depth
     mem_kind: Literal["product-key", "peer", "hash"] = "product-key"  # see memory.py
@@ -59,8 +58,6 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
-        if self.positions == "sinusoids" and self.n_embd % 2:
-            raise ValueError(f"positions=sinusoids needs an even n_embd, not {self.n_embd}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         for name in ("mem_layers", "moe_layers"):
@@ -239,13 +236,13 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
                 if name.endswith("memory.out") and config.mem_mode == "add":
                     nn.init.zeros_(module.weight)  # the GPT starts as the function that it was without memory
-        if config.positions == "sinusoids":
-            # Vaswani et al. 2017, section 3.5: a step back is the same rotation everywhere, so that attention
-            # soon finds it. Periods from 4 to block_size tokens
-            period = 4 * (config.block_size / 4) ** torch.linspace(0, 1, config.n_embd // 2)
-            angle = 2 * math.pi * torch.arange(config.block_size)[:, None] / period
-            with torch.no_grad():
-                self.wpe.weight.copy_(torch.cat((angle.sin(), angle.cos()), dim=1) * std * math.sqrt(2))
+        # Learnt positions start as sinusoids (Vaswani et al. 2017, section 3.5): a step back is the same
+        # rotation everywhere, so that attention soon finds it. Periods from 4 to block_size tokens
+        C, T = config.n_embd, config.block_size
+        period = 4 * (T / 4) ** torch.linspace(0, 1, -(-C // 2))
+        angle = 2 * math.pi * torch.arange(T).unsqueeze(1) / period  # (T, C/2)
+        with torch.no_grad():
+            self.wpe.weight.copy_(torch.cat((angle.sin(), angle.cos()), dim=1)[:, :C] * std * math.sqrt(2))
 
     def forward(self, idx, targets=None, past=None):
         """

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import kernel
 from config import build, fail, parse
-from evidence import SMALL_MODELS
+from evidence import MODELS
 from memory import PoolOptimizer, ValuePool, product_key_search, pruned_pairs, top_k
 from model import GPT, GPTConfig
 from train import TrainConfig
@@ -244,12 +244,12 @@ def train_step(config: TrainConfig):
 def bench_model(config: BenchConfig) -> list[dict]:
     configs = {
         name: TrainConfig(vocab_size=754, **options)  # the vocabulary of facts-4000
-        for name, options in SMALL_MODELS.items()
+        for name, options in MODELS.items()
         if "max_steps" not in options
     }
     steps = {name: train_step(c) for name, c in configs.items()}
     times = measure(steps, 3 * config.repeats)
-    print("a training step of the models of evidence.py facts_small:")
+    print("a training step of the models of evidence.py facts:")
     for name, measured in times.items():
         macs = f"{configs[name].macs_per_token():,} multiply-adds a token"
         print(f"  {name:10}{spread(measured)}, {ratio(times, name, 'dense'):.2f} times dense; {macs}")

@@ -2,7 +2,6 @@
 Does memory help, where, and at what cost? Trains models that differ in one thing, and says what came of it.
 
     python evidence.py facts         facts to be recalled without a text to look at: all the models of MODELS
-    python evidence.py facts_small   half as wide, four times the people, more tokens
     python evidence.py ablation      memory+ with one thing changed
     python evidence.py stdlib        validation loss on real text: the source of Python's standard library
     python evidence.py mqar          words to be recalled from the context, where memory should not help
@@ -10,11 +9,11 @@ Does memory help, where, and at what cost? Trains models that differ in one thin
     python evidence.py facts --help  the options: which models, how many seeds, how many runs at a time
 
 All models see the same tokens in the same order, and are tuned alike: a run at each of the same learning
-rates with seed 1 (the pool's is VALUE_LR_RATIO times as high, unless the model says what it is), and at twice
-the highest, or half the lowest, for as long as that is the best one; then the best is repeated with other
-seeds. A finished run is one line of results/evidence_NAME.jsonl, and is not run again; one that was stopped
-goes on from its last checkpoint. So hours of runs add up, and figures are drawn without training. A line
-knows its options, but not the code: with code of your own, say --results=FOLDER.
+rates with seed 1 (the pool's is train.py's default), and at twice the highest, or half the lowest, for as
+long as that is the best one; then the best is repeated with other seeds. A finished run is one line of
+results/evidence_NAME.jsonl, and is not run again; one that was stopped goes on from its last checkpoint. So
+hours of runs add up, and figures are drawn without training. A line knows its options, but not the code: with
+code of your own, say --results=FOLDER.
 """
 
 import contextlib
@@ -41,8 +40,8 @@ from train import TrainConfig, duration
 ROOT = Path(__file__).resolve().parent
 RUN_OPTIONS = dict(lr=0.0, seed=0, out_dir="", resume=True, keep=1)  # a run's own
 
-# What each model is, as options of train.py, whose defaults are memory+: three blocks, of which two have memory.
-# All but dense-2x cost as many multiply-adds a token, to 5%: what a memory layer costs less than an MLP, the MLPs
+# What each model is, as options of train.py, whose defaults are memory+: memory in two of three blocks. All
+# but dense-2x cost as many multiply-adds a token, to 5%: what a memory layer costs less than an MLP, the MLPs
 # that stay get, and larger pools have narrower queries
 MEMORY_4X = dict(mem_num_keys=256, mem_key_dim=16, mlp_width=320)
 MODELS = {
@@ -52,7 +51,7 @@ MODELS = {
     "moe": dict(mem_layers=(), mlp_width=268, moe_layers=(1, 2)),  # as many parameters as memory+
     "dense-2x": dict(mem_layers=(), mlp_width=872),
     "memory+16x": dict(mem_num_keys=512, mem_key_dim=16, mlp_width=64),
-    "memory+4x-short": MEMORY_4X | dict(max_steps=800),  # for about dense's time
+    "memory+4x-short": MEMORY_4X | dict(max_steps=1200),  # for about dense's time
     "hash": dict(mem_kind="hash", mlp_width=572),
     "memory": dict(mem_layers=(1,), mem_swilu=False, mlp_width=288),
     "peer": dict(mem_kind="peer", mem_num_keys=90, mlp_width=392),  # an expert is two rows
@@ -72,8 +71,8 @@ ABLATIONS = {
     "layers 0 to 2": dict(mem_layers=(0, 1, 2)),
     "beside the MLPs": dict(mem_mode="add", mlp_width=84),
 }
-FACTS = dict(corpus="facts", corpus_options=dict(name="facts-2500", people=2500),
-             options=dict(max_steps=2000, eval_interval=250))
+FACTS = dict(corpus="facts", corpus_options=dict(name="facts-4000", people=4000),
+             options=dict(eval_interval=250))
 EXPERIMENTS = {
     "facts": FACTS | dict(models=MODELS),
     "ablation": FACTS | dict(models=ABLATIONS),
@@ -88,7 +87,7 @@ EXPERIMENTS = {
 @dataclass
 class EvidenceConfig:
     models: tuple[str, ...] = ()  # most urgent first; none: all that the experiment has
-    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3)  # learning rates that each model is tuned over; one: as it is
+    lrs: tuple[float, ...] = (4e-3, 8e-3, 16e-3)  # learning rates that each model is tuned over; one: as it is
     seeds: int = 3  # runs of each model at its best learning rate
     jobs: int = 2  # runs at a time, each on its share of the cores
     results: str = "results"  # folder for the line that a finished run leaves
@@ -181,8 +180,7 @@ def next_runs(config: EvidenceConfig, models, rows: list[dict]) -> list[tuple]:
 
 def start(experiment: str, run: tuple, out_dir: Path, jobs: int) -> subprocess.Popen:
     model, lr, seed = run
-    options = RUN_OPTIONS | dict(value_lr=VALUE_LR_RATIO * lr) | train_options(experiment, model)
-    options |= dict(lr=lr, seed=seed, out_dir=out_dir)
+    options = train_options(experiment, model) | RUN_OPTIONS | dict(lr=lr, seed=seed, out_dir=out_dir)
     words = [f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
              for name, value in options.items()]
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -200,13 +198,11 @@ def diverged(out_dir: Path) -> bool:
 def make_row(experiment: str, run: tuple, out_dir: Path) -> dict:
     """The line of a finished run; of one that diverged, without a curve."""
     model, lr, seed = run
-    options = train_options(experiment, model)
-    row = {"model": model, "lr": lr, "value_lr": options.get("value_lr", VALUE_LR_RATIO * lr), "seed": seed,
-           "options": all_options(experiment, model), "curve": []}
+    row = {"model": model, "lr": lr, "seed": seed, "options": all_options(experiment, model), "curve": []}
     if diverged(out_dir):
         return row
-    meta = json.loads((DATA / options["dataset"] / "meta.json").read_text())
-    config = TrainConfig(**options, vocab_size=meta["vocab_size"])
+    meta = json.loads((DATA / dataset(experiment) / "meta.json").read_text())
+    config = TrainConfig(**train_options(experiment, model), vocab_size=meta["vocab_size"])
     tokens_per_step = config.batch_size * config.block_size
     curve, speeds, seconds, last_step = [], [], 0.0, 0
     for line in map(json.loads, open(out_dir / "log.jsonl", encoding="utf-8")):
@@ -348,7 +344,7 @@ def table(experiment: str, config: EvidenceConfig) -> None:
     if not runs:
         return print(f"{experiment}: no run is finished; python evidence.py {experiment} makes them")
     recalls = "recall" in next(iter(runs.values()))[0]["curve"][-1]
-    facts = experiment in ("facts", "facts_small") and "dense" in runs
+    facts = experiment == "facts" and "dense" in runs
     if facts:
         target = mean(row["curve"][-1]["recall"]["all"] for row in runs["dense"])
     columns = {

@@ -180,7 +180,7 @@ if __name__ == "__main__":
     given = Path(sys.argv[1] if len(sys.argv) == 2 else "")
     if (given / "log.jsonl").exists():
         plot_run(given)
-    elif given.name in ("evidence_facts.jsonl", "evidence_facts_small.jsonl") and given.is_file():
+    elif given.name == "evidence_facts.jsonl" and given.is_file():
         plot_facts(given)
     elif given.is_file() and not given.name.startswith("evidence"):
         plot_step(given)

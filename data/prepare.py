@@ -325,15 +325,10 @@ def stdlib(config: StdlibConfig) -> None:
 
 
 @dataclass
-class TextConfig(Corpus):
+class TextConfig(StdlibConfig):
     input: tuple[str, ...] = ()  # files of UTF-8 text, each a document
     name: str = "text"  # the folder under data/
     val_share: float = 0.1  # share of each file, at its end, that is kept for validation
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.val_share < 1:
-            raise ValueError(f"val_share={self.val_share} must be between 0 and 1")
 
 
 def text(config: TextConfig) -> None:

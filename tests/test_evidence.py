@@ -77,7 +77,7 @@ def test_an_experiment_from_its_plan_to_its_table(tiny, capsys, monkeypatch):
         assert [point["step"] for point in row["curve"]] == [0, 2, 4]
         assert [point["tokens"] for point in row["curve"]] == [0, 256, 512]
         seconds = [point["seconds"] for point in row["curve"]]
-        assert 0 == seconds[0] < seconds[1] < seconds[2] and row["value_lr"] == 10 * row["lr"] == 0.06
+        assert 0 == seconds[0] < seconds[1] < seconds[2] and row["lr"] == 6e-3
         assert sum(row["asked"].values()) == 80 and row["asked"]["held_out"] == 8
         config = TrainConfig(**TINY, **evidence.EXPERIMENTS["facts"]["models"][row["model"]], vocab_size=300)
         assert row["parameters"]["memory"] == GPT(config).count_parameters()["memory"]

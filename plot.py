@@ -87,7 +87,7 @@ STYLE = defaultdict(lambda: ("#777777", "h", "-"), {  # which is for a model of 
     "dense": ("#000000", "o", "-"), "dense-2x": ("#000000", "o", ":"), "moe": ("#CC79A7", "v", "--"),
     "hash": ("#56B4E9", "X", ":"), "peer": ("#E69F00", "P", "--"), "memory": ("#56B4E9", "<", "-."),
     "memory+": ("#0072B2", "s", "-"), "memory+4x": ("#009E73", "D", "-"),
-    "memory+4x-short": ("#009E73", "D", ":"), "memory+16x": ("#D55E00", "^", "-")})
+    "memory+-short": ("#0072B2", "s", ":"), "memory+16x": ("#D55E00", "^", "-")})
 
 
 def draw(axis, model: str, x, ys, label: str | None = None):

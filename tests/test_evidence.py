@@ -101,12 +101,13 @@ def test_an_experiment_from_its_plan_to_its_table(tiny, capsys, monkeypatch):
     assert {row["model"] for row in rows} == {"memory+"}
 
 
-def test_a_run_that_was_stopped_goes_on(tiny, monkeypatch):
-    """Stopped by a failure of another, after its first checkpoint."""
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_run_that_was_stopped_goes_on(tiny, monkeypatch, steps):
+    """After its first checkpoint; and one that ended while nobody watched is a result, not run again."""
     start = evidence.start
 
     def stopping(experiment, run, out_dir, jobs):
-        monkeypatch.setitem(evidence.EXPERIMENTS[experiment]["options"], "max_steps", 2)
+        monkeypatch.setitem(evidence.EXPERIMENTS[experiment]["options"], "max_steps", steps)
         start(experiment, run, out_dir, jobs).wait()
         monkeypatch.setitem(evidence.EXPERIMENTS[experiment]["options"], "max_steps", 4)
         raise KeyboardInterrupt

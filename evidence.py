@@ -78,9 +78,11 @@ EXPERIMENTS = {
     "ablation": FACTS | dict(models=ABLATIONS),
     "stdlib": dict(corpus="stdlib", corpus_options={}, options=dict(max_steps=2000, eval_interval=250),
                    models={name: MODELS[name] for name in ("dense", "memory+", "moe", "memory+16x", "hash")}),
-    "mqar": dict(corpus="mqar", corpus_options=dict(documents=40_000, pairs=2, keys=16, values=16, asks=10),
-                 options=dict(block_size=64, batch_size=32, max_steps=2000, eval_interval=250),
-                 models={name: MODELS[name] for name in ("dense", "memory+", "moe", "hash")}),
+    "mqar": dict(corpus="mqar", corpus_options={},  # two layers of one head learn it best
+                 options=dict(n_layer=2, n_head=1, block_size=64, batch_size=32, max_steps=1000,
+                              eval_interval=100),
+                 models={"dense": dict(mem_layers=()), "memory+": dict(mem_layers=(1,)),
+                         "moe": dict(mem_layers=(), moe_layers=(1,), moe_experts=64)}),
 }
 
 

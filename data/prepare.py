@@ -247,9 +247,9 @@ def facts(config: FactsConfig) -> None:
 class MqarConfig(Corpus):
     documents: int = 20_000  # in train.bin; a fiftieth as many in val.bin, and as many again are asked about
     pairs: int = 4  # of a key and a value, in a document
-    asks: int = 4  # times that each pair is asked, after all have been told
-    keys: int = 32  # different keys
-    values: int = 32  # different values
+    asks: int = 16  # pairs that are asked, after all have been told
+    keys: int = 16  # different keys
+    values: int = 16  # different values
     seed: int = 1  # of everything that is drawn
 
     def __post_init__(self):
@@ -265,27 +265,27 @@ class MqarConfig(Corpus):
 
 def mqar(config: MqarConfig) -> None:
     """
-    Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927): a document is pairs of
-    words, a line each, and then the same lines again a few times, in another order each time. Which words go
-    together is new in each document: the answer is in the context, and nothing is worth remembering longer.
+    Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927): a document is a line, of
+    pairs of words and then any of the same pairs again, the last one after a colon. Which words go together
+    is new in each document: the answer is in the context, and nothing is worth remembering longer.
     """
     rng = np.random.default_rng(config.seed)
     words = make_names(rng, config.keys + config.values, 3)
 
-    def draw():  # the lines as they are told, and as they are asked
+    def draw():  # the line up to the last key, and its value
         keys = rng.choice(config.keys, config.pairs, replace=False)
         values = config.keys + rng.integers(config.values, size=config.pairs)
-        lines = [f"{words[key]} {words[value]}\n" for key, value in zip(keys, values, strict=True)]
-        return lines, [lines[i] for _ in range(config.asks) for i in rng.permutation(config.pairs)]
+        pairs = [f" {words[key]} {words[value]}" for key, value in zip(keys, values, strict=True)]
+        *asked, last = (pairs[i] for i in rng.integers(config.pairs, size=config.asks))
+        _, key, value = last.split(" ")
+        return "".join(pairs + asked) + f" : {key}", value
 
     few = -(-config.documents // 50)
-    documents = {split: ["".join(told + asked) + END for told, asked in (draw() for _ in range(count))]
-                 for split, count in (("train", config.documents), ("val", few))}
-    questions = []
-    for told, asked in (draw() for _ in range(few)):
-        key, value = asked[0].split()
-        questions.append({"prompt": "".join(told) + key, "answer": value})
-    splits = {split: lambda split=split: iter(documents[split]) for split in documents}
+    lines = {split: [draw() for _ in range(count)]
+             for split, count in (("train", config.documents), ("val", few), ("questions", few))}
+    splits = {split: lambda split=split: (f"{prompt} {answer}\n{END}" for prompt, answer in lines[split])
+              for split in ("train", "val")}
+    questions = [{"prompt": prompt, "answer": answer} for prompt, answer in lines["questions"]]
     write_corpus("mqar", config, splits, questions)
 
 

@@ -115,28 +115,30 @@ def test_a_mistake_leaves_the_data_that_was_there(data):
 
 
 def test_mqar_asks_what_it_told(data):
-    main(["mqar", "--documents=200", "--pairs=5", "--asks=2", "--keys=9", "--values=20", "--seed=2"])
+    main(["mqar", "--documents=200", "--pairs=5", "--asks=6", "--keys=9", "--values=20", "--seed=2"])
     _, encoding, splits = load(data / "mqar")
     documents = {split: encoding.decode(ids.tolist()).split(END)[:-1] for split, ids in splits.items()}
     assert len(documents["train"]) == 200 and len(documents["val"]) == 4
-    known, words = {}, Counter()
-    for document in documents["train"] + documents["val"]:
-        lines = document.split("\n")[:-1]
-        told, asked = lines[:5], lines[5:]
-        assert sorted(told) == sorted(asked[:5]) == sorted(asked[5:])
-        assert len({line.split()[0] for line in told}) == 5
-        for line in told:
-            known.setdefault(line.split()[0], set()).add(line.split()[1])
-            words.update(line.split())
-    assert len(known) == 9 and len(words) == 29, "keys and values are different words"
-    assert min(map(len, known.values())) > 15, "no key has a value for good"
+    known, words, asked = {}, Counter(), Counter()
     questions = [json.loads(line) for line in open(data / "mqar" / "qa.jsonl")]
     assert len(questions) == 4
-    for question in questions:
-        *told, key = question["prompt"].split("\n")
-        assert f"{key} {question['answer']}" in told and len(told) == 5
+    lines = [f"{question['prompt']} {question['answer']}\n" for question in questions]
+    for document in documents["train"] + documents["val"] + lines:
+        context, last = document.split(" : ")
+        pairs = re.findall(r" (\w+ \w+)", context)
+        told = pairs[:5]
+        assert "".join(f" {pair}" for pair in pairs) == context and len(pairs) == 5 + 6 - 1
+        for pair in [*pairs[5:], last.removesuffix("\n")]:
+            asked[told.index(pair)] += 1
+        assert len({pair.split()[0] for pair in told}) == 5
+        for pair in told:
+            known.setdefault(pair.split()[0], set()).add(pair.split()[1])
+            words.update(pair.split())
+    assert len(known) == 9 and len(words) == 29, "keys and values are different words"
+    assert min(map(len, known.values())) > 15, "no key has a value for good"
+    assert len(asked) == 5 and min(asked.values()) > 0.8 * sum(asked.values()) / 5, "all are asked alike"
     tokens = encoding.encode(documents["val"][0])
-    assert len(tokens) == 15 * 3, "a word is a token"
+    assert len(tokens) == 11 * 2 + 2, "a word is a token"
 
 
 def test_text_keeps_windows_line_ends(data):

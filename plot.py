@@ -50,7 +50,8 @@ def plot_run(out_dir: Path) -> None:
             if name in evaluated[-1]["recall"]:
                 axis.plot(steps, [line["recall"].get(name) for line in evaluated], style, label=label)
         axis.set(xlabel="step", ylabel="recall (exact match)", ylim=(0, 1.02))
-        axis.legend()
+        if "held_out" in evaluated[-1]["recall"]:
+            axis.legend()
     if has_memory:
         axis = next(axes)
         axis.plot(steps[1:], [line["slots_used"] for line in evaluated[1:]], "o-")

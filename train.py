@@ -381,8 +381,9 @@ def print_result(result: dict) -> None:
     print(f"validation loss {result['val_loss']:.4f}")
     if "recall" in result:
         print("recall, the share of questions answered by exactly the right words:")
-        rows = {"people asked about in training": result["recall"].get("all"),
-                "people only stated in training": result["recall"].get("held_out")}
+        held_out = result["recall"].get("held_out")
+        rows = {"all questions" if held_out is None else "people asked about in training":
+                result["recall"].get("all"), "people only stated in training": held_out}
         for low, share in result["recall"]["by_exposure"].items():
             rows[f"  told {low} to {2 * int(low) - 1} times"] = share
         for label, share in rows.items():

@@ -9,11 +9,11 @@ Does memory help, where, and at what cost? Trains models that differ in one thin
     python evidence.py facts --help  the options: which models, how many seeds, how many runs at a time
 
 All models see the same tokens in the same order, and are tuned alike: a run at each of the same learning
-rates with seed 1 (the pool's is train.py's default), and at twice the highest, or half the lowest, for as
-long as that is the best one; then the best is repeated with other seeds. A finished run is one line of
-results/evidence_NAME.jsonl, and is not run again; one that was stopped goes on from its last checkpoint. So
-hours of runs add up, and figures are drawn without training. A line knows its options, but not the code: with
-code of your own, say --results=FOLDER.
+rates with seed 1 (the pool's is train.py's default, or the model's own), and at twice the highest, or half
+the lowest, for as long as that is the best one; then the best is repeated with other seeds. A finished run is
+one line of results/evidence_NAME.jsonl, and is not run again; one that was stopped goes on from its last
+checkpoint. So hours of runs add up, and figures are drawn without training. Two of these at once need
+different --models. A line knows its options, but not the code: with code of your own, say --results=FOLDER.
 """
 
 import contextlib
@@ -43,11 +43,10 @@ RUN_OPTIONS = dict(lr=0.0, seed=0, out_dir="", resume=True, keep=1)  # a run's o
 # What each model is, as options of train.py, whose defaults are memory+: memory in two of three blocks. All
 # but dense-2x cost as many multiply-adds a token, to 5%: what a memory layer costs less than an MLP, the MLPs
 # that stay get, and larger pools have narrower queries
-MEMORY_4X = dict(mem_num_keys=256, mem_key_dim=16, mlp_width=320)
 MODELS = {
     "dense": dict(mem_layers=(), mlp_width=276),
     "memory+": {},
-    "memory+4x": MEMORY_4X,
+    "memory+4x": dict(mem_num_keys=256, mem_key_dim=16, mlp_width=320),
     "moe": dict(mem_layers=(), mlp_width=268, moe_layers=(1, 2)),  # as many parameters as memory+
     "dense-2x": dict(mem_layers=(), mlp_width=872),
     "memory+16x": dict(mem_num_keys=512, mem_key_dim=16, mlp_width=64),
@@ -57,7 +56,7 @@ MODELS = {
     "peer": dict(mem_kind="peer", mem_num_keys=90, mlp_width=392),  # an expert is two rows
 }
 ABLATIONS = {
-    "memory+": {},  # of which all below change one thing
+    "memory+": {},  # of which all below change one thing, and widths to cost as much
     "value_lr=3e-3": dict(value_lr=3e-3),
     "value_lr=1.5e-2": dict(value_lr=1.5e-2),
     "value_lr=24e-2": dict(value_lr=24e-2),
@@ -78,7 +77,7 @@ EXPERIMENTS = {
     "ablation": FACTS | dict(models=ABLATIONS),
     "stdlib": dict(corpus="stdlib", corpus_options={}, options=dict(max_steps=2000, eval_interval=250),
                    models={name: MODELS[name] for name in ("dense", "memory+", "moe", "memory+16x", "hash")}),
-    "mqar": dict(corpus="mqar", corpus_options={},  # two layers of one head learn it best
+    "mqar": dict(corpus="mqar", corpus_options={},  # for which two layers of one head do
                  options=dict(n_layer=2, n_head=1, block_size=64, batch_size=32, max_steps=1000,
                               eval_interval=100),
                  models={"dense": dict(mem_layers=()), "memory+": dict(mem_layers=(1,)),
@@ -113,15 +112,17 @@ def dataset(experiment: str) -> str:
 
 
 def train_options(experiment: str, model: str) -> dict:
-    """What train.py is told, but for the learning rates, the seed and the folder."""
+    """What train.py is told, but for RUN_OPTIONS."""
     e = EXPERIMENTS[experiment]
     return {"dataset": dataset(experiment)} | e["options"] | e["models"][model]
 
 
 def all_options(experiment: str, model: str) -> dict:
     """What makes a run another one: all that it is told, but for RUN_OPTIONS, and that its corpus was."""
-    options = asdict(TrainConfig(**RUN_OPTIONS | train_options(experiment, model)))
-    return json.loads(json.dumps(options | EXPERIMENTS[experiment]["corpus_options"]))
+    _, corpus_config = CORPORA[EXPERIMENTS[experiment]["corpus"]]
+    corpus = corpus_config(**EXPERIMENTS[experiment]["corpus_options"])
+    run = TrainConfig(**train_options(experiment, model) | RUN_OPTIONS)
+    return json.loads(json.dumps(asdict(corpus) | asdict(run)))
 
 
 def prepare_corpus(experiment: str) -> None:
@@ -141,23 +142,24 @@ def rows_path(experiment: str, results: str) -> Path:
 
 def read_rows(path: Path) -> list[dict]:
     """The lines of finished runs, of the models as they are now: a model that was changed is run again."""
-    experiment, rows = path.stem.removeprefix("evidence_"), []
+    experiment, rows = path.stem.removeprefix("evidence_"), {}
     known = {model: all_options(experiment, model) for model in EXPERIMENTS[experiment]["models"]}
-    default = json.loads(json.dumps(asdict(TrainConfig())))  # of an option that came after the line
+    _, corpus_config = CORPORA[EXPERIMENTS[experiment]["corpus"]]
+    default = json.loads(json.dumps(asdict(corpus_config()) | asdict(TrainConfig())))  # of newer options
     for line in open(path, encoding="utf-8") if path.exists() else ():
         with contextlib.suppress(ValueError):  # a line that was cut short
             row = json.loads(line)
             if default | row["options"] == known.get(row["model"]):
-                rows.append(row)
-    return rows
+                rows[row["model"], row["lr"], row["seed"]] = row
+    return list(rows.values())
 
 
-def goodness(row: dict) -> float:
-    """By which runs are compared: recall, or the validation loss where nothing is asked."""
+def goodness(row: dict) -> tuple:
+    """By which runs are compared: recall, then the validation loss, which is all where nothing is asked."""
     if not row["curve"]:
-        return -math.inf
+        return -math.inf, -math.inf
     final = row["curve"][-1]
-    return final["recall"]["all"] if "recall" in final else -final["val_loss"]
+    return final.get("recall", {}).get("all", 0), -final["val_loss"]
 
 
 def best_lr(rows: list[dict], model: str) -> float:
@@ -206,18 +208,12 @@ def make_row(experiment: str, run: tuple, out_dir: Path) -> dict:
     meta = json.loads((DATA / dataset(experiment) / "meta.json").read_text())
     config = TrainConfig(**train_options(experiment, model), vocab_size=meta["vocab_size"])
     tokens_per_step = config.batch_size * config.block_size
-    curve, speeds, seconds, last_step = [], [], 0.0, 0
-    for line in map(json.loads, open(out_dir / "log.jsonl", encoding="utf-8")):
-        if "loss" in line:  # its speed is of all steps since the last such line, and of training alone
-            seconds += (line["step"] - last_step) * tokens_per_step / line["tokens_per_second"]
-            last_step = line["step"]
-            speeds.append(line["tokens_per_second"])
-        if "val_loss" in line:
-            curve.append(line | {"tokens": line["step"] * tokens_per_step, "seconds": seconds})
-    asked = {}
-    for question in read_questions(DATA / config.dataset / "qa.jsonl"):
-        low = "held_out" if question.get("held_out") else 1 << question.get("exposures", 1).bit_length() - 1
-        asked[str(low)] = asked.get(str(low), 0) + 1
+    log = [json.loads(line) for line in open(out_dir / "log.jsonl", encoding="utf-8")]
+    curve = [line | {"tokens": line["step"] * tokens_per_step} for line in log if "val_loss" in line]
+    speeds = [line["tokens_per_second"] for line in log if "loss" in line]  # of training alone
+    asked = Counter("held_out" if question.get("held_out") else
+                    str(1 << question.get("exposures", 1).bit_length() - 1)
+                    for question in read_questions(DATA / config.dataset / "qa.jsonl"))
     slots = config.mem_num_keys**2 if config.mem_layers else 0
     return row | {"macs": config.macs_per_token(), "slots": slots,
                   "parameters": GPT(config).count_parameters(), "asked": asked,
@@ -251,7 +247,7 @@ def run_all(experiment: str, config: EvidenceConfig) -> None:
             for run, (process, out_dir, began) in list(going.items()):
                 if process.poll() is not None:
                     end = all_options(experiment, run[0])["max_steps"]
-                    finished = (out_dir / f"step_{end:06d}").exists()
+                    finished = process.returncode == 0 and (out_dir / f"step_{end:06d}").exists()
                     if not finished and not diverged(out_dir):
                         fail(f"the run of {run[0]} stopped: see {out_dir / 'printed.txt'}")
                     line = json.dumps(make_row(experiment, run, out_dir)) + "\n"
@@ -317,7 +313,10 @@ def speed(rows: list[dict]) -> float:
 
 
 def tokens_to(recall: float, curve: list[dict]) -> float | None:
-    """After how many tokens the curve first has this recall; between its points, straight lines."""
+    """
+    After how many tokens the curve first has this recall; between its points, straight lines. All points but
+    the last are of fewer questions: --eval_questions.
+    """
     points = [(point["tokens"], point["recall"]["all"]) for point in curve]
     for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
         if y1 >= recall:

@@ -225,8 +225,9 @@ class GPT(nn.Module):
             self.pool = ValuePool(num_values, config.n_embd, dtype, config.kernel, sharding, mem_file,
                                   draw_pool)
 
-        # GPT-2's initialisation, but for the width: its 0.02 is 1/sqrt(C) for C = 2,500, and too small for
-        # narrow models. What a block adds to the residual stream starts smaller, the more blocks
+        # GPT-2's initialisation, but for the positions and the width: its 0.02 is 1/sqrt(C) for C = 2,500,
+        # and too small for narrow models. What a block adds to the residual stream starts smaller, the more
+        # blocks
         std = config.n_embd**-0.5
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -240,7 +241,7 @@ class GPT(nn.Module):
         # rotation everywhere, so that attention soon finds it. Periods from 4 to block_size tokens
         C, T = config.n_embd, config.block_size
         period = 4 * (T / 4) ** torch.linspace(0, 1, -(-C // 2))
-        angle = 2 * math.pi * torch.arange(T).unsqueeze(1) / period  # (T, C/2)
+        angle = 2 * math.pi * torch.arange(T).unsqueeze(1) / period  # (T, half of C)
         with torch.no_grad():
             self.wpe.weight.copy_(torch.cat((angle.sin(), angle.cos()), dim=1)[:, :C] * std * math.sqrt(2))
 

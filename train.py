@@ -381,10 +381,10 @@ def print_result(result: dict) -> None:
     print(f"validation loss {result['val_loss']:.4f}")
     if "recall" in result:
         print("recall, the share of questions answered by exactly the right words:")
-        held_out = result["recall"].get("held_out")
-        rows = {"all questions" if held_out is None else "people asked about in training":
-                result["recall"].get("all"), "people only stated in training": held_out}
-        for low, share in result["recall"]["by_exposure"].items():
+        shares = result["recall"]
+        first = "people asked about in training" if "held_out" in shares else "all questions"
+        rows = {first: shares.get("all"), "people only stated in training": shares.get("held_out")}
+        for low, share in shares["by_exposure"].items():
             rows[f"  told {low} to {2 * int(low) - 1} times"] = share
         for label, share in rows.items():
             if share is not None:

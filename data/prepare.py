@@ -247,18 +247,19 @@ def facts(config: FactsConfig) -> None:
 class MqarConfig(Corpus):
     documents: int = 20_000  # in train.bin; a fiftieth as many in val.bin, and as many again are asked about
     pairs: int = 4  # of a key and a value, in a document
-    asks: int = 16  # pairs that are asked, after all have been told
+    asks: int = 16  # pairs that are asked, after all have been told; the last is the question
     keys: int = 16  # different keys
     values: int = 16  # different values
     seed: int = 1  # of everything that is drawn
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("documents", "pairs", "asks", "values"):
+        for name in ("documents", "pairs", "asks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.keys < self.pairs:
-            raise ValueError(f"keys={self.keys} must be at least pairs={self.pairs}, which all differ")
+        for name in ("keys", "values"):
+            if getattr(self, name) < self.pairs:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least pairs={self.pairs}")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must not be negative")
 
@@ -266,15 +267,16 @@ class MqarConfig(Corpus):
 def mqar(config: MqarConfig) -> None:
     """
     Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927): a document is a line, of
-    pairs of words and then any of the same pairs again, the last one after a colon. Which words go together
-    is new in each document: the answer is in the context, and nothing is worth remembering longer.
+    pairs of words and then any of the same pairs again, the last one after a colon, which says that the line
+    ends with it. Which words go together is new in each document: the answer is in the context, and nothing
+    is worth remembering longer.
     """
     rng = np.random.default_rng(config.seed)
     words = make_names(rng, config.keys + config.values, 3)
 
     def draw():  # the line up to the last key, and its value
         keys = rng.choice(config.keys, config.pairs, replace=False)
-        values = config.keys + rng.integers(config.values, size=config.pairs)
+        values = config.keys + rng.choice(config.values, config.pairs, replace=False)
         pairs = [f" {words[key]} {words[value]}" for key, value in zip(keys, values, strict=True)]
         *asked, last = (pairs[i] for i in rng.integers(config.pairs, size=config.asks))
         _, key, value = last.split(" ")
@@ -292,7 +294,7 @@ def mqar(config: MqarConfig) -> None:
 # --- text ---------------------------------------------------------------------------------------------------
 
 @dataclass
-class StdlibConfig(Corpus):
+class SplitConfig(Corpus):
     val_share: float = 0.05  # share of the files that is kept for validation
 
     def __post_init__(self):
@@ -301,7 +303,7 @@ class StdlibConfig(Corpus):
             raise ValueError(f"val_share={self.val_share} must be between 0 and 1")
 
 
-def stdlib(config: StdlibConfig) -> None:
+def stdlib(config: SplitConfig) -> None:
     """The standard library's source, without its tests: 10 MB of Python, on every machine with Python."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -325,7 +327,7 @@ def stdlib(config: StdlibConfig) -> None:
 
 
 @dataclass
-class TextConfig(StdlibConfig):
+class TextConfig(SplitConfig):
     input: tuple[str, ...] = ()  # files of UTF-8 text, each a document
     name: str = "text"  # the folder under data/
     val_share: float = 0.1  # share of each file, at its end, that is kept for validation
@@ -361,7 +363,7 @@ def text(config: TextConfig) -> None:
     write_corpus(config.name, config, {split: lambda split=split: texts(split) for split in ("train", "val")})
 
 
-CORPORA = {"facts": (facts, FactsConfig), "stdlib": (stdlib, StdlibConfig), "mqar": (mqar, MqarConfig),
+CORPORA = {"facts": (facts, FactsConfig), "stdlib": (stdlib, SplitConfig), "mqar": (mqar, MqarConfig),
            "text": (text, TextConfig)}
 
 

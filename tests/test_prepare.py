@@ -130,7 +130,7 @@ def test_mqar_asks_what_it_told(data):
         assert "".join(f" {pair}" for pair in pairs) == context and len(pairs) == 5 + 6 - 1
         for pair in [*pairs[5:], last.removesuffix("\n")]:
             asked[told.index(pair)] += 1
-        assert len({pair.split()[0] for pair in told}) == 5
+        assert len({word for pair in told for word in pair.split()}) == 10, "all differ"
         for pair in told:
             known.setdefault(pair.split()[0], set()).add(pair.split()[1])
             words.update(pair.split())
@@ -201,6 +201,7 @@ def test_text_keeps_the_end_of_each_file_for_validation(data):
         (["stdlib", "--val_share=1"], "between 0 and 1"),
         (["mqar", "--documents=0"], "--documents=0 must be at least 1"),
         (["mqar", "--keys=3"], "--keys=3 must be at least pairs=4"),
+        (["mqar", "--values=3"], "--values=3 must be at least pairs=4"),
         (["mqar", "--seed=-1"], "--seed=-1 must not be negative"),
     ],
 )

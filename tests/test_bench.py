@@ -16,7 +16,7 @@ from memory import ValuePool
     [
         (["step", "--rows=256,1024", "--tokens=4,8", "--peers_up_to=256", "--bag=4", "--value_dim=16"], 5),
         (["search"], 5),
-        (["model"], 6),
+        (["model"], 9),
     ],
 )
 def test_a_measurement_runs_and_keeps_its_rows(argv, methods, tmp_path, capsys):

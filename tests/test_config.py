@@ -105,7 +105,7 @@ def test_help_has_every_option_with_its_default_and_its_comment(capsys):
         ("train", "TrainConfig"),
         ("sample", "SampleConfig"),
         ("data.prepare", "FactsConfig"),
-        ("data.prepare", "StdlibConfig"),
+        ("data.prepare", "SplitConfig"),
         ("data.prepare", "MqarConfig"),
         ("evidence", "EvidenceConfig"),
         ("data.prepare", "TextConfig"),

@@ -71,15 +71,16 @@ ABLATIONS = {
     "beside the MLPs": dict(mem_mode="add", mlp_width=84),
 }
 FACTS = dict(corpus="facts", corpus_options=dict(name="facts-4000", people=4000),
-             options=dict(eval_interval=250))
+             options=dict(dataset="facts-4000", eval_interval=250))
 EXPERIMENTS = {
     "facts": FACTS | dict(models=MODELS),
     "ablation": FACTS | dict(models=ABLATIONS),
-    "stdlib": dict(corpus="stdlib", corpus_options={}, options=dict(max_steps=2000, eval_interval=250),
+    "stdlib": dict(corpus="stdlib", corpus_options={},
+                   options=dict(dataset="stdlib", max_steps=2000, eval_interval=250),
                    models={name: MODELS[name] for name in ("dense", "memory+", "moe", "memory+16x", "hash")}),
     "mqar": dict(corpus="mqar", corpus_options={},  # for which two layers of one head do
-                 options=dict(n_layer=2, n_head=1, block_size=64, batch_size=32, max_steps=1000,
-                              eval_interval=100),
+                 options=dict(dataset="mqar", n_layer=2, n_head=1, block_size=64, batch_size=32,
+                              max_steps=1000, eval_interval=100),
                  models={"dense": dict(mem_layers=()), "memory+": dict(mem_layers=(1,)),
                          "moe": dict(mem_layers=(), moe_layers=(1,), moe_experts=64)}),
 }
@@ -106,30 +107,29 @@ class EvidenceConfig:
 
 # --- runs ---------------------------------------------------------------------------------------------------
 
-def dataset(experiment: str) -> str:
+def corpus(experiment: str) -> tuple:
+    """(what makes it, with which options)."""
     e = EXPERIMENTS[experiment]
-    return e["corpus_options"].get("name", e["corpus"])
+    make, config_class = CORPORA[e["corpus"]]
+    return make, config_class(**e["corpus_options"])
 
 
 def train_options(experiment: str, model: str) -> dict:
     """What train.py is told, but for RUN_OPTIONS."""
     e = EXPERIMENTS[experiment]
-    return {"dataset": dataset(experiment)} | e["options"] | e["models"][model]
+    return e["options"] | e["models"][model]
 
 
 def all_options(experiment: str, model: str) -> dict:
     """What makes a run another one: all that it is told, but for RUN_OPTIONS, and that its corpus was."""
-    _, corpus_config = CORPORA[EXPERIMENTS[experiment]["corpus"]]
-    corpus = corpus_config(**EXPERIMENTS[experiment]["corpus_options"])
     run = TrainConfig(**train_options(experiment, model) | RUN_OPTIONS)
-    return json.loads(json.dumps(asdict(corpus) | asdict(run)))
+    return json.loads(json.dumps(asdict(corpus(experiment)[1]) | asdict(run)))
 
 
 def prepare_corpus(experiment: str) -> None:
     """Makes it where it is not; one that was made with other options is not what the runs should see."""
-    make, config_class = CORPORA[EXPERIMENTS[experiment]["corpus"]]
-    config = config_class(**EXPERIMENTS[experiment]["corpus_options"])
-    path = DATA / dataset(experiment) / "meta.json"
+    make, config = corpus(experiment)
+    path = DATA / EXPERIMENTS[experiment]["options"]["dataset"] / "meta.json"
     if not path.exists():
         make(config)
     elif json.loads(path.read_text(encoding="utf-8"))["options"] != asdict(config):
@@ -144,8 +144,8 @@ def read_rows(path: Path) -> list[dict]:
     """The lines of finished runs, of the models as they are now: a model that was changed is run again."""
     experiment, rows = path.stem.removeprefix("evidence_"), {}
     known = {model: all_options(experiment, model) for model in EXPERIMENTS[experiment]["models"]}
-    _, corpus_config = CORPORA[EXPERIMENTS[experiment]["corpus"]]
-    default = json.loads(json.dumps(asdict(corpus_config()) | asdict(TrainConfig())))  # of newer options
+    default = asdict(type(corpus(experiment)[1])()) | asdict(TrainConfig())  # of options newer than a line
+    default = json.loads(json.dumps(default))
     for line in open(path, encoding="utf-8") if path.exists() else ():
         with contextlib.suppress(ValueError):  # a line that was cut short
             row = json.loads(line)
@@ -205,8 +205,9 @@ def make_row(experiment: str, run: tuple, out_dir: Path) -> dict:
     row = {"model": model, "lr": lr, "seed": seed, "options": all_options(experiment, model), "curve": []}
     if diverged(out_dir):
         return row
-    meta = json.loads((DATA / dataset(experiment) / "meta.json").read_text())
-    config = TrainConfig(**train_options(experiment, model), vocab_size=meta["vocab_size"])
+    options = train_options(experiment, model)
+    meta = json.loads((DATA / options["dataset"] / "meta.json").read_text())
+    config = TrainConfig(**options, vocab_size=meta["vocab_size"])
     tokens_per_step = config.batch_size * config.block_size
     log = [json.loads(line) for line in open(out_dir / "log.jsonl", encoding="utf-8")]
     curve = [line | {"tokens": line["step"] * tokens_per_step} for line in log if "val_loss" in line]

@@ -30,6 +30,7 @@ from model import GPT
 from train import TrainConfig
 
 TINY = dict(
+    dataset="facts-tiny",
     block_size=32,
     n_head=2,
     n_embd=16,
@@ -104,11 +105,12 @@ def test_an_experiment_from_its_plan_to_its_table(tiny, capsys, monkeypatch):
 @pytest.mark.parametrize("steps", [2, 4])
 def test_a_run_that_was_stopped_goes_on(tiny, monkeypatch, steps):
     """After its first checkpoint; and one that ended while nobody watched is a result, not run again."""
-    start = evidence.start
+    start, evaluated = evidence.start, []
 
     def stopping(experiment, run, out_dir, jobs):
         monkeypatch.setitem(evidence.EXPERIMENTS[experiment]["options"], "max_steps", steps)
         start(experiment, run, out_dir, jobs).wait()
+        evaluated.extend(line for line in map(json.loads, open(out_dir / "log.jsonl")) if "val_loss" in line)
         monkeypatch.setitem(evidence.EXPERIMENTS[experiment]["options"], "max_steps", 4)
         raise KeyboardInterrupt
 
@@ -121,6 +123,8 @@ def test_a_run_that_was_stopped_goes_on(tiny, monkeypatch, steps):
     evidence.main(options)
     (row,) = lines(tiny)
     assert [point["step"] for point in row["curve"]] == [0, 2, 4]
+    for line, point in zip(evaluated, row["curve"], strict=steps == 4):
+        assert line["seconds"] == point["seconds"], "it was not run again"
 
 
 def test_sigterm_ends_the_runs_too_once_they_have_saved(tiny, monkeypatch):

@@ -50,7 +50,7 @@ MODELS = {
     "moe": dict(mem_layers=(), mlp_width=268, moe_layers=(1, 2)),  # as many parameters as memory+
     "dense-2x": dict(mem_layers=(), mlp_width=872),
     "memory+16x": dict(mem_num_keys=512, mem_key_dim=16, mlp_width=64),
-    "memory+-short": dict(max_steps=1500),  # for about dense's time
+    "memory+-short": dict(max_steps=1800),  # for about dense's time
     "hash": dict(mem_kind="hash", mlp_width=572),
     "memory": dict(mem_layers=(1,), mem_swilu=False, mlp_width=288),
     "peer": dict(mem_kind="peer", mem_num_keys=90, mlp_width=392),  # an expert is two rows
@@ -141,7 +141,10 @@ def rows_path(experiment: str, results: str) -> Path:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The lines of finished runs, of the models as they are now: a model that was changed is run again."""
+    """
+    The lines of finished runs, in the order of the models, which are as they are now: one that was changed is
+    run again.
+    """
     experiment, rows = path.stem.removeprefix("evidence_"), {}
     known = {model: all_options(experiment, model) for model in EXPERIMENTS[experiment]["models"]}
     default = asdict(type(corpus(experiment)[1])()) | asdict(TrainConfig())  # of options newer than a line
@@ -151,7 +154,8 @@ def read_rows(path: Path) -> list[dict]:
             row = json.loads(line)
             if default | row["options"] == known.get(row["model"]):
                 rows[row["model"], row["lr"], row["seed"]] = row
-    return list(rows.values())
+    order = list(known)
+    return sorted(rows.values(), key=lambda row: order.index(row["model"]))
 
 
 def goodness(row: dict) -> tuple:

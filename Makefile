@@ -5,7 +5,7 @@ BIN = .venv/bin
 train: .venv/run  ## train on generated facts, about five minutes on two cores; goes on where it was stopped
 	$(BIN)/python train.py --resume
 
-evidence-quick: .venv/run  ## dense against Memory+ on facts, one run each: nine minutes on two cores
+evidence-quick: .venv/run  ## dense against Memory+ on facts, one run each: ten minutes on two cores
 	$(BIN)/python evidence.py facts --models dense memory+ --lrs=8e-3 --seeds=1 --results=out/evidence-quick --out=out/evidence-quick
 
 test: .venv/dev  ## all tests but the slow ones

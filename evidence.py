@@ -1,5 +1,5 @@
 """
-Does memory help, where, and at what cost? Trains models that differ in one thing, and says what came of it.
+Does memory help, where, and at what cost? Trains models of equal cost, and says what came of it.
 
     python evidence.py facts         facts to be recalled without a text to look at: all the models of MODELS
     python evidence.py ablation      memory+ with one thing changed

@@ -142,7 +142,7 @@ def rows_path(experiment: str, results: str) -> Path:
 
 def read_rows(path: Path) -> list[dict]:
     """
-    The lines of finished runs, in the order of the models, which are as they are now: one that was changed is
+    The lines of finished runs of the models as they are now, in the models' order: one that was changed is
     run again.
     """
     experiment, rows = path.stem.removeprefix("evidence_"), {}

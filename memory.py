@@ -68,7 +68,7 @@ def top_k(x: torch.Tensor, k: int):
     # along: float64 has 29 bits behind those of the float32, where it changes nothing
     rows = x.double()
     rows.view(torch.int64).bitwise_or_(torch.arange(S))
-    if S > 64:  # fewer are sorted as fast as selected from
+    if S > 64:  # of fewer, sorting all is faster
         rows.numpy().partition(S - k, -1)  # in place: the greatest k last
         rows = rows[..., -k:].contiguous()
     rows.numpy().sort(-1)

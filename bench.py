@@ -109,11 +109,8 @@ def our_step(kind: str, num_values: int, indices, weights, dy):
 
 def peer_step(kind: str, num_values: int, indices, weights, dy):
     parameter = torch.nn.Parameter(torch.empty(num_values, dy.size(1), device=DEVICE).normal_())
-    optimizer = (
-        torch.optim.SparseAdam([parameter])
-        if kind == "embedding_bag, SparseAdam"
-        else torch.optim.AdamW([parameter], fused=True)
-    )
+    sparse = kind == "embedding_bag, SparseAdam"
+    optimizer = torch.optim.SparseAdam([parameter]) if sparse else torch.optim.AdamW([parameter], fused=True)
 
     def step():
         optimizer.zero_grad()
@@ -121,13 +118,7 @@ def peer_step(kind: str, num_values: int, indices, weights, dy):
         if kind == "indexing, AdamW":
             y = torch.einsum("nk,nkv->nv", w, parameter[indices])
         else:
-            y = F.embedding_bag(
-                indices,
-                parameter,
-                per_sample_weights=w,
-                mode="sum",
-                sparse=kind == "embedding_bag, SparseAdam",
-            )
+            y = F.embedding_bag(indices, parameter, per_sample_weights=w, mode="sum", sparse=sparse)
         y.backward(dy)
         optimizer.step()
 
@@ -140,10 +131,8 @@ PEERS = ("embedding_bag, AdamW", "embedding_bag, SparseAdam", "indexing, AdamW")
 def bench_step(config: BenchConfig) -> list[dict]:
     V, bag, table = config.value_dim, config.bag, []
     bandwidth = copy_bandwidth(config.repeats)
-    print(
-        f"V={V}, bag={bag}, float32, {DEVICE}, {torch.get_num_threads()} threads; copies run at "
-        f"{bandwidth / 1e9:.1f} GB/s. A step: forward, both gradients, optimiser"
-    )
+    print(f"V={V}, bag={bag}, float32, {DEVICE}, {torch.get_num_threads()} threads; copies run at "
+          f"{bandwidth / 1e9:.1f} GB/s. A step: forward, both gradients, optimiser")
     for how, num_values, N in itertools.product(config.reads, config.rows, config.tokens):
         if how == "uniform":
             indices = torch.randint(num_values, (N, bag), device=DEVICE)
@@ -162,16 +151,8 @@ def bench_step(config: BenchConfig) -> list[dict]:
             # values are read forward and for dw; a row touched is read and written, and its moments too
             adam_state = 4 if name == "adam" else 0
             moved = 4 * V * (2 * N * bag + (2 + adam_state) * touched)
-            row = dict(
-                bench="step",
-                method=name,
-                rows=num_values,
-                tokens=N,
-                reads=how,
-                touched=touched,
-                times=measured,
-                seconds=statistics.median(measured),
-            )
+            row = dict(bench="step", method=name, rows=num_values, tokens=N, reads=how, touched=touched,
+                       times=measured, seconds=statistics.median(measured))
             line = f"  {name:26}{spread(measured)}"
             if name in ("rowwise", "adam"):
                 row |= dict(bytes=moved, seconds_at_copy_bandwidth=moved / bandwidth)
@@ -211,13 +192,9 @@ def bench_search(config: BenchConfig) -> list[dict]:
         print(f"\n{N:,} tokens, {H} heads, {S} half-keys a side, knn {K}, key_dim {D}, on {DEVICE}")
         for name, measured in times.items():
             print(f"  {name:30}{spread(measured)}")
-            table.append(
-                dict(bench="search", method=name, num_keys=S, knn=K, seconds=statistics.median(measured))
-            )
-        for fast, slow in (
-            ("pruned grid", "full grid"),
-            ("top_k of the halves", "torch.topk of the halves"),
-        ):
+            seconds = statistics.median(measured)
+            table.append(dict(bench="search", method=name, num_keys=S, knn=K, seconds=seconds))
+        for fast, slow in (("pruned grid", "full grid"), ("top_k of the halves", "torch.topk of the halves")):
             print(f"  {fast}: {ratio(times, slow, fast):.1f} times as fast")
     return table
 
@@ -242,11 +219,8 @@ def train_step(config: TrainConfig):
 
 
 def bench_model(config: BenchConfig) -> list[dict]:
-    configs = {
-        name: TrainConfig(vocab_size=754, **options)  # the vocabulary of facts-4000
-        for name, options in MODELS.items()
-        if "max_steps" not in options
-    }
+    configs = {name: TrainConfig(vocab_size=754, **options)  # the vocabulary of facts-4000
+               for name, options in MODELS.items() if "max_steps" not in options}
     steps = {name: train_step(c) for name, c in configs.items()}
     times = measure(steps, 3 * config.repeats)
     print("a training step of the models of evidence.py facts:")
@@ -257,15 +231,8 @@ def bench_model(config: BenchConfig) -> list[dict]:
     with torch.profiler.profile() as profile:
         steps["memory+"]()
     print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
-    return [
-        dict(
-            bench="model",
-            method=name,
-            seconds=statistics.median(measured),
-            macs=configs[name].macs_per_token(),
-        )
-        for name, measured in times.items()
-    ]
+    return [dict(bench="model", method=name, seconds=statistics.median(measured),
+                 macs=configs[name].macs_per_token()) for name, measured in times.items()]
 
 
 # --- kernels ------------------------------------------------------------------------------------------------
@@ -303,41 +270,30 @@ def compile_kernel(function, dtype: str, constants: dict, target) -> dict:
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else argument_type(name, dtype) for name in names}
     # as at a launch: tensors begin at a multiple of 16 bytes
-    aligned = {
-        (names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"
-    }
-    compiled = triton.compile(
-        ASTSource(function, signature, constants, aligned), target=target, options={"num_warps": num_warps}
-    )
+    aligned = {(names.index(name),): [["tt.divisibility", 16]]
+               for name, kind in signature.items() if kind[0] == "*"}
+    source = ASTSource(function, signature, constants, aligned)
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
     result = dict(num_warps=num_warps, shared=compiled.metadata.shared)
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
-        number = {
-            name: int(re.search(rf"\.{name}: +(\d+)", text).group(1))
-            for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
-        }
-        return result | dict(
-            registers=number["vgpr_count"],
-            wide_loads=len(re.findall("global_load_dwordx4", text)),
-            spilled_bytes=4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"]),
-        )
+        number = {name: int(re.search(rf"\.{name}: +(\d+)", text).group(1))
+                  for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")}
+        return result | dict(registers=number["vgpr_count"],
+                             wide_loads=len(re.findall("global_load_dwordx4", text)),
+                             spilled_bytes=4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"]))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
         cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", f.name], check=True, capture_output=True, text=True
-        )
+        usage = subprocess.run([cuobjdump, "--dump-resource-usage", f.name], check=True, capture_output=True,
+                               text=True)
     number = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
     warps = min(64, 65_536 // (32 * -(-number["REG"] // 8) * 8))  # that a multiprocessor has registers for
     programs = min(32, warps // num_warps, 227_000 // max(1, result["shared"]))
-    return result | dict(
-        registers=number["REG"],
-        spilled_bytes=number["STACK"] + number["LOCAL"],
-        wide_loads=len(re.findall(r"ld\.global[\w.]*\.v4\.b32", compiled.asm["ptx"])),
-        programs=programs,
-        occupancy=programs * num_warps / 64,
-    )
+    return result | dict(registers=number["REG"], spilled_bytes=number["STACK"] + number["LOCAL"],
+                         wide_loads=len(re.findall(r"ld\.global[\w.]*\.v4\.b32", compiled.asm["ptx"])),
+                         programs=programs, occupancy=programs * num_warps / 64)
 
 
 def bench_kernels(config: BenchConfig) -> list[dict]:
@@ -348,10 +304,8 @@ def bench_kernels(config: BenchConfig) -> list[dict]:
     targets = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
     targets["gfx942"] = GPUTarget("hip", "gfx942", 64)
     table = []
-    print(
-        "kernel     values    V  target  registers  spilled  shared  wide loads  warps  programs  occupancy  "
-        "in flight"
-    )
+    print("kernel     values    V  target  registers  spilled  shared  wide loads  warps  programs  "
+          "occupancy  in flight")
     for dtype, V in (("fp32", 256), ("fp32", 1024), ("bf16", 256), ("bf16", 1024)):
         for name, function, constants in kernel_sources(V, dtype):
             for target_name, target in targets.items():
@@ -361,12 +315,9 @@ def bench_kernels(config: BenchConfig) -> list[dict]:
                 # bytes that a multiprocessor has asked for at once: the tiles of all programs that fit it
                 in_flight = f"{row['programs'] * tile / 1024:.0f} KB" if "programs" in row else "-"
                 occupancy = f"{row['occupancy']:.0%}" if "occupancy" in row else "-"
-                print(
-                    f"{name:10} {dtype:6} {V:5}  {target_name:6} {row['registers']:10} "
-                    f"{row['spilled_bytes']:8} {row['shared']:7} {row['wide_loads']:11} "
-                    f"{row['num_warps']:6} {row.get('programs', '-'):>9} "
-                    f"{occupancy:>10} {in_flight:>10}"
-                )
+                print(f"{name:10} {dtype:6} {V:5}  {target_name:6} {row['registers']:10} "
+                      f"{row['spilled_bytes']:8} {row['shared']:7} {row['wide_loads']:11} "
+                      f"{row['num_warps']:6} {row.get('programs', '-'):>9} {occupancy:>10} {in_flight:>10}")
                 table.append(row)
     V, bag = 1024, config.bag
     print(f"\nbytes that must move a token, float32, V={V}, bag={bag}, each row read once; time on an H100:")
@@ -382,30 +333,24 @@ def measure_operations(config: BenchConfig) -> list[dict]:
     """Bytes a second of each operation on this device, and their share of what a copy does."""
     V, bag, N, num_values, table = config.value_dim, config.bag, 4096, OPERATION_ROWS, []
     bandwidth = copy_bandwidth(config.repeats)
-    values, indices = (
-        torch.randn(num_values, V, device=DEVICE),
-        torch.randint(num_values, (N, bag), device=DEVICE),
-    )
+    values = torch.randn(num_values, V, device=DEVICE)
+    indices = torch.randint(num_values, (N, bag), device=DEVICE)
     weights, dy = torch.rand(N, bag, device=DEVICE), torch.randn(N, V, device=DEVICE)
     state = {"v": torch.zeros(num_values, 8, device=DEVICE)}
     row_bytes, touched = V * values.element_size(), len(indices.unique())
     reads, betas = [(indices, weights, dy)], (0.9, 0.99)
-    times = measure(
-        {
-            "gather_sum": lambda: kernel.gather_sum(values, indices, weights),
-            "gather_dot": lambda: kernel.gather_dot(values, indices, dy),
-            "rowwise update": lambda: kernel.scatter_update(values, state, reads, 1e-3, betas, 1e-8),
-        },
-        config.repeats,
-    )
+    times = measure({
+        "gather_sum": lambda: kernel.gather_sum(values, indices, weights),
+        "gather_dot": lambda: kernel.gather_dot(values, indices, dy),
+        "rowwise update": lambda: kernel.scatter_update(values, state, reads, 1e-3, betas, 1e-8),
+    }, config.repeats)
     print(f"\non this {DEVICE} device, where a copy moves {bandwidth / 1e9:,.0f} GB/s:")
     for name, measured in times.items():
         moved = row_bytes * (2 * touched if name == "rowwise update" else N * bag)
         speed = moved / statistics.median(measured)
         print(f"  {name:16}{spread(measured)}, {speed / 1e9:,.0f} GB/s, {speed / bandwidth:.0%} of a copy")
-        table.append(
-            dict(bench="operations", method=name, bytes_per_second=speed, share_of_copy=speed / bandwidth)
-        )
+        table.append(dict(bench="operations", method=name, bytes_per_second=speed,
+                          share_of_copy=speed / bandwidth))
     return table
 
 
@@ -435,27 +380,15 @@ class PlanConfig(GPTConfig):
         if not self.mem_layers:
             raise ValueError("mem_layers: name at least one: python bench.py plan --mem_layers=4,12,20")
         self.mem_group_size = self.mem_group_size or self.gpus
-        for name, total in (
-            ("gpus", self.gpus),
-            ("n_embd", self.n_embd),
-            ("value_blocks", self.value_blocks),
-        ):
+        for name, total in (("gpus", self.gpus), ("n_embd", self.n_embd),
+                            ("value_blocks", self.value_blocks)):
             if total % self.mem_group_size:
                 raise ValueError(f"mem_group_size={self.mem_group_size} must divide {name}={total}")
 
 
-PAPER = dict(  # the largest of Berges et al. 2024: 64M slots of 2,048, beside a GPT of 1.3B
-    block_size=4096,
-    n_layer=24,
-    n_head=16,
-    n_embd=2048,
-    mem_layers=(4, 12, 20),
-    mem_num_keys=8192,
-    mem_knn=32,
-    mem_key_dim=1024,
-    mem_dtype="bfloat16",
-    value_blocks=64,
-)
+# the largest of Berges et al. 2024: 64M slots of 2,048, beside a GPT of 1.3B
+PAPER = dict(block_size=4096, n_layer=24, n_head=16, n_embd=2048, mem_layers=(4, 12, 20), mem_num_keys=8192,
+             mem_knn=32, mem_key_dim=1024, mem_dtype="bfloat16", value_blocks=64)
 
 
 def bytes_sent(c: PlanConfig) -> dict[str, float]:
@@ -466,13 +399,11 @@ def bytes_sent(c: PlanConfig) -> dict[str, float]:
     gradients are cut up, so that 1/G stays. Groups with the same columns send each other their reads.
     """
     G, bag, V = c.mem_group_size, c.mem_heads * c.mem_knn, c.n_embd
-    return {
-        "bags": (G - 1) * bag * (4 + 4),
-        "sums": (G - 1) / G * V * 4,
-        "gradients of sums": (G - 1) / G * V * 4,
-        "gradients of weights": (G - 1) * bag * 4,
-        "reads to replicas": (c.gpus // G - 1) * (G * bag * (4 + 4) + V * 4),
-    }
+    return {"bags": (G - 1) * bag * (4 + 4),
+            "sums": (G - 1) / G * V * 4,
+            "gradients of sums": (G - 1) / G * V * 4,
+            "gradients of weights": (G - 1) * bag * 4,
+            "reads to replicas": (c.gpus // G - 1) * (G * bag * (4 + 4) + V * 4)}
 
 
 def bench_plan(c: PlanConfig) -> list[dict]:
@@ -481,12 +412,9 @@ def bench_plan(c: PlanConfig) -> list[dict]:
     G, bag, V, layers = c.mem_group_size, c.mem_heads * c.mem_knn, c.n_embd, len(c.mem_layers)
     size = {"float32": 4, "bfloat16": 2}[c.mem_dtype]
     slots = counts["memory"] // V
-    print(
-        f"{counts['dense'] / 1e9:.2f}B dense parameters; a pool of {slots:,} slots x {V:,} = "
-        f"{counts['memory'] / 1e9:.1f}B ({c.mem_dtype}), "
-        f"read by {layers} layers, {bag} slots a token;\n{c.gpus} GPUs, each {G} of which share it, "
-        f"{c.tokens:,} tokens a GPU and step\n"
-    )
+    print(f"{counts['dense'] / 1e9:.2f}B dense parameters; a pool of {slots:,} slots x {V:,} = "
+          f"{counts['memory'] / 1e9:.1f}B ({c.mem_dtype}), read by {layers} layers, {bag} slots a token;\n"
+          f"{c.gpus} GPUs, each {G} of which share it, {c.tokens:,} tokens a GPU and step\n")
     parts = {
         "dense: weights, gradients, AdamW": counts["dense"] * 16,
         "values": counts["memory"] * size / G,
@@ -498,10 +426,8 @@ def bench_plan(c: PlanConfig) -> list[dict]:
     learners = {
         "rowwise": {"state": slots * c.value_blocks * 4 / G},
         "adam": {"state": counts["memory"] * 8 / G},
-        "adam and a dense gradient": {
-            "state": counts["memory"] * 8 / G,
-            "gradient": counts["memory"] * size / G,
-        },
+        "adam and a dense gradient": {"state": counts["memory"] * 8 / G,
+                                      "gradient": counts["memory"] * size / G},
     }
     table = []
     print("GB a GPU, without activations:")
@@ -518,16 +444,12 @@ def bench_plan(c: PlanConfig) -> list[dict]:
     print("\nbytes sent a token and memory layer:")
     for name, part in sent.items():
         print(f"  {name:34}{part:12,.0f}")
-    pool_bytes = (
-        layers * bag * V * size * 4
-    )  # read for sums and for dots; a row is read and written by the update
+    pool_bytes = layers * bag * V * size * 4  # read for sums and dots; read and written by the update
     sent_bytes = layers * sum(sent.values()) + 2 * 4 * counts["dense"] / c.tokens  # and AdamW's gradients
     flops = 6 * c.macs_per_token()
-    work = {
-        "matrix products": (flops, "FLOPs", c.flops),
-        "the pool's rows": (pool_bytes, "bytes", c.bandwidth),
-        "traffic": (sent_bytes, "bytes", c.link),
-    }
+    work = {"matrix products": (flops, "FLOPs", c.flops),
+            "the pool's rows": (pool_bytes, "bytes", c.bandwidth),
+            "traffic": (sent_bytes, "bytes", c.link)}
     print("\na token of training, forward and backward:")
     for name, (amount, unit, speed) in work.items():
         print(f"  {name:16}{amount:18,.0f} {unit:5} {1e6 * amount / speed:8.2f} us at {speed:.3g} a second")

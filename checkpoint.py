@@ -24,7 +24,7 @@ from config import fail
 from distributed import RANK, WORLD_SIZE, Group, gather_objects
 from model import GPT
 
-FORMAT = 2
+FORMAT = 3
 
 
 def checkpoints(out_dir: Path) -> list[Path]:

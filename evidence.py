@@ -353,32 +353,34 @@ def table(experiment: str, config: EvidenceConfig) -> None:
     facts = experiment == "facts" and "dense" in runs
     if facts:
         target = mean(row["curve"][-1]["recall"]["all"] for row in runs["dense"])
-    columns = {
-        "MACs a token": lambda rows: f"{rows[0]['macs']:,}",
-        "parameters": lambda rows: f"{sum(rows[0]['parameters'][kind] for kind in ('dense', 'memory')):,}",
-        "seeds": lambda rows: str(len(rows)),
-        "rate (of)": lambda rows: f"{rows[0]['lr']:g} ({rates[rows[0]['model']]})",
-        "validation loss": lambda rows: spread([row["curve"][-1]["val_loss"] for row in rows]),
-    }
-    if recalls:
-        columns["recall"] = lambda rows: spread([row["curve"][-1]["recall"]["all"] for row in rows])
-    if facts:
-        columns |= {
-            "told 8 to 31 times": lambda rows: spread([told(row, 8, 32) for row in rows]),
-            "held out": lambda rows: spread([row["curve"][-1]["recall"]["held_out"] for row in rows]),
-            "bits a parameter": lambda rows: spread([bits_a_parameter(row) for row in rows], ".4f"),
-            "M tokens to dense's recall": lambda rows: spread(
-                [tokens_to(target, row["curve"]) for row in rows], ".2f", 1e6),
-            "seconds to it": lambda rows: spread(
-                [tokens_to(target, row["curve"]) for row in rows], ".0f", speed(rows)),
+    lines = []
+    for model, same in runs.items():
+        final, first = [row["curve"][-1] for row in same], same[0]
+        line = {
+            "model": model,
+            "MACs a token": f"{first['macs']:,}",
+            "parameters": f"{first['parameters']['dense'] + first['parameters']['memory']:,}",
+            "seeds": str(len(same)),
+            "rate (of)": f"{first['lr']:g} ({rates[model]})",
+            "validation loss": spread([point["val_loss"] for point in final]),
         }
-    columns["k tokens/s"] = lambda rows: f"{speed(rows) / 1e3:.1f}"
-    columns["seconds"] = lambda rows: f"{rows[0]['curve'][-1]['tokens'] / speed(rows):.0f}"
+        if recalls:
+            line["recall"] = spread([point["recall"]["all"] for point in final])
+        if facts:
+            tokens = [tokens_to(target, row["curve"]) for row in same]
+            line |= {
+                "told 8 to 31 times": spread([told(row, 8, 32) for row in same]),
+                "held out": spread([point["recall"]["held_out"] for point in final]),
+                "bits a parameter": spread([bits_a_parameter(row) for row in same], ".4f"),
+                "M tokens to dense's recall": spread(tokens, ".2f", 1e6),
+                "seconds to it": spread(tokens, ".0f", speed(same)),
+            }
+        line["k tokens/s"] = f"{speed(same) / 1e3:.1f}"
+        line["seconds"] = f"{final[0]['tokens'] / speed(same):.0f}"
+        lines.append(line)
     print(f"\n{experiment}; of the learning rates tried the best:\n")
-    print("| model | " + " | ".join(columns) + " |")
-    print("|---" * (1 + len(columns)) + "|")
-    for model, rows in runs.items():
-        print(f"| {model} | " + " | ".join(column(rows) for column in columns.values()) + " |")
+    for cells in (lines[0], ["---"] * len(lines[0]), *(line.values() for line in lines)):
+        print("| " + " | ".join(cells) + " |")
     if facts:
         bars(runs, target)
 

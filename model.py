@@ -1,10 +1,13 @@
 """
 A GPT whose feed-forward blocks can be swapped for memory layers.
 
-The architecture is GPT-2's: pre-LayerNorm, GELU, learnt positions, the head tied to the token embedding. With
-mem_layers=() that is all it is. Where a block's index is in mem_layers, a MemoryLayer (memory.py) takes the
-place of its MLP; all memory layers read one ValuePool, which the GPT owns and passes down. Where it is in
+The architecture is GPT-2's (pre-LayerNorm, GELU, the head tied to the token embedding) with rotary positions.
+With mem_layers=() that is all it is. Where a block's index is in mem_layers, a MemoryLayer (memory.py) takes
+the place of its MLP; all memory layers read one ValuePool, which the GPT owns and passes down. Where it is in
 moe_layers, a mixture of experts does: what else one may do with more parameters at the same cost a token.
+
+Why rotary: a position that is added to a token's state is in the memory's query too. The same name at another
+place of the text then has other keys, and what was learnt at the one place is not found from the other.
 """
 
 import math
@@ -58,8 +61,9 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, with an even "
+                             "quotient: positions turn pairs of numbers")
         for name in ("mem_layers", "moe_layers"):
             layers = getattr(self, name)
             for layer in layers:
@@ -106,6 +110,17 @@ class GPTConfig:
                 + len(self.moe_layers) * moe + self.vocab_size * C)
 
 
+def rotate(x, rotation):
+    """
+    Rotary positions (Su et al. 2021, arXiv 2104.09864, section 3.4): x (..., T, D) -> (..., T, D). Numbers i
+    and i + D/2 are a point of a plane, which turns by an angle that grows with the position.
+
+    The product of a query and a key then depends on how far apart they are, and not on where.
+    """
+    cos, sin = rotation  # (T, D) each, of the first halves minus the sine
+    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -113,11 +128,12 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, past=None):
+    def forward(self, x, rotation, past=None):
         """x (B, T, C), past: keys and values of earlier tokens or None -> (B, T, C), all keys and values."""
         B, T, C = x.size()  # batch, time, width
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, C/n_head) each
+        q, k = rotate(q, rotation), rotate(k, rotation)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         # of T new tokens after P past ones, the i-th sees P + i + 1
@@ -191,8 +207,8 @@ class Block(nn.Module):
             key_dim=config.mem_key_dim, value_dim=config.n_embd, swilu=config.mem_swilu,
             qk_norm=config.mem_qk_norm, bias=config.bias, kind=config.mem_kind) if is_memory else None
 
-    def forward(self, x, pool, bigrams, past=None):
-        y, past = self.attn(self.ln_1(x), past)
+    def forward(self, x, rotation, pool, bigrams, past=None):
+        y, past = self.attn(self.ln_1(x), rotation, past)
         x = x + y
         h = self.ln_2(x)
         if self.mlp is not None:
@@ -215,7 +231,8 @@ class GPT(nn.Module):
             raise ValueError("vocab_size must be at least 1")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # the head too: the two are tied
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        D = config.n_embd // config.n_head
+        self.register_buffer("frequency", 10_000.0 ** (-torch.arange(0, D, 2) / D), persistent=False)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.pool = None
@@ -225,9 +242,8 @@ class GPT(nn.Module):
             self.pool = ValuePool(num_values, config.n_embd, dtype, config.kernel, sharding, mem_file,
                                   draw_pool)
 
-        # GPT-2's initialisation, but for the positions and the width: its 0.02 is 1/sqrt(C) for C = 2,500,
-        # and too small for narrow models. What a block adds to the residual stream starts smaller, the more
-        # blocks
+        # GPT-2's initialisation, but for the width: its 0.02 is 1/sqrt(C) for C = 2,500, and too small for
+        # narrow models. What a block adds to the residual stream starts smaller, the more blocks
         std = config.n_embd**-0.5
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -237,13 +253,6 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
                 if name.endswith("memory.out") and config.mem_mode == "add":
                     nn.init.zeros_(module.weight)  # the GPT starts as the function that it was without memory
-        # Learnt positions start as sinusoids (Vaswani et al. 2017, section 3.5): a step back is the same
-        # rotation everywhere, so that attention soon finds it. Periods from 4 to block_size tokens
-        C, T = config.n_embd, config.block_size
-        period = 4 * (T / 4) ** torch.linspace(0, 1, -(-C // 2))
-        angle = 2 * math.pi * torch.arange(T).unsqueeze(1) / period  # (T, half of C)
-        with torch.no_grad():
-            self.wpe.weight.copy_(torch.cat((angle.sin(), angle.cos()), dim=1)[:, :C] * std * math.sqrt(2))
 
     def forward(self, idx, targets=None, past=None):
         """
@@ -256,14 +265,15 @@ class GPT(nn.Module):
         P, T = 0 if past is None else past[0][0].size(2), idx.size(1)
         if P + T > self.config.block_size:
             raise ValueError(f"{P + T} tokens do not fit block_size={self.config.block_size}")
-        x = self.wte(idx) + self.wpe(torch.arange(P, P + T, device=idx.device))  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(self.wte(idx), self.config.dropout, self.training)  # (B, T, C)
+        angles = torch.arange(P, P + T, device=idx.device).unsqueeze(1) * self.frequency  # (T, D/2)
+        rotation = torch.cat([angles.cos()] * 2, dim=1), torch.cat((-angles.sin(), angles.sin()), dim=1)
         # for mem_kind='hash': a number for each token and the one before it, at the start of all a token 0
         before = F.pad(idx[:, :-1], (1, 0)) if past is None else torch.cat((past[-1], idx[:, :-1]), dim=1)
         bigrams = before * self.config.vocab_size + idx
         new_past = []
         for layer, block in enumerate(self.blocks):
-            x, keys_values = block(x, self.pool, bigrams, None if past is None else past[layer])
+            x, keys_values = block(x, rotation, self.pool, bigrams, None if past is None else past[layer])
             new_past.append(keys_values)
         new_past.append(idx[:, -1:])
         if targets is None:
@@ -292,7 +302,7 @@ class GPT(nn.Module):
         stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         past, new = None, idx
         for _ in range(max_new_tokens):
-            # a learnt position belongs to a token's place in the window, so a window that moves starts afresh
+            # what is cached has seen the tokens that fall out, so a window that moves starts afresh
             if past is None or past[0][0].size(2) == self.config.block_size:
                 past, new = None, idx[:, -self.config.block_size:]
             logits, _, past = self(new, past=past)

@@ -52,9 +52,8 @@ class BenchConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if any(math.isqrt(rows) ** 2 != rows for rows in self.rows):
-            raise ValueError(
-                f"rows={','.join(map(str, self.rows))} must be squares: a pool has num_keys**2 rows"
-            )
+            raise ValueError(f"rows={','.join(map(str, self.rows))} must be squares: a pool has num_keys**2 "
+                             "rows")
         if self.value_dim % 8:
             raise ValueError(f"value_dim={self.value_dim} must be a multiple of 8")
         if unknown := set(self.reads) - {"uniform", "zipf"}:

@@ -158,7 +158,8 @@ def damage(folder: Path) -> str | None:
     try:
         meta = read_meta(folder)
         if meta["format"] != FORMAT:
-            fail(f"{folder} has the format {meta['format']}, and this version of nanoPKM reads {FORMAT}")
+            fail(f"{folder} has the format {meta['format']}, and this version of nanoPKM reads {FORMAT}: "
+                 "choose another --out_dir")
         for name, digest in list(meta["files"].items())[RANK::WORLD_SIZE]:
             with open(folder / name, "rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != digest:

@@ -6,8 +6,8 @@ With mem_layers=() that is all it is. Where a block's index is in mem_layers, a 
 the place of its MLP; all memory layers read one ValuePool, which the GPT owns and passes down. Where it is in
 moe_layers, a mixture of experts does: what else one may do with more parameters at the same cost a token.
 
-Why rotary: a position that is added to a token's state is in the memory's query too. The same name at another
-place of the text then has other keys, and what was learnt at the one place is not found from the other.
+Why rotary: a position that is added to a token's state is in the memory's query too. The same name at
+another place of the text then asks for other slots, and hardly finds what was learnt at the first.
 """
 
 import math
@@ -27,7 +27,7 @@ class GPTConfig:
     vocab_size: int = 0  # tokens in the vocabulary; 0 is for train.py: as many as the corpus has
     block_size: int = 128  # longest context, in tokens
     n_layer: int = 3  # Transformer blocks
-    n_head: int = 4  # attention heads
+    n_head: int = 4  # attention heads, each of an even width
     n_embd: int = 64  # width of the model
     dropout: float = 0.0  # share of activations dropped in training
     bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has
@@ -62,8 +62,8 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, with an even "
-                             "quotient: positions turn pairs of numbers")
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of 2 * n_head={2 * self.n_head}: "
+                             "positions turn a head's numbers in pairs")
         for name in ("mem_layers", "moe_layers"):
             layers = getattr(self, name)
             for layer in layers:
@@ -110,14 +110,22 @@ class GPTConfig:
                 + len(self.moe_layers) * moe + self.vocab_size * C)
 
 
-def rotate(x, rotation):
+def rotation(first: int, T: int, width: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Rotary positions (Su et al. 2021, arXiv 2104.09864, section 3.4): x (..., T, D) -> (..., T, D). Numbers i
-    and i + D/2 are a point of a plane, which turns by an angle that grows with the position.
+    Rotary positions (Su et al. 2021, arXiv 2104.09864, section 3.2): at position t the numbers i and
+    i + width/2 of a query or key are turned, like a point of the plane, by t * 10_000 ** (-2 * i / width)
+    radians.
 
-    The product of a query and a key then depends on how far apart they are, and not on where.
+    Returns the cosines and the sines of positions first ... first + T - 1, (T, width) each, for `rotate`: the
+    sines of the first half with the minus that they have in its formula.
     """
-    cos, sin = rotation  # (T, D) each, of the first halves minus the sine
+    frequency = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)  # radians a token
+    angle = torch.arange(first, first + T, device=device).unsqueeze(1) * frequency  # (T, width/2)
+    return torch.cat([angle.cos()] * 2, dim=1), torch.cat((-angle.sin(), angle.sin()), dim=1)
+
+
+def rotate(x, cos, sin):
+    """x (..., T, width) turned: how a query and a key match then depends on their distance alone."""
     return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
 
 
@@ -128,12 +136,15 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, rotation, past=None):
-        """x (B, T, C), past: keys and values of earlier tokens or None -> (B, T, C), all keys and values."""
+    def forward(self, x, turn, past=None):
+        """
+        x (B, T, C), turn: the rotation of its T positions, past: keys and values of earlier tokens or None
+        -> (B, T, C), all keys and values.
+        """
         B, T, C = x.size()  # batch, time, width
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, C/n_head) each
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k = rotate(q, *turn), rotate(k, *turn)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         # of T new tokens after P past ones, the i-th sees P + i + 1
@@ -207,8 +218,8 @@ class Block(nn.Module):
             key_dim=config.mem_key_dim, value_dim=config.n_embd, swilu=config.mem_swilu,
             qk_norm=config.mem_qk_norm, bias=config.bias, kind=config.mem_kind) if is_memory else None
 
-    def forward(self, x, rotation, pool, bigrams, past=None):
-        y, past = self.attn(self.ln_1(x), rotation, past)
+    def forward(self, x, turn, pool, bigrams, past=None):
+        y, past = self.attn(self.ln_1(x), turn, past)
         x = x + y
         h = self.ln_2(x)
         if self.mlp is not None:
@@ -231,8 +242,6 @@ class GPT(nn.Module):
             raise ValueError("vocab_size must be at least 1")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # the head too: the two are tied
-        D = config.n_embd // config.n_head
-        self.register_buffer("frequency", 10_000.0 ** (-torch.arange(0, D, 2) / D), persistent=False)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.pool = None
@@ -266,14 +275,13 @@ class GPT(nn.Module):
         if P + T > self.config.block_size:
             raise ValueError(f"{P + T} tokens do not fit block_size={self.config.block_size}")
         x = F.dropout(self.wte(idx), self.config.dropout, self.training)  # (B, T, C)
-        angles = torch.arange(P, P + T, device=idx.device).unsqueeze(1) * self.frequency  # (T, D/2)
-        rotation = torch.cat([angles.cos()] * 2, dim=1), torch.cat((-angles.sin(), angles.sin()), dim=1)
+        turn = rotation(P, T, self.config.n_embd // self.config.n_head, idx.device)
         # for mem_kind='hash': a number for each token and the one before it, at the start of all a token 0
         before = F.pad(idx[:, :-1], (1, 0)) if past is None else torch.cat((past[-1], idx[:, :-1]), dim=1)
         bigrams = before * self.config.vocab_size + idx
         new_past = []
         for layer, block in enumerate(self.blocks):
-            x, keys_values = block(x, rotation, self.pool, bigrams, None if past is None else past[layer])
+            x, keys_values = block(x, turn, self.pool, bigrams, None if past is None else past[layer])
             new_past.append(keys_values)
         new_past.append(idx[:, -1:])
         if targets is None:

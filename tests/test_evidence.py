@@ -198,16 +198,12 @@ def test_data_made_with_other_options_is_refused(tiny, capsys):
 
 
 def made_up(model="dense", lr=1e-3, seed=1, recall=0.5, often=0.5, **changes):
-    curve = [
-        dict(step=0, tokens=0, val_loss=6.0,
-             recall={"all": 0.0, "by_exposure": {"4": 0.0, "8": often / 10, "16": often / 10}}),
-        dict(
-            step=10,
-            tokens=1000,
-            val_loss=2.0,
-            recall={"all": recall, "held_out": 0.25, "by_exposure": {"4": 0.1, "8": often, "16": 2 * often}},
-        ),
-    ]
+    def point(tokens, share, often):
+        by_exposure = {"4": 0.1, "8": often, "16": 2 * often}
+        return dict(step=tokens // 100, tokens=tokens, val_loss=6.0 - 4 * share,
+                    recall={"all": share * recall, "held_out": 0.25, "by_exposure": by_exposure})
+
+    curve = [point(0, 0, 0.01), point(600, 0.6, often**2), point(1000, 1, often)]
     return (
         dict(
             model=model,
@@ -281,7 +277,8 @@ def test_the_best_learning_rate_is_chosen_once_all_are_tried():
 def test_measures_are_as_defined():
     row = made_up()
     assert told(row, 8, 32) == (0.5 * 30 + 1.0 * 10) / 40
-    assert told(row, 4, 8) == 0.1 and told(row, 8, 32, point=0) == 0.05
+    assert told(row, 4, 8) == 0.1 and told(row, 8, 32, point=1) == (0.25 * 30 + 0.5 * 10) / 40
+    assert math.isnan(told(row, 1, 4))
     bits = (3 * math.log2(50) + math.log2(336)) / 4  # three attributes of 50 values, and birthdays
     assert math.isclose(bits_a_parameter(row), (0.5 * 90 + 0.25 * 10) * bits / 200)
     assert tokens_to(0.25, row["curve"]) == 500 and tokens_to(0.51, row["curve"]) is None
@@ -299,14 +296,13 @@ def test_bars_say_what_is_met_and_what_is_not(capsys, monkeypatch):
         return capsys.readouterr().out
 
     out = table(0.44, **{"memory+": 0.6, "memory+-short": 0.3, "moe": 0.5, "memory+16x": 0.55})
-    assert "no   at least 3 times dense's recall of what was told 8 to 31 times, in the end: 2.9" in out
-    assert "times, after two thirds of the tokens: 2.9, 0.044 and 0.015" in out
+    assert "yes  at least 3 times dense's recall of what was told 8 to 31 times, after 0.0006 M" in out
+    assert "8 to 31 times, after 0.001 M tokens: 2.9" in out and "no   at least 3 times" in out
     assert "yes  at least twice" in out and "yes  above moe" in out
     assert "rises with the number of slots: no, 0.600, 0.550" in out
     assert "yes  at most 0.6 of the tokens to dense's recall: 0.417" in out
     assert "no   at least 1.4 times dense's recall in dense's time: 1.20, 100 and 100 s" in out
-    assert "yes  at least 3 times dense's recall of what was told 8 to 31 times, in the end: 3.3" in table(
-        **{"memory+": 0.6})
+    assert "after 0.001 M tokens: 3.3, 0.625 and 0.188" in table(**{"memory+": 0.6})
     assert "yes  at least 1.4 times" in table(**{"memory+": 0.6, "memory+-short": 0.4})
     assert "no   at least 1.4 times" in table(speed=9.0, **{"memory+": 0.6, "memory+-short": 0.4})
     assert "no   above dense-2x: 0.600, 0.700" in table(**{"memory+": 0.6, "dense-2x": 0.7})

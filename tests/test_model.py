@@ -37,9 +37,9 @@ def tokens(*shape, seed=1):
     return torch.randint(50, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_without_memory_and_positions_it_is_torch_s_transformer():
+def test_without_memory_and_positions_it_is_torch_s_transformer(monkeypatch):
+    monkeypatch.setattr("model.rotate", lambda x, cos, sin: x)
     model = make_model()
-    model.frequency.zero_()  # nothing turns
     encoder = (
         torch.nn.TransformerEncoder(
             torch.nn.TransformerEncoderLayer(
@@ -190,7 +190,7 @@ def test_a_new_model_s_projections_and_logits_are_of_size_1_whatever_its_width(C
 def test_attention_sees_how_far_apart_tokens_are_and_nothing_else_of_their_places():
     """By explicit scores of complex numbers: a query and a key are turned by their distance alone."""
     torch.manual_seed(0)
-    model, x = make_model(), torch.randn(9, 16, dtype=torch.float64)
+    model, x = make_model(), torch.randn(9, 16, dtype=torch.float64)  # but angles are of float32
     attention = model.blocks[0].attn
     distance = torch.arange(9.0, dtype=torch.float64).unsqueeze(1) - torch.arange(9)
     angle = distance.unsqueeze(2) * 10_000 ** -torch.tensor([0, 2 / 8, 4 / 8, 6 / 8])
@@ -204,6 +204,12 @@ def test_attention_sees_how_far_apart_tokens_are_and_nothing_else_of_their_place
     attention.register_forward_hook(lambda module, args, result: got.append(result[0][0]))
     model(torch.arange(9).unsqueeze(0))
     torch.testing.assert_close(got[0], attention.c_proj(y), rtol=1e-6, atol=1e-6)
+
+
+def test_positions_leave_the_dtype_of_queries_and_keys():
+    with torch.autocast("cpu", torch.bfloat16):
+        _, _, (past, *_) = make_model().float()(tokens(1, 5))
+    assert [tensor.dtype for tensor in past] == [torch.bfloat16] * 2
 
 
 def test_layers_share_one_pool_and_models_share_nothing():
@@ -360,7 +366,8 @@ def test_dropout_is_of_training_only():
         (dict(mem_layers=(1, 1)), "twice"),
         (dict(mem_layers=(1,), mem_knn=9), "mem_knn=9 must be at most"),
         (dict(mem_layers=(1,), mem_key_dim=7), "even"),
-        (dict(n_embd=15), "multiple of n_head"),
+        (dict(n_embd=15), "multiple of 2 [*] n_head"),
+        (dict(n_embd=14), "multiple of 2 [*] n_head"),
         (dict(n_layer=0), "n_layer=0 must be at least 1"),
         (dict(dropout=1.0), "below 1"),
         (dict(mlp_width=-1), "mlp_width=-1 must not be negative"),

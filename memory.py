@@ -252,6 +252,9 @@ class MemoryLayer(nn.Module):
     swilu    out = W_o (y * silu(W_g x)), the gate of Memory+ (Berges et al. 2024, section 2.2)
     qk_norm  halves of queries and keys have length 1, times a learnt scale; without it slot use may collapse
     bias     in the projections
+    token_shift  the second half of a query is made from the token before (so RWKV, Peng et al. 2023, arXiv
+             2305.13048): then a slot is of two tokens, such as a name, from the start of training. In the
+             papers both halves are of one token
 
     kind='peer'  y = sum_j w_j * gelu(<u_j, x>) * v_j, where row j of the pool is v_j and row j + S*S is u_j;
                  with neither gate nor output projection, as in the paper
@@ -260,13 +263,15 @@ class MemoryLayer(nn.Module):
     """
 
     def __init__(self, width: int, num_keys: int, heads: int, knn: int, key_dim: int, value_dim: int,
-                 swilu: bool = True, qk_norm: bool = True, bias: bool = True, kind: str = "product-key"):
+                 swilu: bool = True, qk_norm: bool = True, bias: bool = True, token_shift: bool = False,
+                 kind: str = "product-key"):
         super().__init__()
         if key_dim % 2:
             raise ValueError(f"key_dim={key_dim} must be even: a query has two halves")
         if not 1 <= knn <= num_keys:
             raise ValueError(f"knn={knn} must be between 1 and num_keys={num_keys}")
         self.kind, self.num_keys, self.heads, self.knn = kind, num_keys, heads, knn
+        self.token_shift = token_shift and kind == "product-key"
         if kind == "hash":
             self.score = nn.Linear(width, heads * knn, bias=bias)
             self.register_buffer("multipliers", 2 * torch.randint(2**62, (heads * knn,)) + 1)
@@ -279,11 +284,14 @@ class MemoryLayer(nn.Module):
         self.gate = nn.Linear(width, value_dim, bias=bias) if swilu and kind != "peer" else None
         self.out = nn.Linear(value_dim, width, bias=bias) if kind != "peer" else None
 
-    def search(self, x):
-        """x (N, C) -> scores (N, H, K), indices (N, H, K)."""
+    def search(self, x, before=None):
+        """x (N, C), before: None, or of the token before each -> scores (N, H, K), indices (N, H, K)."""
         H = self.heads
         half_keys = self.half_keys  # (H, 2, S, D/2)
-        queries = self.query(x).view(-1, H, 2, half_keys.size(3))  # (N, H, 2, D/2)
+        sources = torch.stack((x, x if before is None else before))  # (2, N, C), of a query's two halves
+        queries = torch.einsum("pnc,hpdc->nhpd", sources, self.query.weight.view(H, 2, half_keys.size(3), -1))
+        if self.query.bias is not None:
+            queries = queries + self.query.bias.view(H, 2, -1)  # (N, H, 2, D/2)
         if self.scale is not None:
             queries = F.normalize(queries, dim=-1) * self.scale.view(H, 1, 1)
             half_keys = F.normalize(half_keys, dim=-1)
@@ -296,10 +304,18 @@ class MemoryLayer(nn.Module):
         indices = high * self.num_keys**2 >> 31
         return self.score(x).view(-1, self.heads, self.knn), indices.view(-1, self.heads, self.knn)
 
-    def forward(self, x: torch.Tensor, pool: ValuePool, bigrams: torch.Tensor | None = None) -> torch.Tensor:
-        """x (..., C) -> (..., C). The pool has num_keys**2 rows of value_dim, for 'peer' twice as many."""
+    def forward(self, x: torch.Tensor, pool: ValuePool, before: torch.Tensor | None = None,
+                bigrams: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        x (..., C) -> (..., C). The pool has num_keys**2 rows of value_dim, for 'peer' twice as many.
+
+        before: like x, of the token before each, for token_shift. bigrams (...): see `hash`.
+        """
         shape, x = x.shape, x.flatten(0, -2)  # (N, C)
-        scores, indices = self.hash(x, bigrams.flatten()) if self.kind == "hash" else self.search(x)
+        if self.kind == "hash":
+            scores, indices = self.hash(x, bigrams.flatten())
+        else:
+            scores, indices = self.search(x, before.flatten(0, -2) if self.token_shift else None)
         weights, indices = scores.softmax(-1).flatten(1), indices.flatten(1)  # (N, H*K)
         if self.kind == "peer":
             weights = weights * F.gelu(pool.dot(indices + self.num_keys**2, x))

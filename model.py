@@ -41,6 +41,7 @@ class GPTConfig:
     mem_key_dim: int = 32  # width of a query, both halves
     mem_swilu: bool = True  # gate what was read (Memory+); peer has no gate
     mem_qk_norm: bool = True  # normalise queries and keys; off, slot use tends to collapse
+    mem_token_shift: bool = True  # product-key: the second half of a query is of the token before
     mem_mode: Literal["replace", "add"] = "replace"  # the MLP gives way, or stays too
     mem_dtype: Literal["float32", "bfloat16"] = "float32"  # of the pool's values
     kernel: Literal["auto", "triton", "torch"] = "auto"  # of the pool; auto: triton on a GPU, else torch
@@ -216,17 +217,20 @@ class Block(nn.Module):
         self.memory = MemoryLayer(
             width=config.n_embd, num_keys=config.mem_num_keys, heads=config.mem_heads, knn=config.mem_knn,
             key_dim=config.mem_key_dim, value_dim=config.n_embd, swilu=config.mem_swilu,
-            qk_norm=config.mem_qk_norm, bias=config.bias, kind=config.mem_kind) if is_memory else None
+            qk_norm=config.mem_qk_norm, token_shift=config.mem_token_shift, bias=config.bias,
+            kind=config.mem_kind) if is_memory else None
 
     def forward(self, x, turn, pool, bigrams, past=None):
-        y, past = self.attn(self.ln_1(x), turn, past)
+        y, keys_values = self.attn(self.ln_1(x), turn, past)
         x = x + y
         h = self.ln_2(x)
         if self.mlp is not None:
             x = x + F.dropout(self.mlp(h), self.dropout, self.training)
         if self.memory is not None:
-            x = x + F.dropout(self.memory(h, pool, bigrams), self.dropout, self.training)
-        return x, past
+            first = torch.zeros_like(h[:, :1]) if past is None else past[2]
+            before = torch.cat((first, h[:, :-1]), dim=1)  # (B, T, C), of the token before each
+            x = x + F.dropout(self.memory(h, pool, before, bigrams), self.dropout, self.training)
+        return x, (*keys_values, h[:, -1:])
 
 
 class GPT(nn.Module):
@@ -274,15 +278,17 @@ class GPT(nn.Module):
         P, T = 0 if past is None else past[0][0].size(2), idx.size(1)
         if P + T > self.config.block_size:
             raise ValueError(f"{P + T} tokens do not fit block_size={self.config.block_size}")
-        x = F.dropout(self.wte(idx), self.config.dropout, self.training)  # (B, T, C)
+        # tied to the head, embeddings are small: times sqrt(C), a token is not lost in what blocks add to it
+        x = self.wte(idx) * self.config.n_embd**0.5  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
         turn = rotation(P, T, self.config.n_embd // self.config.n_head, idx.device)
         # for mem_kind='hash': a number for each token and the one before it, at the start of all a token 0
         before = F.pad(idx[:, :-1], (1, 0)) if past is None else torch.cat((past[-1], idx[:, :-1]), dim=1)
         bigrams = before * self.config.vocab_size + idx
         new_past = []
         for layer, block in enumerate(self.blocks):
-            x, keys_values = block(x, turn, self.pool, bigrams, None if past is None else past[layer])
-            new_past.append(keys_values)
+            x, past_of_block = block(x, turn, self.pool, bigrams, None if past is None else past[layer])
+            new_past.append(past_of_block)
         new_past.append(idx[:, -1:])
         if targets is None:
             return F.linear(self.ln_f(x[:, -1:]), self.wte.weight), None, new_past

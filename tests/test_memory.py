@@ -66,22 +66,26 @@ def test_pruned_grid_has_the_pairs_that_can_win():
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("swilu", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_layer_equals_the_formula(qk_norm, swilu, bias):
+@pytest.mark.parametrize("token_shift", [False, True])
+def test_layer_equals_the_formula(qk_norm, swilu, bias, token_shift):
     """Written from the paper, one token and one head at a time, over all slots."""
     torch.manual_seed(0)
     C, S, H, K, D, V = 12, 9, 3, 4, 8, 10
-    layer = MemoryLayer(C, S, H, K, D, V, swilu=swilu, qk_norm=qk_norm, bias=bias).double()
+    layer = MemoryLayer(C, S, H, K, D, V, swilu, qk_norm, bias, token_shift).double()
     pool = ValuePool(S * S, V).double()
-    x = torch.randn(2, 5, C, dtype=torch.float64)
+    x, before = torch.randn(2, 2, 5, C, dtype=torch.float64)
     if qk_norm:
         layer.scale.data.uniform_(1, 3)
     expected = torch.zeros(2, 5, C, dtype=torch.float64)
     for b in range(2):
         for t in range(5):
             y = torch.zeros(V, dtype=torch.float64)
-            query = (layer.query.weight @ x[b, t] + (layer.query.bias if bias else 0)).view(H, 2, D // 2)
+            of_x, of_before = ((layer.query.weight @ state[b, t] + (layer.query.bias if bias else 0))
+                               .view(H, 2, -1) for state in (x, before))
             for h in range(H):
-                q, k = query[h], layer.half_keys[h]
+                q, k = of_x[h], layer.half_keys[h]
+                if token_shift:
+                    q = torch.stack((of_x[h, 0], of_before[h, 1]))
                 if qk_norm:
                     q, k = layer.scale[h] * q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
                 scores = torch.stack([q[0] @ k[0, i] + q[1] @ k[1, j] for i in range(S) for j in range(S)])
@@ -91,7 +95,7 @@ def test_layer_equals_the_formula(qk_norm, swilu, bias):
             if swilu:
                 y = y * F.silu(layer.gate.weight @ x[b, t] + (layer.gate.bias if bias else 0))
             expected[b, t] = layer.out.weight @ y + (layer.out.bias if bias else 0)
-    torch.testing.assert_close(layer(x, pool), expected)
+    torch.testing.assert_close(layer(x, pool, before), expected)
     assert (
         (layer.query.bias is None) != bias
         and (layer.gate is None) != swilu

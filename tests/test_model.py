@@ -77,7 +77,7 @@ def test_without_memory_and_positions_it_is_torch_s_transformer(monkeypatch):
     encoder.load_state_dict(theirs | {"norm.weight": ours["ln_f.weight"], "norm.bias": ours["ln_f.bias"]})
     idx, targets = tokens(2, 11), tokens(2, 11, seed=2)
     mask = torch.nn.Transformer.generate_square_subsequent_mask(11, dtype=torch.float64)
-    hidden = encoder(ours["wte.weight"][idx], mask=mask)
+    hidden = encoder(4 * ours["wte.weight"][idx], mask=mask)  # times the root of the width
     logits, loss, _ = model(idx, targets)
     torch.testing.assert_close(logits, hidden @ ours["wte.weight"].T)
     torch.testing.assert_close(
@@ -89,6 +89,7 @@ def test_without_memory_and_positions_it_is_torch_s_transformer(monkeypatch):
 KINDS = [
     {},
     dict(mem_layers=(1, 2)),
+    dict(mem_layers=(1, 2), mem_token_shift=False),
     dict(mem_layers=(0, 1, 2), mem_kind="peer"),
     dict(mem_layers=(0, 2), mem_kind="hash"),
     dict(moe_layers=(0, 2), moe_experts=4),
@@ -199,17 +200,28 @@ def test_attention_sees_how_far_apart_tokens_are_and_nothing_else_of_their_place
     scores = torch.einsum("qhd,khd,qkd->hqk", q, k.conj(), torch.polar(torch.ones_like(angle), angle)).real
     scores = (scores / math.sqrt(8)).masked_fill(distance < 0, -torch.inf)
     y = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
-    model.blocks[0].ln_1, model.wte = torch.nn.Identity(), torch.nn.Embedding.from_pretrained(x)
+    model.blocks[0].ln_1, model.wte = torch.nn.Identity(), torch.nn.Embedding.from_pretrained(x / 4)
     got = []
     attention.register_forward_hook(lambda module, args, result: got.append(result[0][0]))
     model(torch.arange(9).unsqueeze(0))
     torch.testing.assert_close(got[0], attention.c_proj(y), rtol=1e-6, atol=1e-6)
 
 
+def test_a_memory_layer_gets_the_token_before_each():
+    model = make_model(mem_layers=(1,))
+    got = []
+    model.blocks[1].memory.register_forward_hook(lambda module, args, y: got.append((args[0], args[2])))
+    past = None
+    for part in tokens(2, 9).split([4, 1, 4], dim=1):
+        past = model(part, past=past)[2]
+    x, before = (torch.cat(parts, dim=1) for parts in zip(*got, strict=True))
+    assert torch.equal(before[:, 1:], x[:, :-1]) and not before[:, 0].any(), "before the first there is none"
+
+
 def test_positions_leave_the_dtype_of_queries_and_keys():
     with torch.autocast("cpu", torch.bfloat16):
-        _, _, (past, *_) = make_model().float()(tokens(1, 5))
-    assert [tensor.dtype for tensor in past] == [torch.bfloat16] * 2
+        _, _, ((k, v, _), *_) = make_model().float()(tokens(1, 5))
+    assert k.dtype == v.dtype == torch.bfloat16
 
 
 def test_layers_share_one_pool_and_models_share_nothing():

@@ -6,7 +6,7 @@ train: .venv/run  ## train on generated facts, about five minutes on two cores; 
 	$(BIN)/python train.py --resume
 
 evidence-quick: .venv/run  ## dense against Memory+ on facts, one run each: ten minutes on two cores
-	$(BIN)/python evidence.py facts --models dense memory+ --lrs=8e-3 --seeds=1 --results=out/evidence-quick --out=out/evidence-quick
+	$(BIN)/python evidence.py facts --models dense memory+ --lrs=4e-3 --seeds=1 --results=out/evidence-quick --out=out/evidence-quick
 
 test: .venv/dev  ## all tests but the slow ones
 	$(BIN)/python -m pytest

@@ -63,6 +63,7 @@ ABLATIONS = {
     "2 heads of knn 32": dict(mem_heads=2, mem_knn=32, mem_key_dim=64),
     "8 heads of knn 8": dict(mem_heads=8, mem_knn=8, mem_key_dim=16),
     "knn 4": dict(mem_knn=4),
+    "no token shift": dict(mem_token_shift=False),
     "no qk-norm": dict(mem_qk_norm=False),
     "no gate": dict(mem_swilu=False, mlp_width=320),
     "layers 0 and 2": dict(mem_layers=(0, 2)),

@@ -10,7 +10,8 @@ gate, one pool of values for several layers.
     H  heads                 K  knn, slots that a head reads     num_values = S*S, rows of the pool
 
 The algorithm, for each token and head:
-  1. make a query from the token's state, and cut it into two halves;
+  1. make a query in two halves: one from the token's state, one from that of the token before (token_shift)
+     or, as in the papers, both from the same;
   2. score the S half-keys of each side against its half of the query: 2*S dot products;
   3. slot (i, j) of the pool has the score left[i] + right[j]. So the best K of S*S slots are among the K*K
      sums of the best K of each side: an exact search over S*S keys at the cost of 2*S;

@@ -247,15 +247,15 @@ class ValuePool(nn.Module):
 
 class MemoryLayer(nn.Module):
     """
-    A product-key memory that stands where a Transformer's MLP does. With swilu, qk_norm and bias all off it
-    computes the formula of Lample et al. 2019, section 3, with an output projection.
+    A product-key memory that stands where a Transformer's MLP does. With swilu, qk_norm, bias and token_shift
+    all off it computes the formula of Lample et al. 2019, section 3, with an output projection.
 
     swilu    out = W_o (y * silu(W_g x)), the gate of Memory+ (Berges et al. 2024, section 2.2)
     qk_norm  halves of queries and keys have length 1, times a learnt scale; without it slot use may collapse
     bias     in the projections
-    token_shift  the second half of a query is made from the token before (so RWKV, Peng et al. 2023, arXiv
-             2305.13048): then a slot is of two tokens, such as a name, from the start of training. In the
-             papers both halves are of one token
+    token_shift  the second half of a query is made from the token before, as RWKV mixes two tokens (Peng et
+             al. 2023, arXiv 2305.13048): then a slot is of both, such as a name, from the start of training.
+             In the papers both halves are of one token
 
     kind='peer'  y = sum_j w_j * gelu(<u_j, x>) * v_j, where row j of the pool is v_j and row j + S*S is u_j;
                  with neither gate nor output projection, as in the paper

@@ -10,8 +10,8 @@ gate, one pool of values for several layers.
     H  heads                 K  knn, slots that a head reads     num_values = S*S, rows of the pool
 
 The algorithm, for each token and head:
-  1. make a query in two halves: one from the token's state, one from that of the token before (token_shift)
-     or, as in the papers, both from the same;
+  1. make a query in two halves: one from the token's state, one from that of the token before or, as in the
+     papers, both from the same;
   2. score the S half-keys of each side against its half of the query: 2*S dot products;
   3. slot (i, j) of the pool has the score left[i] + right[j]. So the best K of S*S slots are among the K*K
      sums of the best K of each side: an exact search over S*S keys at the cost of 2*S;
@@ -247,15 +247,12 @@ class ValuePool(nn.Module):
 
 class MemoryLayer(nn.Module):
     """
-    A product-key memory that stands where a Transformer's MLP does. With swilu, qk_norm, bias and token_shift
-    all off it computes the formula of Lample et al. 2019, section 3, with an output projection.
+    A product-key memory that stands where a Transformer's MLP does. With swilu, qk_norm and bias all off, and
+    without `before`, it computes the formula of Lample et al. 2019, section 3, with an output projection.
 
     swilu    out = W_o (y * silu(W_g x)), the gate of Memory+ (Berges et al. 2024, section 2.2)
     qk_norm  halves of queries and keys have length 1, times a learnt scale; without it slot use may collapse
     bias     in the projections
-    token_shift  the second half of a query is made from the token before, as RWKV mixes two tokens (Peng et
-             al. 2023, arXiv 2305.13048): then a slot is of both, such as a name, from the start of training.
-             In the papers both halves are of one token
 
     kind='peer'  y = sum_j w_j * gelu(<u_j, x>) * v_j, where row j of the pool is v_j and row j + S*S is u_j;
                  with neither gate nor output projection, as in the paper
@@ -264,15 +261,13 @@ class MemoryLayer(nn.Module):
     """
 
     def __init__(self, width: int, num_keys: int, heads: int, knn: int, key_dim: int, value_dim: int,
-                 swilu: bool = True, qk_norm: bool = True, bias: bool = True, token_shift: bool = False,
-                 kind: str = "product-key"):
+                 swilu: bool = True, qk_norm: bool = True, bias: bool = True, kind: str = "product-key"):
         super().__init__()
         if key_dim % 2:
             raise ValueError(f"key_dim={key_dim} must be even: a query has two halves")
         if not 1 <= knn <= num_keys:
             raise ValueError(f"knn={knn} must be between 1 and num_keys={num_keys}")
         self.kind, self.num_keys, self.heads, self.knn = kind, num_keys, heads, knn
-        self.token_shift = token_shift and kind == "product-key"
         if kind == "hash":
             self.score = nn.Linear(width, heads * knn, bias=bias)
             self.register_buffer("multipliers", 2 * torch.randint(2**62, (heads * knn,)) + 1)
@@ -285,11 +280,11 @@ class MemoryLayer(nn.Module):
         self.gate = nn.Linear(width, value_dim, bias=bias) if swilu and kind != "peer" else None
         self.out = nn.Linear(value_dim, width, bias=bias) if kind != "peer" else None
 
-    def search(self, x, before=None):
-        """x (N, C), before: None, or of the token before each -> scores (N, H, K), indices (N, H, K)."""
+    def search(self, x, before):
+        """x (N, C), before (N, C): what the two halves of queries are of -> scores, indices (N, H, K)."""
         H = self.heads
         half_keys = self.half_keys  # (H, 2, S, D/2)
-        sources = torch.stack((x, x if before is None else before))  # (2, N, C), of a query's two halves
+        sources = torch.stack((x, before))  # (2, N, C)
         queries = torch.einsum("pnc,hpdc->nhpd", sources, self.query.weight.view(H, 2, half_keys.size(3), -1))
         if self.query.bias is not None:
             queries = queries + self.query.bias.view(H, 2, -1)  # (N, H, 2, D/2)
@@ -310,13 +305,15 @@ class MemoryLayer(nn.Module):
         """
         x (..., C) -> (..., C). The pool has num_keys**2 rows of value_dim, for 'peer' twice as many.
 
-        before: like x, of the token before each, for token_shift. bigrams (...): see `hash`.
+        before: like x, of the token before each. Then the second half of a query is made from it, as RWKV
+        mixes two tokens (Peng et al. 2023, arXiv 2305.13048): a slot is of both, such as a name, from the
+        start of training. In the papers both halves are of one token. bigrams (...): see `hash`.
         """
         shape, x = x.shape, x.flatten(0, -2)  # (N, C)
         if self.kind == "hash":
             scores, indices = self.hash(x, bigrams.flatten())
         else:
-            scores, indices = self.search(x, before.flatten(0, -2) if self.token_shift else None)
+            scores, indices = self.search(x, x if before is None else before.flatten(0, -2))
         weights, indices = scores.softmax(-1).flatten(1), indices.flatten(1)  # (N, H*K)
         if self.kind == "peer":
             weights = weights * F.gelu(pool.dot(indices + self.num_keys**2, x))

@@ -203,6 +203,11 @@ class MoE(nn.Module):
         return y.view(shape)
 
 
+def token_before(x, last=None):
+    """x (B, T, ...), last: x of the one before the first, or None: 0 -> like x, of the token before each."""
+    return torch.cat((torch.zeros_like(x[:, :1]) if last is None else last, x[:, :-1]), dim=1)
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -217,8 +222,8 @@ class Block(nn.Module):
         self.memory = MemoryLayer(
             width=config.n_embd, num_keys=config.mem_num_keys, heads=config.mem_heads, knn=config.mem_knn,
             key_dim=config.mem_key_dim, value_dim=config.n_embd, swilu=config.mem_swilu,
-            qk_norm=config.mem_qk_norm, token_shift=config.mem_token_shift, bias=config.bias,
-            kind=config.mem_kind) if is_memory else None
+            qk_norm=config.mem_qk_norm, bias=config.bias, kind=config.mem_kind) if is_memory else None
+        self.token_shift = config.mem_token_shift and config.mem_kind == "product-key"
 
     def forward(self, x, turn, pool, bigrams, past=None):
         y, keys_values = self.attn(self.ln_1(x), turn, past)
@@ -227,8 +232,7 @@ class Block(nn.Module):
         if self.mlp is not None:
             x = x + F.dropout(self.mlp(h), self.dropout, self.training)
         if self.memory is not None:
-            first = torch.zeros_like(h[:, :1]) if past is None else past[2]
-            before = torch.cat((first, h[:, :-1]), dim=1)  # (B, T, C), of the token before each
+            before = token_before(h, None if past is None else past[2]) if self.token_shift else None
             x = x + F.dropout(self.memory(h, pool, before, bigrams), self.dropout, self.training)
         return x, (*keys_values, h[:, -1:])
 
@@ -283,8 +287,7 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         turn = rotation(P, T, self.config.n_embd // self.config.n_head, idx.device)
         # for mem_kind='hash': a number for each token and the one before it, at the start of all a token 0
-        before = F.pad(idx[:, :-1], (1, 0)) if past is None else torch.cat((past[-1], idx[:, :-1]), dim=1)
-        bigrams = before * self.config.vocab_size + idx
+        bigrams = token_before(idx, None if past is None else past[-1]) * self.config.vocab_size + idx
         new_past = []
         for layer, block in enumerate(self.blocks):
             x, past_of_block = block(x, turn, self.pool, bigrams, None if past is None else past[layer])

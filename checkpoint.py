@@ -56,13 +56,13 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta
             f.flush()
             os.fsync(f.fileno())
         sync_folder(temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # there only if it was damaged, and so passed over
+        if folder.exists():  # it was damaged, and so passed over
+            remove(folder)
         os.rename(temporary, folder)
         sync_folder(out_dir)
         # newer ones are damaged, and count for nothing
         for old in [path for path in checkpoints(out_dir) if step_of(path) <= step][:-keep]:
-            os.rename(old, temporary)  # no folder that is half gone is ever called a checkpoint
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(old)
 
     try:
         together(make_folder if RANK == 0 else None)
@@ -74,6 +74,14 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta
         if RANK == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         cannot_go_on(out_dir, f"cannot write checkpoint {folder}: {error.strerror}")
+
+
+def remove(folder: Path) -> None:
+    """Under another name first: no folder that is half gone is ever called a checkpoint."""
+    removed = folder.with_name(".removed_checkpoint")
+    shutil.rmtree(removed, ignore_errors=True)  # of a process that was killed here
+    os.rename(folder, removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def cannot_go_on(out_dir: Path, problem: str, alone: bool = False) -> NoReturn:

@@ -71,6 +71,17 @@ def test_damaged_newer_checkpoints_do_not_push_out_the_good(run):
     assert checkpoint.find_checkpoint(run.out).name == "step_000005"
 
 
+def test_none_is_called_a_checkpoint_while_it_is_being_removed(run, monkeypatch):
+    """Neither one that is too old, nor one that was damaged and is written again: a kill may come between."""
+    run()
+    damage(run.out / "step_000006" / "model.pt", "a bit")
+    removed, rmtree = [], shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **kw: [removed.append(path.name), rmtree(path, **kw)])
+    run("--resume", "--keep=1")
+    assert [path.name for path in run.out.glob("*step_*")] == ["step_000006"]
+    assert removed and not [name for name in removed if name.startswith("step_")]
+
+
 def test_a_run_that_was_moved_goes_on_where_it_is(run):
     run("--max_steps=3")
     moved = run.out.with_name("moved")

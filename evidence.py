@@ -40,18 +40,20 @@ from train import TrainConfig, duration
 ROOT = Path(__file__).resolve().parent
 RUN_OPTIONS = dict(lr=0.0, seed=0, out_dir="", resume=True, keep=1)  # a run's own
 
+UNSCALED = dict(scale_embeddings=False)  # for models without learnt keys: they recall more so
+
 # What each model is, as options of train.py, whose defaults are memory+: memory in two of three blocks. All
 # but dense-2x cost as many multiply-adds a token, to 5%: what a memory layer costs less than an MLP, the MLPs
 # that stay get, and larger pools have narrower queries
 MODELS = {
-    "dense": dict(mem_layers=(), mlp_width=276),
+    "dense": UNSCALED | dict(mem_layers=(), mlp_width=276),
     "memory+": {},
     "memory+4x": dict(mem_num_keys=256, mem_key_dim=16, mlp_width=320),
-    "moe": dict(mem_layers=(), mlp_width=268, moe_layers=(1, 2)),  # as many parameters as memory+
-    "dense-2x": dict(mem_layers=(), mlp_width=872),
+    "moe": UNSCALED | dict(mem_layers=(), mlp_width=268, moe_layers=(1, 2)),  # parameters of memory+
+    "dense-2x": UNSCALED | dict(mem_layers=(), mlp_width=872),
     "memory+16x": dict(mem_num_keys=512, mem_key_dim=16, mlp_width=64),
     "memory+-short": dict(max_steps=1800),  # for about dense's time
-    "hash": dict(mem_kind="hash", mlp_width=572),
+    "hash": UNSCALED | dict(mem_kind="hash", mlp_width=572),
     "memory": dict(mem_layers=(1,), mem_swilu=False, mlp_width=288),
     "peer": dict(mem_kind="peer", mem_num_keys=90, mlp_width=392),  # an expert is two rows
 }
@@ -64,6 +66,7 @@ ABLATIONS = {
     "8 heads of knn 8": dict(mem_heads=8, mem_knn=8, mem_key_dim=16),
     "knn 4": dict(mem_knn=4),
     "no token shift": dict(mem_token_shift=False),
+    "embeddings not scaled": dict(scale_embeddings=False),
     "no qk-norm": dict(mem_qk_norm=False),
     "no gate": dict(mem_swilu=False, mlp_width=320),
     "layers 0 and 2": dict(mem_layers=(0, 2)),
@@ -82,8 +85,8 @@ EXPERIMENTS = {
     "mqar": dict(corpus="mqar", corpus_options={},  # for which two layers of one head do
                  options=dict(dataset="mqar", n_layer=2, n_head=1, block_size=64, batch_size=32,
                               max_steps=1000, eval_interval=100),
-                 models={"dense": dict(mem_layers=()), "memory+": dict(mem_layers=(1,)),
-                         "moe": dict(mem_layers=(), moe_layers=(1,), moe_experts=64)}),
+                 models={"dense": UNSCALED | dict(mem_layers=()), "memory+": dict(mem_layers=(1,)),
+                         "moe": UNSCALED | dict(mem_layers=(), moe_layers=(1,), moe_experts=64)}),
 }
 
 

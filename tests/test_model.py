@@ -37,9 +37,10 @@ def tokens(*shape, seed=1):
     return torch.randint(50, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_without_memory_and_positions_it_is_torch_s_transformer(monkeypatch):
+@pytest.mark.parametrize("scaled, scale", [(True, 4), (False, 1)])  # 4 is the root of the width
+def test_without_memory_and_positions_it_is_torch_s_transformer(monkeypatch, scaled, scale):
     monkeypatch.setattr("model.rotate", lambda x, cos, sin: x)
-    model = make_model()
+    model = make_model(scale_embeddings=scaled)
     encoder = (
         torch.nn.TransformerEncoder(
             torch.nn.TransformerEncoderLayer(
@@ -77,7 +78,7 @@ def test_without_memory_and_positions_it_is_torch_s_transformer(monkeypatch):
     encoder.load_state_dict(theirs | {"norm.weight": ours["ln_f.weight"], "norm.bias": ours["ln_f.bias"]})
     idx, targets = tokens(2, 11), tokens(2, 11, seed=2)
     mask = torch.nn.Transformer.generate_square_subsequent_mask(11, dtype=torch.float64)
-    hidden = encoder(4 * ours["wte.weight"][idx], mask=mask)  # times the root of the width
+    hidden = encoder(scale * ours["wte.weight"][idx], mask=mask)
     logits, loss, _ = model(idx, targets)
     torch.testing.assert_close(logits, hidden @ ours["wte.weight"].T)
     torch.testing.assert_close(

@@ -463,7 +463,7 @@ BENCHES = {  # name: (what is done, its options, presets of them)
     "search": (bench_search, BenchConfig, None),
     "model": (bench_model, BenchConfig, None),
     "kernels": (bench_kernels, BenchConfig, None),
-    "plan": (bench_plan, PlanConfig, {"paper": PAPER, "small": {"mem_layers": (1, 2)}}),
+    "plan": (bench_plan, PlanConfig, {"paper": PAPER, "small": {"mem_layers": (0, 1)}}),
 }
 
 

@@ -74,6 +74,7 @@ class Trace:
         for token, layers in zip(tokens, self.passes, strict=False):
             for layer, (indices, weights) in zip(self.layers, layers, strict=True):
                 slots, place = indices.unique(return_inverse=True)  # heads may meet in a slot
+                weights = weights.abs()  # of PEER some are negative
                 share = torch.zeros(len(slots)).index_add_(0, place, weights) / weights.sum()
                 top = share.topk(min(SLOTS_SHOWN, len(slots)))
                 shown = "  ".join(f"{slots[i]:>9,} {part:4.0%}" for part, i in zip(*top, strict=True))

@@ -38,8 +38,9 @@ def test_questions_are_judged_as_training_judged_them(run, capsys, facts_folder)
     assert right == round(shares["all"] * (len(questions) - held_out) + shares["held_out"] * held_out)
 
 
-def test_trace_shows_what_each_layer_read(run, capsys):
-    run("--mem_layers=1,0")
+@pytest.mark.parametrize("kind", ["product-key", "peer"])  # whose weights may be negative
+def test_trace_shows_what_each_layer_read(run, capsys, kind):
+    run("--mem_layers=1,0", f"--mem_kind={kind}")
     text = printed(capsys, f"--out_dir={run.out}", "--prompt=The job of", "--max_new_tokens=3", "--trace")
     folder = checkpoint.checkpoints(run.out)[-1]
     meta = checkpoint.read_meta(folder)
@@ -52,8 +53,8 @@ def test_trace_shows_what_each_layer_read(run, capsys):
     lines = [line for line in text.splitlines() if "slots" in line]
     assert len(lines) % 2 == 0 and 2 <= len(lines) <= 6
     for layer, line in enumerate(lines[:2]):
-        indices, weights = (part[-1] for part in reads[layer])
-        use = torch.zeros(64).index_add_(0, indices, weights.detach()) / 2
+        indices, weights = (part[-1].detach() for part in reads[layer])
+        use = torch.zeros(64).index_add_(0, indices, weights.abs()) / weights.abs().sum()
         shown = re.findall(r"(\d+) +(\d+)%", line.split("slots")[1])
         assert f"layer  {layer}" in line and len(shown) == 4
         assert [round(float(use[int(slot)]) * 100) for slot, _ in shown] == [int(part) for _, part in shown]

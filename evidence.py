@@ -8,12 +8,14 @@ Does memory help, where, and at what cost? Trains models of equal cost, and says
     python evidence.py table         what the runs that are finished say
     python evidence.py facts --help  the options: which models, how many seeds, how many runs at a time
 
-All models see the same tokens in the same order, and are tuned alike: a run at each of the same learning
-rates with seed 1 (the pool's is train.py's default, or the model's own), and at twice the highest, or half
-the lowest, for as long as that is the best one; then the best is repeated with other seeds. A finished run is
-one line of results/evidence_NAME.jsonl, and is not run again; one that was stopped goes on from its last
-checkpoint. So hours of runs add up, and figures are drawn without training. Two of these at once need
-different --models. A line knows its options, but not the code: with code of your own, say --results=FOLDER.
+With one seed all models see the same tokens in the same order. They are tuned alike: a run at each of the
+same learning rates with seed 1 (the pool's stays train.py's default), and at twice the highest, or half the
+lowest, for as long as that is the best one; then the best, by recall, is repeated with other seeds.
+
+A finished run is one line of results/evidence_NAME.jsonl, and is not run again; one that was stopped goes on
+from its last checkpoint. So hours of runs add up, and figures are drawn without training. Two of these at
+once need different --models. A line knows its options, but not the code: with code of your own, say
+--results=FOLDER.
 """
 
 import contextlib
@@ -313,8 +315,8 @@ def told(row: dict, low: int, high: int, point: int = -1) -> float:
 
 def bits_a_parameter(row: dict) -> float:
     """
-    Bits of the answers that were right, over all parameters. An answer that is one of n values holds log2(n)
-    bits; attributes are taken to be recalled alike.
+    Bits of the answers that were right to the word, over all parameters. An answer that is one of n values
+    holds log2(n) bits; attributes are taken to be recalled alike, and nothing is known of the others.
     """
     recall, held_out = row["curve"][-1]["recall"], row["asked"].get("held_out", 0)
     right = recall["all"] * (sum(row["asked"].values()) - held_out) + recall.get("held_out", 0) * held_out

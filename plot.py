@@ -104,9 +104,9 @@ def label_ends(axis, ends: list[tuple]) -> None:
     """Names of lines to the right of their ends (x, y, model), moved apart where they would overlap."""
     right = max(x for x, _, _ in ends)
     low, high = axis.get_ylim()
-    last = -np.inf
-    for x, y, model in sorted(ends, key=lambda end: end[1]):
-        last = max(y, last + 0.055 * (high - low))
+    gap, last = 0.055 * (high - low), -np.inf
+    for i, (x, y, model) in enumerate(sorted(ends, key=lambda end: end[1])):
+        last = max(min(y, high - gap * (len(ends) - 1 - i)), last + gap)  # those above need room too
         axis.annotate(model, (x, y), (right * 1.04, last), va="center", fontsize=9, color=STYLE[model][0],
                       annotation_clip=False, arrowprops=dict(arrowstyle="-", color="0.7", linewidth=0.5))
 

@@ -42,7 +42,7 @@ from train import TrainConfig, duration
 ROOT = Path(__file__).resolve().parent
 RUN_OPTIONS = dict(lr=0.0, seed=0, out_dir="", resume=True, keep=1)  # a run's own
 
-UNSCALED = dict(scale_embeddings=False)  # for models without learnt keys: they recall more so
+UNSCALED = dict(scale_embeddings=False)  # for models without learnt keys: they recall more of facts so
 
 # What each model is, as options of train.py, whose defaults are memory+: memory in two of three blocks. All
 # but dense-2x cost as many multiply-adds a token, to 5%: what a memory layer costs less than an MLP, the MLPs
@@ -88,8 +88,8 @@ EXPERIMENTS = {
     "mqar": dict(corpus="mqar", corpus_options={},  # for which two layers of one head do
                  options=dict(dataset="mqar", n_layer=2, n_head=1, block_size=64, batch_size=32,
                               max_steps=1000, eval_interval=100),
-                 models={"dense": UNSCALED | dict(mem_layers=()), "memory+": dict(mem_layers=(1,)),
-                         "moe": UNSCALED | dict(mem_layers=(), moe_layers=(1,), moe_experts=64)}),
+                 models={"dense": dict(mem_layers=()), "memory+": dict(mem_layers=(1,)),
+                         "moe": dict(mem_layers=(), moe_layers=(1,), moe_experts=64)}),
 }
 
 

@@ -209,6 +209,7 @@ def test_a_shared_pool_in_files_and_a_shard_gone(run, together, tmp_path):
     assert_equal_but_for_rounding(run.out, out)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_process_and_nothing_is_lost(run, together, facts_folder):
     """SIGKILL at a random moment, to either process; the losses are those of a run left alone."""
     options = "--max_steps=200", "--eval_interval=10"

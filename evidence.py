@@ -51,7 +51,7 @@ MODELS = {
     "dense": UNSCALED | dict(mem_layers=(), mlp_width=276),
     "memory+": {},
     "memory+4x": dict(mem_num_keys=256, mem_key_dim=16, mlp_width=320),
-    "moe": UNSCALED | dict(mem_layers=(), mlp_width=268, moe_layers=(1, 2)),  # parameters of memory+
+    "moe": UNSCALED | dict(mem_layers=(), mlp_width=268, moe_layers=(1, 2)),  # as many parameters as memory+
     "dense-2x": UNSCALED | dict(mem_layers=(), mlp_width=872),
     "memory+16x": dict(mem_num_keys=512, mem_key_dim=16, mlp_width=64),
     "memory+-short": dict(max_steps=1500),  # in dense's time: a step takes less than twice as long

@@ -32,7 +32,7 @@ class GPTConfig:
     dropout: float = 0.0  # share of activations dropped in training
     bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has
     mlp_width: int = 0  # hidden units of an MLP; 0: 4 * n_embd
-    scale_embeddings: bool = True  # times sqrt(n_embd), for memory to search by; other GPTs do better without
+    scale_embeddings: bool = True  # times sqrt(n_embd): a token is not lost in what blocks add to it
 
     mem_layers: tuple[int, ...] = ()  # blocks with a memory layer, from 0; the papers spread 3 over the depth
     mem_kind: Literal["product-key", "peer", "hash"] = "product-key"  # see memory.py
@@ -284,8 +284,7 @@ class GPT(nn.Module):
         if P + T > self.config.block_size:
             raise ValueError(f"{P + T} tokens do not fit block_size={self.config.block_size}")
         x = self.wte(idx)  # (B, T, C)
-        if self.config.scale_embeddings:
-            # tied to the head, embeddings are small: a token would be lost in what blocks add to it
+        if self.config.scale_embeddings:  # tied to the head, they are small
             x = x * self.config.n_embd**0.5
         x = F.dropout(x, self.config.dropout, self.training)
         turn = rotation(P, T, self.config.n_embd // self.config.n_head, idx.device)

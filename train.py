@@ -3,7 +3,7 @@ Trains a GPT with memory layers.
 
     python train.py                                 generated facts, five minutes on two cores
     python train.py --preset=stdlib                 source text of the Python standard library
-    python train.py --mem_layers= --scale_embeddings=false --out_dir=out/dense   a GPT without memory
+    python train.py --mem_layers= --out_dir=out/dense   the same GPT without memory
     python train.py --resume                        goes on from the newest checkpoint of --out_dir
     torchrun --nproc_per_node=2 train.py            the same run on two processes, half of the pool in each
     python train.py --help                          every option

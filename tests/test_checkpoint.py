@@ -154,12 +154,12 @@ for step in range(1, 100_000):
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     """At random moments, many times: the newest is whole, of one step, and not lost by the next start."""
     newest = 0
-    for i in range(6):
+    for i in range(8):
         saver = subprocess.Popen(
             [sys.executable, "-c", SAVER, tmp_path], cwd=Path(train.__file__).parent, stdout=subprocess.PIPE
         )
         saver.stdout.readline()
-        time.sleep(0.05 + 0.05 * i)
+        time.sleep(0.05 + 0.037 * i)
         saver.kill()
         saver.wait()
         found = checkpoint.find_checkpoint(tmp_path)

@@ -61,30 +61,27 @@ MODELS = {
 }
 ABLATIONS = {
     "memory+": {},  # of which all below change one thing, and widths to cost as much
-    "value_lr=3e-3": dict(value_lr=3e-3),
-    "value_lr=1.5e-2": dict(value_lr=1.5e-2),
-    "value_lr=24e-2": dict(value_lr=24e-2),
-    "2 heads of knn 32": dict(mem_heads=2, mem_knn=32, mem_key_dim=64),
-    "8 heads of knn 8": dict(mem_heads=8, mem_knn=8, mem_key_dim=16),
-    "knn 4": dict(mem_knn=4),
     "no token shift": dict(mem_token_shift=False),
-    "embeddings not scaled": dict(scale_embeddings=False),
+    "layers 1 and 2": dict(mem_layers=(1, 2)),
+    "value_lr=3e-3": dict(value_lr=3e-3),
+    "embeddings not scaled": UNSCALED,
     "no qk-norm": dict(mem_qk_norm=False),
     "no gate": dict(mem_swilu=False, mlp_width=320),
-    "layers 1 and 2": dict(mem_layers=(1, 2)),
-    "layers 0 and 2": dict(mem_layers=(0, 2)),
-    "layer 0 alone": dict(mem_layers=(0,), mlp_width=256),
+    "key_dim 16": dict(mem_key_dim=16, mlp_width=448),
+    "2 heads of knn 32": dict(mem_heads=2, mem_knn=32, mem_key_dim=64),
+    "knn 4": dict(mem_knn=4, mlp_width=304),
+    "value_lr=24e-2": dict(value_lr=24e-2),
     "layers 0 to 2": dict(mem_layers=(0, 1, 2)),
-    "beside the MLPs": dict(mem_mode="add", mlp_width=84),
 }
 FACTS = dict(corpus="facts", corpus_options=dict(name="facts-4000", people=4000),
              options=dict(dataset="facts-4000", eval_interval=250))
 EXPERIMENTS = {
     "facts": FACTS | dict(models=MODELS),
-    "ablation": FACTS | dict(models=ABLATIONS),
+    "ablation": FACTS | dict(options=FACTS["options"] | dict(max_steps=1500), models=ABLATIONS),
     "stdlib": dict(corpus="stdlib", corpus_options={},
                    options=dict(dataset="stdlib", max_steps=2000, eval_interval=250),
-                   models={name: MODELS[name] for name in ("dense", "memory+", "moe", "memory+16x", "hash")}),
+                   models={name: MODELS[name] | dict(scale_embeddings=True)  # which here is better
+                           for name in ("dense", "memory+", "moe", "memory+16x", "hash")}),
     "mqar": dict(corpus="mqar", corpus_options={},  # for which two layers of one head do
                  options=dict(dataset="mqar", n_layer=2, n_head=1, block_size=64, batch_size=32,
                               max_steps=1000, eval_interval=100),

@@ -17,7 +17,6 @@ import os
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import torch
 from torch.nn import functional as F
 
 import kernel
-from config import build, fail, parse
+from config import at_least, build, fail, first_word, parse
 from evidence import MODELS
 from memory import PoolOptimizer, ValuePool, product_key_search, pruned_pairs, top_k
 from model import GPT, GPTConfig
@@ -48,9 +47,7 @@ class BenchConfig:
     bag: int = 128  # step: rows that a token reads
 
     def __post_init__(self):
-        for name in ("repeats", "value_dim", "bag"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        at_least(1, self, "repeats", "value_dim", "bag")
         if any(math.isqrt(rows) ** 2 != rows for rows in self.rows):
             raise ValueError(f"rows={','.join(map(str, self.rows))} must be squares: a pool has num_keys**2 "
                              "rows")
@@ -385,7 +382,7 @@ class PlanConfig(GPTConfig):
                 raise ValueError(f"mem_group_size={self.mem_group_size} must divide {name}={total}")
 
 
-# the largest of Berges et al. 2024: 64M slots of 2,048, beside a GPT of 1.3B
+# the largest of Berges et al. 2024: 64M slots of 2,048, beside a GPT of 1.3B, here with Llama 3's vocabulary
 PAPER = dict(block_size=4096, n_layer=24, n_head=16, n_embd=2048, mem_layers=(4, 12, 20), mem_num_keys=8192,
              mem_knn=32, mem_key_dim=1024, mem_dtype="bfloat16", value_blocks=64)
 
@@ -468,13 +465,9 @@ BENCHES = {  # name: (what is done, its options, presets of them)
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in BENCHES:
-        if argv and argv[0] in ("-h", "--help"):
-            return print(__doc__.strip())
-        fail(f"name a measurement: python bench.py {'|'.join(BENCHES)} [options]")
-    bench, config_class, presets = BENCHES[argv[0]]
-    preset, given = parse(config_class, argv[1:], presets, description=__doc__)
+    name, options = first_word(argv, BENCHES, __doc__, "a measurement")
+    bench, config_class, presets = BENCHES[name]
+    preset, given = parse(config_class, options, presets, description=__doc__)
     config = build(config_class, preset | given)
     table = bench(config)
     if config.json:

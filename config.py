@@ -52,6 +52,17 @@ def _option(kind, name: str) -> dict:
     return dict(type=kind, metavar=kind.__name__.upper())
 
 
+def first_word(argv: list[str] | None, words, doc: str, what: str) -> tuple[str, list[str]]:
+    """(the command line's first word, the rest), where the word is one of `words`; --help prints `doc`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in (["-h"], ["--help"]):
+        print(doc.strip())
+        raise SystemExit
+    if not argv or argv[0] not in words:
+        fail(f"name {what}: python {sys.argv[0]} {'|'.join(words)} [options]")
+    return argv[0], argv[1:]
+
+
 def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = None, description: str = ""):
     """
     The command line's options as fields of the dataclass `cls`: (of the preset, given one by one), two dicts.
@@ -99,6 +110,14 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
             except ValueError:
                 fail(f"--{name}: {','.join(value)!r} must be {element.__name__}s with commas between them")
     return preset, given
+
+
+def at_least(low: float, config, *names: str) -> None:
+    """For a dataclass's __post_init__: its fields of these names must be `low` or more; nan is not."""
+    for name in names:
+        if not getattr(config, name) >= low:
+            raise ValueError(f"{name}={getattr(config, name)} must "
+                             + (f"be at least {low}" if low else "not be negative"))
 
 
 def build(cls, values: dict):

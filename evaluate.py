@@ -88,13 +88,18 @@ def answer(model: GPT, encoding, questions: list[dict], batch_size: int = 64) ->
     return [every[i] for i in range(len(prompts))]
 
 
+def exposure_bin(question: dict) -> str:
+    """'8' stands for 8 to 15 exposures."""
+    return str(1 << question.get("exposures", 1).bit_length() - 1)
+
+
 def recall(model: GPT, encoding, questions: list[dict]) -> dict:
     """
     Share of the questions answered by exactly the right words: {"all": ..., "held_out": ..., "by_exposure":
     {"8": ...}}.
 
-    "all" is over the people who were asked about in training, "held_out" over those who were not. The key 8
-    stands for 8 to 15 exposures.
+    "all" is over the people who were asked about in training, "held_out" over those who were not. The keys
+    of "by_exposure": see exposure_bin.
     """
     right = {"all": [], "held_out": []}
     by_exposure = {}
@@ -102,9 +107,10 @@ def recall(model: GPT, encoding, questions: list[dict]) -> dict:
         is_right = encoding.decode(tokens).strip() == question["answer"]
         right["held_out" if question.get("held_out") else "all"].append(is_right)
         if "exposures" in question and not question.get("held_out"):
-            by_exposure.setdefault(1 << question["exposures"].bit_length() - 1, []).append(is_right)
+            by_exposure.setdefault(exposure_bin(question), []).append(is_right)
     result = {name: sum(r) / len(r) for name, r in right.items() if r}
-    return result | {"by_exposure": {str(n): sum(r) / len(r) for n, r in sorted(by_exposure.items())}}
+    return result | {"by_exposure": {n: sum(by_exposure[n]) / len(by_exposure[n])
+                                     for n in sorted(by_exposure, key=int)}}
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ import math
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -32,10 +31,11 @@ import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean, median, stdev
 
-from config import build, fail, parse
-from data.prepare import ATTRIBUTES, CORPORA, DATA
-from evaluate import read_questions
+from config import at_least, build, fail, first_word, parse
+from data.prepare import ATTRIBUTES, DATA, Corpus, FactsConfig, MqarConfig, SplitConfig, facts, mqar, stdlib
+from evaluate import exposure_bin, read_questions
 from model import GPT
 from train import TrainConfig, duration
 
@@ -73,16 +73,16 @@ ABLATIONS = {
     "value_lr=24e-2": dict(value_lr=24e-2),
     "layers 0 to 2": dict(mem_layers=(0, 1, 2)),
 }
-FACTS = dict(corpus="facts", corpus_options=dict(name="facts-4000", people=4000),
+FACTS = dict(corpus=(facts, FactsConfig(name="facts-4000", people=4000)),
              options=dict(dataset="facts-4000", eval_interval=250))
 EXPERIMENTS = {
     "facts": FACTS | dict(models=MODELS),
     "ablation": FACTS | dict(options=FACTS["options"] | dict(max_steps=1500), models=ABLATIONS),
-    "stdlib": dict(corpus="stdlib", corpus_options={},
+    "stdlib": dict(corpus=(stdlib, SplitConfig()),
                    options=dict(dataset="stdlib", max_steps=2000, eval_interval=250),
                    models={name: MODELS[name] | dict(scale_embeddings=True)  # which here is better
                            for name in ("dense", "memory+", "moe", "memory+16x", "hash")}),
-    "mqar": dict(corpus="mqar", corpus_options={},  # for which two layers of one head do
+    "mqar": dict(corpus=(mqar, MqarConfig()),  # for which two layers of one head do
                  options=dict(dataset="mqar", n_layer=2, n_head=1, block_size=64, batch_size=32,
                               max_steps=1000, eval_interval=100),
                  models={"dense": dict(mem_layers=()), "memory+": dict(mem_layers=(1,)),
@@ -96,13 +96,11 @@ class EvidenceConfig:
     lrs: tuple[float, ...] = (4e-3, 8e-3, 16e-3)  # learning rates to tune each model over; one: as it is
     seeds: int = 3  # runs of each model at its best learning rate
     jobs: int = 2  # runs at a time, each on its share of the cores
-    results: str = "results"  # folder for the line that a finished run leaves
-    out: str = "out/evidence"  # folder for runs that are going on
+    results: str = "results"  # folder, beside evidence.py, for the line that a finished run leaves
+    out: str = "out/evidence"  # folder, beside evidence.py, for runs that are going on
 
     def __post_init__(self):
-        for name in ("seeds", "jobs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        at_least(1, self, "seeds", "jobs")
         if not self.lrs:
             raise ValueError("lrs needs one learning rate at least")
         self.lrs = tuple(dict.fromkeys(self.lrs))
@@ -110,13 +108,6 @@ class EvidenceConfig:
 
 
 # --- runs ---------------------------------------------------------------------------------------------------
-
-def corpus(experiment: str) -> tuple:
-    """(what makes it, with which options)."""
-    e = EXPERIMENTS[experiment]
-    make, config_class = CORPORA[e["corpus"]]
-    return make, config_class(**e["corpus_options"])
-
 
 def train_options(experiment: str, model: str) -> dict:
     """What train.py is told, but for RUN_OPTIONS."""
@@ -126,13 +117,21 @@ def train_options(experiment: str, model: str) -> dict:
 
 def all_options(experiment: str, model: str) -> dict:
     """What makes a run another one: all that it is told, but for RUN_OPTIONS, and that its corpus was."""
-    run = TrainConfig(**train_options(experiment, model) | RUN_OPTIONS)
-    return json.loads(json.dumps(asdict(corpus(experiment)[1]) | asdict(run)))
+    return together(EXPERIMENTS[experiment]["corpus"][1],
+                    TrainConfig(**train_options(experiment, model) | RUN_OPTIONS))
+
+
+def together(corpus: Corpus, run: TrainConfig) -> dict:
+    """The options of both, as a line has them."""
+    options = asdict(run)
+    of_corpus = {f"corpus_{name}" if name in options else name: value
+                 for name, value in asdict(corpus).items()}
+    return json.loads(json.dumps(of_corpus | options))
 
 
 def prepare_corpus(experiment: str) -> None:
     """Makes it where it is not; one that was made with other options is not what the runs should see."""
-    make, config = corpus(experiment)
+    make, config = EXPERIMENTS[experiment]["corpus"]
     path = DATA / EXPERIMENTS[experiment]["options"]["dataset"] / "meta.json"
     if not path.exists():
         make(config)
@@ -151,8 +150,8 @@ def read_rows(path: Path) -> list[dict]:
     """
     experiment, rows = path.stem.removeprefix("evidence_"), {}
     known = {model: all_options(experiment, model) for model in EXPERIMENTS[experiment]["models"]}
-    default = asdict(type(corpus(experiment)[1])()) | asdict(TrainConfig())  # of options newer than a line
-    default = json.loads(json.dumps(default))
+    # of options newer than a line
+    default = together(type(EXPERIMENTS[experiment]["corpus"][1])(), TrainConfig())
     for line in open(path, encoding="utf-8") if path.exists() else ():
         with contextlib.suppress(ValueError):  # a line that was cut short
             row = json.loads(line)
@@ -164,8 +163,8 @@ def read_rows(path: Path) -> list[dict]:
 
 def goodness(row: dict) -> tuple:
     """By which runs are compared: recall, then the validation loss, which is all where nothing is asked."""
-    if not row["curve"]:
-        return -math.inf, -math.inf
+    if not row["curve"]:  # it diverged: a lower rate may not
+        return -math.inf, -row["lr"]
     final = row["curve"][-1]
     return final.get("recall", {}).get("all", 0), -final["val_loss"]
 
@@ -220,13 +219,10 @@ def make_row(experiment: str, run: tuple, out_dir: Path) -> dict:
     log = [json.loads(line) for line in open(out_dir / "log.jsonl", encoding="utf-8")]
     curve = [line | {"tokens": line["step"] * tokens_per_step} for line in log if "val_loss" in line]
     speeds = [line["tokens_per_second"] for line in log if "loss" in line]  # of training alone
-    asked = Counter("held_out" if question.get("held_out") else
-                    str(1 << question.get("exposures", 1).bit_length() - 1)
+    asked = Counter("held_out" if question.get("held_out") else exposure_bin(question)
                     for question in read_questions(DATA / config.dataset / "qa.jsonl"))
-    slots = config.mem_num_keys**2 if config.mem_layers else 0
-    return row | {"macs": config.macs_per_token(), "slots": slots,
-                  "parameters": GPT(config).count_parameters(), "asked": asked,
-                  "tokens_per_second": statistics.median(speeds), "curve": curve}
+    return row | {"macs": config.macs_per_token(), "parameters": GPT(config).count_parameters(),
+                  "asked": asked, "tokens_per_second": median(speeds), "curve": curve}
 
 
 def run_all(experiment: str, config: EvidenceConfig) -> None:
@@ -282,7 +278,7 @@ def report(config: EvidenceConfig, models, rows: list[dict], going: dict, took: 
     total = max(len(models) * (len(config.lrs) + config.seeds - 1), done + len(going))
     left = ""
     if took:
-        left = f", about {duration(statistics.mean(took) * (total - done) / config.jobs)} left"
+        left = f", about {duration(mean(took) * (total - done) / config.jobs)} left"
     now = ", ".join("{} at {:g} with seed {}".format(*run) for run in going)
     print(f"{time.strftime('%H:%M')}  {done} of {total} runs done{left}; going on: {now}", flush=True)
 
@@ -317,7 +313,7 @@ def bits_a_parameter(row: dict) -> float:
     """
     recall, held_out = row["curve"][-1]["recall"], row["asked"].get("held_out", 0)
     right = recall["all"] * (sum(row["asked"].values()) - held_out) + recall.get("held_out", 0) * held_out
-    bits = statistics.mean(math.log2(len(values)) for values, *_ in ATTRIBUTES.values())
+    bits = mean(math.log2(len(values)) for values, *_ in ATTRIBUTES.values())
     return right * bits / (row["parameters"]["dense"] + row["parameters"]["memory"])
 
 
@@ -326,27 +322,22 @@ def speed(rows: list[dict]) -> float:
     return max(row["tokens_per_second"] for row in rows)
 
 
-def tokens_to(recall: float, curve: list[dict]) -> float | None:
-    """After how many tokens the curve first has this recall; between its points, straight lines."""
+def tokens_to(recall: float, curve: list[dict]) -> float:
+    """After how many tokens the curve first has this recall, or nan; between its points, straight lines."""
     points = [(point["tokens"], point["recall"]["all"]) for point in curve]
     for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
         if y1 >= recall:
             return x0 + (x1 - x0) * (recall - y0) / (y1 - y0) if y1 > y0 else x0
-    return None
-
-
-def mean(values) -> float:
-    """nan where one is missing."""
-    return statistics.mean(math.nan if value is None else value for value in values)
+    return math.nan
 
 
 def spread(values, form: str = ".3f", scale: float = 1) -> str:
-    """Mean and, of several, standard deviation; a dash where one is missing: it was never reached."""
-    if None in values:
+    """Mean and, of several, standard deviation; a dash where one is nan: it was never reached."""
+    if any(map(math.isnan, values)):
         return "-"
     values = [value / scale for value in values]
-    around = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{around}"
+    around = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{around}"
 
 
 def table(experiment: str, config: EvidenceConfig) -> None:
@@ -356,23 +347,24 @@ def table(experiment: str, config: EvidenceConfig) -> None:
     if not runs:
         return print(f"{experiment}: no run is finished; python evidence.py {experiment} makes them")
     recalls = "recall" in next(iter(runs.values()))[0]["curve"][-1]
-    facts = experiment == "facts" and "dense" in runs
-    if facts:
+    is_facts = experiment == "facts" and "dense" in runs
+    if is_facts:
         target = mean(row["curve"][-1]["recall"]["all"] for row in runs["dense"])
     lines = []
     for model, same in runs.items():
         final, first = [row["curve"][-1] for row in same], same[0]
+        diverged = sum((row["model"], row["lr"]) == (model, first["lr"]) for row in rows) - len(same)
         line = {
             "model": model,
             "MACs a token": f"{first['macs']:,}",
             "parameters": f"{first['parameters']['dense'] + first['parameters']['memory']:,}",
-            "seeds": str(len(same)),
+            "seeds": f"{len(same)}" + (f", {diverged} diverged" if diverged else ""),
             "rate (of)": f"{first['lr']:g} ({rates[model]})",
             "validation loss": spread([point["val_loss"] for point in final]),
         }
         if recalls:
             line["recall"] = spread([point["recall"]["all"] for point in final])
-        if facts:
+        if is_facts:
             tokens = [tokens_to(target, row["curve"]) for row in same]
             line |= {
                 "told 8 to 31 times": spread([told(row, 8, 32) for row in same]),
@@ -387,7 +379,7 @@ def table(experiment: str, config: EvidenceConfig) -> None:
     print(f"\n{experiment}; of the learning rates tried the best:\n")
     for cells in (lines[0], ["---"] * len(lines[0]), *(line.values() for line in lines)):
         print("| " + " | ".join(cells) + " |")
-    if facts:
+    if is_facts:
         bars(runs, target)
 
 
@@ -436,15 +428,13 @@ def bars(runs: dict[str, list[dict]], target: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in (*EXPERIMENTS, "table"):
-        if argv and argv[0] in ("-h", "--help"):
-            return print(__doc__.strip())
-        fail(f"name an experiment: python evidence.py {'|'.join(EXPERIMENTS)}|table [options]")
-    _, given = parse(EvidenceConfig, argv[1:], description=__doc__)
+    word, options = first_word(argv, (*EXPERIMENTS, "table"), __doc__, "an experiment")
+    _, given = parse(EvidenceConfig, options, description=__doc__)
+    if word == "table" and given.keys() - {"results"}:
+        fail("of the options, table has --results only")
     config = build(EvidenceConfig, given)
-    for experiment in EXPERIMENTS if argv[0] == "table" else argv[:1]:
-        if argv[0] != "table":
+    for experiment in EXPERIMENTS if word == "table" else (word,):
+        if word != "table":
             run_all(experiment, config)
         table(experiment, config)
 

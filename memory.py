@@ -63,7 +63,7 @@ def top_k(x: torch.Tensor, k: int):
         best = top_k(groups.amax(-2), k)[1].unsqueeze(-2)  # (..., 1, k)
         values, place = top_k(groups.gather(-1, best.expand(*best.shape[:-2], 4, k)).flatten(-2), k)  # of 4*k
         return values, best.squeeze(-2).gather(-1, place % k) + place // k * (S // 4)
-    if not x.is_cpu or x.dtype != torch.float32:
+    if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return x.topk(k)
     # numpy selects and sorts several times as fast as torch, but only values. So each value takes its column
     # along: float64 has 29 bits behind those of the float32, where it changes nothing
@@ -227,10 +227,7 @@ class ValuePool(nn.Module):
     @torch.compiler.disable
     def dot(self, indices, x):
         """indices (N, bag), x (N, value_dim) -> products of rows with x (N, bag), of the dtype of x."""
-        y = _Dot.apply(self.values, indices, x, self)
-        if self.training:
-            self.usage.add(indices, y)
-        return y
+        return _Dot.apply(self.values, indices, x, self)
 
     def all_reads(self) -> list:
         """`reads`, with those of the processes that hold the same columns: all get the same, in one order."""

@@ -18,8 +18,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from config import at_least
 from distributed import ALONE, Sharding
-from memory import MemoryLayer, PoolOptimizer, ValuePool
+from memory import MemoryLayer, MemoryUsage, PoolOptimizer, ValuePool
 
 
 @dataclass
@@ -54,23 +55,17 @@ class GPTConfig:
 
     def __post_init__(self):
         self.mem_layers, self.moe_layers = tuple(sorted(self.mem_layers)), tuple(sorted(self.moe_layers))
-        for name in ("block_size", "n_layer", "n_head", "n_embd", "mem_num_keys", "mem_heads", "mem_knn",
-                     "mem_key_dim", "moe_experts", "moe_top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("vocab_size", "mlp_width", "moe_balance"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        at_least(1, self, "block_size", "n_layer", "n_head", "n_embd", "mem_num_keys", "mem_heads", "mem_knn",
+                 "mem_key_dim", "moe_experts", "moe_top_k")
+        at_least(0, self, "vocab_size", "mlp_width", "moe_balance")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of 2 * n_head={2 * self.n_head}: "
                              "positions turn a head's numbers in pairs")
-        for name in ("mem_layers", "moe_layers"):
-            layers = getattr(self, name)
-            for layer in layers:
-                if not 0 <= layer < self.n_layer:
-                    raise ValueError(f"{name}: there is no layer {layer}, only 0 to {self.n_layer - 1}")
+        for name, layers in (("mem_layers", self.mem_layers), ("moe_layers", self.moe_layers)):
+            if wrong := set(layers) - set(range(self.n_layer)):
+                raise ValueError(f"{name}: there is no layer {min(wrong)}, only 0 to {self.n_layer - 1}")
             if len(set(layers)) < len(layers):
                 raise ValueError(f"{name}={layers} names a layer twice")
         if self.mem_mode == "replace" and set(self.mem_layers) & set(self.moe_layers):
@@ -256,9 +251,10 @@ class GPT(nn.Module):
         self.pool = None
         if config.mem_layers:
             dtype = getattr(torch, config.mem_dtype)
-            num_values = config.mem_num_keys**2 * (2 if config.mem_kind == "peer" else 1)
-            self.pool = ValuePool(num_values, config.n_embd, dtype, config.kernel, sharding, mem_file,
-                                  draw_pool)
+            slots, rows_a_slot = config.mem_num_keys**2, 2 if config.mem_kind == "peer" else 1
+            self.pool = ValuePool(slots * rows_a_slot, config.n_embd, dtype, config.kernel, sharding,
+                                  mem_file, draw_pool)
+            self.pool.usage = MemoryUsage(slots)  # peer: of the rows v_j, by their weights
 
         # GPT-2's initialisation, but for the width: its 0.02 is 1/sqrt(C) for C = 2,500, and too small for
         # narrow models. What a block adds to the residual stream starts smaller, the more blocks

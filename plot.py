@@ -62,7 +62,9 @@ def plot_run(out_dir: Path) -> None:
 
 def plot_step(path: Path) -> None:
     """Time of a step over the size of the pool: the rows of `bench.py step` -> a .png beside them."""
-    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
+    rows = [row for row in map(json.loads, open(path, encoding="utf-8")) if row.get("bench") == "step"]
+    if not rows:
+        fail(f"{path} has no rows of bench.py step --json={path}")
     tokens, reads = min(row["tokens"] for row in rows), rows[0]["reads"]
     rows = [row for row in rows if (row["tokens"], row["reads"]) == (tokens, reads)]
     figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
@@ -149,7 +151,7 @@ def plot_facts(path: Path) -> None:
 
     axis = axes[1, 0]
     sizes = [model for model in ("memory+", "memory+4x", "memory+16x") if model in runs]
-    sizes = {model: runs[model][0]["slots"] for model in sizes}
+    sizes = {model: runs[model][0]["options"]["mem_num_keys"]**2 for model in sizes}
     means = {model: np.mean([recall["all"] for recall in recalls[model]]) for model in runs}
     axis.plot(list(sizes.values()), [means[model] for model in sizes], color="0.6", zorder=0)
     for model, slots in sizes.items():

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from checkpoint import checkpoints, find_checkpoint, load_model, read_meta
-from config import build, fail, parse
+from config import at_least, build, fail, parse
 from data.prepare import DATA, END, encoding_from_json
 from evaluate import answer, read_questions
 from model import GPT
@@ -38,12 +38,8 @@ class SampleConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
 
     def __post_init__(self):
-        for name in ("num_samples", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("temperature", "top_k", "questions", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        at_least(1, self, "num_samples", "max_new_tokens")
+        at_least(0, self, "temperature", "top_k", "questions", "seed")
         if 0 < self.temperature < 1e-3:
             raise ValueError(f"temperature={self.temperature} must be 0, or at least 0.001")
         if self.seed >= 2**32:
@@ -137,6 +133,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # Windows has none
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it, and quietly
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it, and quietly
     main()

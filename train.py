@@ -42,7 +42,7 @@ from checkpoint import (
     save_checkpoint,
     step_of,
 )
-from config import build, fail, parse
+from config import at_least, build, fail, parse
 from distributed import LOCAL_RANK, RANK, WORLD_SIZE, all_reduce_sum, gather_objects
 from evaluate import Dataset, draw_batch, recall, validation_loss
 from kernel import resolve_kernel
@@ -59,10 +59,10 @@ class TrainConfig(GPTConfig):
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     compile: bool = False  # torch.compile the model: a slow start, faster steps
     mem_group_size: int = 0  # processes that share the pool's columns; 0: all of them
-    mem_file: str = ""  # hold the pool's values in this file, not in memory, so that they may be larger
+    mem_file: str = ""  # a file for the pool's values, on the CPU, so that they may be larger than memory
 
     batch_size: int = 16  # sequences a step, of all processes
-    accum_steps: int = 1  # parts of a batch that are worked through in turn; same result, MoE aside
+    accum_steps: int = 1  # parts of a batch, worked through in turn; same result, but for dropout and MoE
     max_steps: int = 3000  # steps in all
     lr: float = 3e-3  # of the dense parameters, at its highest
     value_lr: float = 6e-2  # of the pool; decisive: near lr there is little gain. Good with adam: 2e-2
@@ -84,16 +84,12 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("batch_size", "accum_steps", "max_steps", "log_interval", "eval_interval",
-                     "eval_batches", "eval_questions", "keep", "value_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        at_least(1, self, "batch_size", "accum_steps", "max_steps", "log_interval", "eval_interval",
+                 "eval_batches", "eval_questions", "keep", "value_blocks")
+        at_least(0, self, "mem_group_size", "lr", "value_lr", "warmup_steps", "min_lr", "weight_decay",
+                 "grad_clip", "seed")
         if self.seed >= 2**32:
             raise ValueError(f"seed={self.seed} must be below 2**32")
-        for name in ("mem_group_size", "lr", "value_lr", "warmup_steps", "min_lr", "weight_decay",
-                     "grad_clip", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -199,6 +195,8 @@ def make_model(config: TrainConfig, draw_pool: bool) -> GPT:
     except ValueError as error:
         problem = f"--{error}"
     except (OSError, RuntimeError) as error:
+        if not file and "alloc" not in str(error):
+            raise
         what = f"--mem_file={file}" if file else "too large a model; --mem_file holds the pool in a file"
         problem = f"{what}: {str(error).splitlines()[0]}"
     if said := next(filter(None, gather_objects(problem)), None):
@@ -213,6 +211,8 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
         kernel = resolve_kernel(config.kernel, device)
     except ValueError as error:
         fail(f"--{error}")
+    if config.mem_file and device != "cpu":
+        fail("--mem_file is for --device=cpu: a GPU holds the pool in its own memory")
     parts = WORLD_SIZE * config.accum_steps
     if config.batch_size % parts:
         fail(f"--batch_size={config.batch_size} must be a multiple of {parts}: {WORLD_SIZE} processes and "
@@ -328,8 +328,8 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
                                                            config.seed, 0, step))
             totals = torch.zeros(2, device=device)  # of the loss, and of the signals to stop
             totals[1] = len(received)
-            for i, micro_x in enumerate(x.chunk(config.accum_steps)):
-                micro_y = y.chunk(config.accum_steps)[i]
+            micro_batches = zip(x.chunk(config.accum_steps), y.chunk(config.accum_steps), strict=True)
+            for i, (micro_x, micro_y) in enumerate(micro_batches):
                 wait = WORLD_SIZE > 1 and i + 1 < config.accum_steps  # gradients are reduced once, at the end
                 with parallel.no_sync() if wait else contextlib.nullcontext():
                     with autocast:
@@ -370,10 +370,9 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
         print_result(last_eval)
         from plot import plot_run  # here, as matplotlib takes its time and memory
         plot_run(out_dir)
-        pool_bytes = 0 if model.pool is None else model.pool.values.nbytes
-        peak, pool = peak_memory(device) / 2**30, pool_bytes / 2**30
-        say(f"{duration(time.perf_counter() - began)} in all; peak memory {peak:.3f} GiB, of it the pool "
-            f"{pool:.3f} GiB")
+        pool = 0 if model.pool is None else model.pool.values.nbytes
+        say(f"{duration(time.perf_counter() - began)} in all; peak memory "
+            f"{peak_memory(device) / 2**30:.3f} GiB; the pool has {pool / 2**30:.3f} GiB")
         say(f"log, figure and checkpoints are in {out_dir}; next: python sample.py --out_dir={out_dir}")
 
 
@@ -394,8 +393,7 @@ def print_result(result: dict) -> None:
 def stored_config(meta: dict) -> TrainConfig:
     """Of a checkpoint."""
     try:
-        return TrainConfig(**{name: tuple(value) if isinstance(value, list) else value
-                              for name, value in meta["config"].items()})
+        return TrainConfig(**meta["config"])
     except (TypeError, ValueError) as error:
         fail(f"the checkpoint is of another version of nanoPKM: {error}")
 

@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import tokenize
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # config.py, also when this file is run as a script
-from config import build, fail, parse  # noqa: E402
+from config import at_least, build, fail, first_word, parse  # noqa: E402
 
 END = "<|endoftext|>"  # stands between documents
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # text into pieces
@@ -92,11 +92,9 @@ class Corpus:
             raise ValueError(f"vocab_size={self.vocab_size} must be at least 257 (256 bytes and {END})")
 
 
-def write_corpus(name: str, config: Corpus, splits: dict, questions: list[dict] | None = None) -> None:
-    """
-    splits: {"train": documents, "val": documents}, each a function that starts a new iterator of texts, where
-    a text that ends a document ends with END.
-    """
+def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable[str]],
+                 questions: list[dict] | None = None) -> None:
+    """texts('train') and texts('val') start new iterators; a text that ends a document ends with END."""
     if Path(name).name != name or name in ("", ".."):
         fail(f"--name={name} must be a plain name: data/NAME is where the corpus goes")
     folder = DATA / name
@@ -105,15 +103,17 @@ def write_corpus(name: str, config: Corpus, splits: dict, questions: list[dict] 
         encoding = named_encoding(config.tokenizer)
     else:
         print(f"{name}: building a tokenizer from the corpus")
-        encoding = build_encoding((text.removesuffix(END) for text in splits["train"]()), config.vocab_size)
-    (folder / "meta.json").unlink(missing_ok=True)  # written last: a folder that has it is complete
-    (folder / "qa.jsonl").unlink(missing_ok=True)
+        encoding = build_encoding((text.removesuffix(END) for text in texts("train")), config.vocab_size)
+    # meta.json is written last: a folder that has it is complete. Who reads the files still has the old ones
+    for old in ("meta.json", "qa.jsonl", "train.bin", "val.bin"):
+        (folder / old).unlink(missing_ok=True)
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
     meta = {"vocab_size": encoding.n_vocab, "dtype": np.dtype(dtype).name}
-    for split, texts in splits.items():
+    for split in ("train", "val"):
         count = 0
         with open(folder / f"{split}.bin", "wb") as f:
-            for text in tqdm(texts(), f"{name}: encoding {split}", unit=" texts", leave=False, disable=None):
+            title = f"{name}: encoding {split}"
+            for text in tqdm(texts(split), title, unit=" texts", leave=False, disable=None):
                 tokens = encoding.encode(text.removesuffix(END), disallowed_special=())
                 if text.endswith(END):
                     tokens.append(encoding.eot_token)
@@ -187,9 +187,7 @@ class FactsConfig(Corpus):
             raise ValueError(f"people={self.people} must be between 1 and 1,000,000")
         if not 1 <= self.exposures < np.inf:
             raise ValueError(f"exposures={self.exposures} must be at least 1")
-        for name in ("zipf", "seed"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        at_least(0, self, "zipf", "seed")
         for name in ("ask", "held_out"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
@@ -216,9 +214,6 @@ def facts(config: FactsConfig) -> None:
     exposures = np.maximum(1, np.round(law / law.mean() * config.exposures)).astype(int)
     held_out = rng.permutation(config.people) < config.held_out * config.people
 
-    def batched(lines):
-        return ("".join(lines[i:i + 1000]) for i in range(0, len(lines), 1000))
-
     def tell(person, attribute, value, ask):
         _, statements, questions = ATTRIBUTES[attribute]
         if ask:
@@ -237,8 +232,12 @@ def facts(config: FactsConfig) -> None:
                           "held_out": bool(held_out[person])})
     rng.shuffle(told)
     rng.shuffle(val)
-    splits = {"train": lambda: batched(told), "val": lambda: batched(val)}
-    write_corpus(config.name, config, splits, asked)
+
+    def texts(split):
+        lines = told if split == "train" else val
+        return ("".join(lines[i:i + 1000]) for i in range(0, len(lines), 1000))
+
+    write_corpus(config.name, config, texts, asked)
 
 
 # --- mqar ---------------------------------------------------------------------------------------------------
@@ -254,14 +253,11 @@ class MqarConfig(Corpus):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("documents", "pairs", "asks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        at_least(1, self, "documents", "pairs", "asks")
+        at_least(0, self, "seed")
         for name in ("keys", "values"):
             if getattr(self, name) < self.pairs:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least pairs={self.pairs}")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
 
 
 def mqar(config: MqarConfig) -> None:
@@ -285,10 +281,8 @@ def mqar(config: MqarConfig) -> None:
     few = -(-config.documents // 50)
     lines = {split: [draw() for _ in range(count)]
              for split, count in (("train", config.documents), ("val", few), ("questions", few))}
-    splits = {split: lambda split=split: (f"{prompt} {answer}\n{END}" for prompt, answer in lines[split])
-              for split in ("train", "val")}
     questions = [{"prompt": prompt, "answer": answer} for prompt, answer in lines["questions"]]
-    write_corpus("mqar", config, splits, questions)
+    write_corpus("mqar", config, lambda split: (f"{p} {a}\n{END}" for p, a in lines[split]), questions)
 
 
 # --- text ---------------------------------------------------------------------------------------------------
@@ -323,7 +317,7 @@ def stdlib(config: SplitConfig) -> None:
             except (SyntaxError, UnicodeDecodeError):
                 pass  # lib2to3 has files that are broken on purpose
 
-    write_corpus("stdlib", config, {split: lambda split=split: texts(split) for split in files})
+    write_corpus("stdlib", config, texts)
 
 
 @dataclass
@@ -360,7 +354,7 @@ def text(config: TextConfig) -> None:
                         yield piece
             yield END
 
-    write_corpus(config.name, config, {split: lambda split=split: texts(split) for split in ("train", "val")})
+    write_corpus(config.name, config, texts)
 
 
 CORPORA = {"facts": (facts, FactsConfig), "stdlib": (stdlib, SplitConfig), "mqar": (mqar, MqarConfig),
@@ -368,13 +362,9 @@ CORPORA = {"facts": (facts, FactsConfig), "stdlib": (stdlib, SplitConfig), "mqar
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in CORPORA:
-        if argv and argv[0] in ("-h", "--help"):
-            return print(__doc__.strip())
-        fail(f"name a corpus: python data/prepare.py {'|'.join(CORPORA)} [options]")
-    make, config_class = CORPORA[argv[0]]
-    _, given = parse(config_class, argv[1:], description=f"{argv[0]}: {make.__doc__}")
+    name, options = first_word(argv, CORPORA, __doc__, "a corpus")
+    make, config_class = CORPORA[name]
+    _, given = parse(config_class, options, description=f"{name}: {make.__doc__}")
     make(build(config_class, given))
 
 

@@ -25,7 +25,11 @@ def test_a_measurement_runs_and_keeps_its_rows(argv, methods, tmp_path, capsys):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len({row["method"] for row in rows}) == methods and all(row["seconds"] > 0 for row in rows)
     assert " ms (" in capsys.readouterr().out
-    if argv[0] == "step":
+    if argv[0] != "step":
+        with pytest.raises(SystemExit):
+            plot.plot_step(path)
+        assert "has no rows of bench.py step" in capsys.readouterr().err
+    else:
         assert len(rows) == 2 * 2 * 2 + 2 * 2 * 5, "all five for the small pool"
         plot.plot_step(path)
         assert path.with_suffix(".png").stat().st_size > 10_000

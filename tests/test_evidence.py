@@ -58,11 +58,12 @@ def tiny(tmp_path, monkeypatch):
     for module in (evidence, prepare):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
     models = {"dense": dict(mem_layers=()), "memory+": dict(mem_layers=(1, 2))}
-    facts = dict(
-        corpus="facts", corpus_options=dict(name="facts-tiny", people=20), options=TINY, models=models
-    )
+    corpus = prepare.facts, prepare.FactsConfig(name="facts-tiny", people=20)
+    facts = dict(corpus=corpus, options=TINY, models=models)
     monkeypatch.setattr(evidence, "EXPERIMENTS", {"facts": facts})
-    return tmp_path
+    before = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, before)
 
 
 def lines(folder):
@@ -98,8 +99,11 @@ def test_an_experiment_from_its_plan_to_its_table(tiny, capsys, monkeypatch):
     evidence.main(["table"])
     assert lines(tiny) == rows and capsys.readouterr().out.count("| memory+ |") == 2
     evidence.EXPERIMENTS["facts"]["models"]["dense"]["n_embd"] = 32
-    rows = evidence.read_rows(tiny / "results" / "evidence_facts.jsonl")
-    assert {row["model"] for row in rows} == {"memory+"}
+    path = tiny / "results" / "evidence_facts.jsonl"
+    assert {row["model"] for row in evidence.read_rows(path)} == {"memory+"}
+    corpus = prepare.FactsConfig(name="facts-tiny", people=20, seed=2)
+    evidence.EXPERIMENTS["facts"]["corpus"] = prepare.facts, corpus
+    assert evidence.read_rows(path) == [], "the corpus is another, though the runs' seeds are the same"
 
 
 @pytest.mark.parametrize("steps", [2, 4])
@@ -144,10 +148,8 @@ def test_sigterm_ends_the_runs_too_once_they_have_saved(tiny, monkeypatch):
         return going[-1][0]
 
     monkeypatch.setattr(evidence, "start", noting)
-    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         evidence.main(["facts", "--models=memory+", "--lrs=6e-3", "--seeds=1"])
-    signal.signal(signal.SIGTERM, before)
     ((process, out_dir),) = going
     assert stop.value.code == 130 and process.returncode == 0 and list(out_dir.glob("step_*"))
 
@@ -225,7 +227,7 @@ def test_figures_are_drawn_from_the_lines_alone(tmp_path, monkeypatch):
     path = tmp_path / "evidence_facts.jsonl"
     with open(path, "w") as f:
         for model, seed in itertools.product(MODELS, (1, 2)):
-            row = made_up(model, seed=seed, recall=0.1 * seed, slots=64 if "memory" in model else 0)
+            row = made_up(model, seed=seed, recall=0.1 * seed)
             for point in row["curve"]:
                 point["kl_from_uniform"] = 0.5
             row["options"] = evidence.all_options("facts", model)
@@ -272,16 +274,19 @@ def test_the_best_learning_rate_is_chosen_once_all_are_tried():
         del row["curve"][-1]["recall"]
     rows[1]["curve"][-1]["val_loss"] = 1.0
     assert next_runs(config, ["dense"], rows) == [("dense", 0.5e-3, 1)], "which is the lowest now"
+    # where all diverged, lower rates are tried, whichever ended first
+    rows = [made_up(lr=lr, curve=[]) for lr in (3e-3, 1e-3)]
+    assert next_runs(config, ["dense"], rows) == [("dense", 0.5e-3, 1)]
 
 
 def test_measures_are_as_defined():
     row = made_up()
     assert told(row, 8, 32) == (0.5 * 30 + 1.0 * 10) / 40
     assert told(row, 4, 8) == 0.1 and told(row, 8, 32, point=1) == (0.25 * 30 + 0.5 * 10) / 40
-    assert math.isnan(told(row, 1, 4))
+    assert math.isnan(told(row, 1, 4)) and evidence.spread([0.5, told(row, 1, 4)]) == "-"
     bits = (3 * math.log2(50) + math.log2(336)) / 4  # three attributes of 50 values, and birthdays
     assert math.isclose(bits_a_parameter(row), (0.5 * 90 + 0.25 * 10) * bits / 200)
-    assert tokens_to(0.25, row["curve"]) == 500 and tokens_to(0.51, row["curve"]) is None
+    assert tokens_to(0.25, row["curve"]) == 500 and math.isnan(tokens_to(0.51, row["curve"]))
     assert speed([row, made_up(tokens_per_second=20.0)]) == 20
 
 
@@ -310,7 +315,7 @@ def test_bars_say_what_is_met_and_what_is_not(capsys, monkeypatch):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_models_that_are_compared_cost_alike(experiment):
-    """Multiply-adds of all but dense-2x within 5%; parameters of the mixture as of memory+."""
+    """Multiply-adds of all but dense-2x within 5%, on facts 1%; parameters of the mixture as of memory+."""
     configs = {
         model: TrainConfig(**evidence.train_options(experiment, model), vocab_size=600)
         for model in EXPERIMENTS[experiment]["models"]
@@ -318,12 +323,11 @@ def test_models_that_are_compared_cost_alike(experiment):
     macs = {model: config.macs_per_token() for model, config in configs.items()}
     if "dense-2x" in macs:
         assert math.isclose(macs.pop("dense-2x"), 2 * macs["dense"], rel_tol=0.05)
-    assert max(macs.values()) <= 1.05 * min(macs.values())
-    parameters = []
-    for model in configs.keys() & {"memory+", "moe", "peer", "hash", "memory"}:
-        counts = GPT(configs[model]).count_parameters()
-        parameters.append(counts["dense"] + counts["memory"])
-    assert max(parameters, default=1) <= 1.05 * min(parameters, default=1)
+    assert max(macs.values()) <= (1.01 if experiment == "facts" else 1.05) * min(macs.values())
+    counts = {model: GPT(configs[model]).count_parameters()
+              for model in configs.keys() & {"memory+", "moe", "peer", "hash", "memory"}}
+    parameters = {model: count["dense"] + count["memory"] for model, count in counts.items()}
+    assert max(parameters.values()) <= 1.05 * parameters["memory+"] <= 1.05**2 * min(parameters.values())
 
 
 @pytest.mark.parametrize(
@@ -335,6 +339,7 @@ def test_models_that_are_compared_cost_alike(experiment):
         (["facts", "--lrs="], "--lrs needs one learning rate"),
         (["facts", "--models=dense,moa"], "--models=moa must be of dense, "),
         (["facts", "--job=2"], "did you mean --jobs?"),
+        (["table", "--seeds=5"], "table has --results only"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(argv, message, capsys):

@@ -244,6 +244,21 @@ def test_layers_share_one_pool_and_models_share_nothing():
     assert a.pool.usage.summary()[0] > 0 and b.pool.usage.summary()[0] == 0
 
 
+def test_use_is_of_the_slots_that_tokens_weighted():
+    """Of PEER too, whose slots are two rows each."""
+    for kind in ("product-key", "peer", "hash"):
+        model = make_model(mem_layers=(1,), mem_kind=kind).train()
+        seen = []
+        model.pool.register_forward_hook(lambda pool, args, y, seen=seen: seen.append(args))
+        model(tokens(2, 9))
+        ((indices, weights),) = seen
+        total = torch.zeros_like(model.pool.usage.total_weight)
+        assert len(total) == model.config.mem_num_keys**2
+        for index, weight in zip(indices.flatten(), weights.flatten(), strict=True):
+            total[index] += weight.detach().abs()
+        torch.testing.assert_close(model.pool.usage.total_weight, total)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

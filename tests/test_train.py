@@ -173,6 +173,19 @@ def test_a_mistake_is_one_line_and_status_2(run, options, message, capsys):
     assert_fails(lambda: run(*options), message, capsys)
 
 
+def test_a_model_too_large_is_a_mistake_and_a_bug_is_a_bug(run, monkeypatch, capsys):
+    def raising(message):
+        def make(*args):
+            raise RuntimeError(message)
+        return make
+
+    monkeypatch.setattr(train, "GPT", raising("DefaultCPUAllocator: can't allocate memory"))
+    assert_fails(run, "too large a model; --mem_file holds the pool in a file: Default", capsys)
+    monkeypatch.setattr(train, "GPT", raising("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run()
+
+
 def test_weights_that_have_diverged_are_not_saved(run, capsys):
     """By a step whose own loss was finite: saved, they would push out the last good checkpoint."""
     options = ["--lr=1e30", "--warmup_steps=0", "--grad_clip=0", "--eval_interval=1"]
@@ -261,9 +274,9 @@ def test_a_short_run_on_facts_learns(run):
 
 @pytest.mark.slow
 def test_compiled_training_equals_eager(run):
-    """Guards the reads, which a compiled graph could lose."""
-    run()
-    run("--compile", out=run.out.with_name("compiled"))
+    """Guards the reads, which a compiled graph could lose, and the search, which numpy does in eager mode."""
+    run("--mem_num_keys=128")
+    run("--mem_num_keys=128", "--compile", out=run.out.with_name("compiled"))
     for a, b in zip(log(run.out), log(run.out.with_name("compiled")), strict=True):
         for key in a.keys() & {"loss", "val_loss", "slots_used"}:
             assert math.isclose(a[key], b[key], rel_tol=1e-3), (key, a, b)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,3 +298,16 @@ def test_top_k_equals_topk(S, k, dtype):
     assert torch.equal(values, x.topk(k).values)
     assert torch.equal(values, x.gather(-1, indices))
     assert all(len(row.unique()) == k for row in indices.flatten(0, 1))
+
+
+def test_the_readme_s_example_learns():
+    """As it stands there: its loss falls, and only what it may learn is in its optimisers."""
+    code = (Path(__file__).parents[1] / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    torch.manual_seed(0)
+    exec(code.replace("range(100)", "range(1)"), names)
+    first = names["loss"].item()
+    assert len(names["pool"].reads) == 1
+    torch.manual_seed(0)
+    exec(code, names)
+    assert names["loss"].item() < 0.5 * first

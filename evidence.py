@@ -93,7 +93,7 @@ EXPERIMENTS = {
 @dataclass
 class EvidenceConfig:
     models: tuple[str, ...] = ()  # most urgent first; none: all that the experiment has
-    lrs: tuple[float, ...] = (4e-3, 8e-3, 16e-3)  # learning rates to tune each model over; one: as it is
+    lrs: tuple[float, ...] = (4e-3, 8e-3)  # learning rates to tune each model over; one: as it is
     seeds: int = 3  # runs of each model at its best learning rate
     jobs: int = 2  # runs at a time, each on its share of the cores
     results: str = "results"  # folder, beside evidence.py, for the line that a finished run leaves

@@ -97,7 +97,8 @@ def draw(axis, model: str, x, ys, label: str | None = None):
     """The mean of several runs (ys, a row each), and the least and the most of them as a bar."""
     colour, marker, line = STYLE[model]
     middle, low, high = np.mean(ys, 0), np.min(ys, 0), np.max(ys, 0)
-    axis.errorbar(x, middle, (middle - low, high - middle), color=colour, marker=marker, linestyle=line,
+    around = np.maximum((middle - low, high - middle), 0)  # rounding may put a mean of equals beside them
+    axis.errorbar(x, middle, around, color=colour, marker=marker, linestyle=line,
                   capsize=2, elinewidth=0.8, markersize=5, label=label)
     return x[-1], middle[-1], model  # for label_ends
 

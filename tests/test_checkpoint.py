@@ -151,6 +151,7 @@ for step in range(1, 100_000):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     """At random moments, many times: the newest is whole, of one step, and not lost by the next start."""
     newest = 0

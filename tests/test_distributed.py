@@ -140,6 +140,7 @@ train.draw_batch = stopping
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_from_1_to_4_to_2_to_1_processes(run, together):
     options = ["--max_steps=8", "--eval_interval=2", "--mem_layers=0,1", "--keep=9"]
     whole = run.out.with_name("whole")

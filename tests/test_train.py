@@ -275,8 +275,10 @@ def test_a_short_run_on_facts_learns(run):
 @pytest.mark.slow
 def test_compiled_training_equals_eager(run):
     """Guards the reads, which a compiled graph could lose, and the search, which numpy does in eager mode."""
-    run("--mem_num_keys=128")
-    run("--mem_num_keys=128", "--compile", out=run.out.with_name("compiled"))
+    # before a first token there is none: half a query is 0, and which of the tied keys win is anyone's choice
+    options = "--mem_num_keys=128", "--mem_token_shift=false"
+    run(*options)
+    run(*options, "--compile", out=run.out.with_name("compiled"))
     for a, b in zip(log(run.out), log(run.out.with_name("compiled")), strict=True):
         for key in a.keys() & {"loss", "val_loss", "slots_used"}:
             assert math.isclose(a[key], b[key], rel_tol=1e-3), (key, a, b)

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-train: .venv/run  ## train on generated facts, about five minutes on two cores; goes on where it was stopped
+train: .venv/run  ## train on generated facts, five to eight minutes on two cores; goes on where it was stopped
 	$(BIN)/python train.py --resume
 
 evidence-quick: .venv/run  ## dense against Memory+ on facts, one run each: ten minutes on two cores

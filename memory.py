@@ -63,7 +63,7 @@ def top_k(x: torch.Tensor, k: int):
         best = top_k(groups.amax(-2), k)[1].unsqueeze(-2)  # (..., 1, k)
         values, place = top_k(groups.gather(-1, best.expand(*best.shape[:-2], 4, k)).flatten(-2), k)  # of 4*k
         return values, best.squeeze(-2).gather(-1, place % k) + place // k * (S // 4)
-    if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling():
+    if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling():  # it has no `partition`
         return x.topk(k)
     # numpy selects and sorts several times as fast as torch, but only values. So each value takes its column
     # along: float64 has 29 bits behind those of the float32, where it changes nothing
@@ -190,10 +190,12 @@ class ValuePool(nn.Module):
     sharding: several processes, each of which holds some columns: values is (num_values, value_dim / G) then,
     of the same pool however many they are. file: a path, where the values then are instead of in memory; a
     pool that is there is overwritten, and anything else an error. draw=False: values are yet to be loaded.
+    rows_a_slot: 2 for 'peer', whose first half of the rows is read by `forward`, and counted as use.
     """
 
     def __init__(self, num_values: int, value_dim: int, dtype=torch.float32, kernel: str = "auto",
-                 sharding: Sharding = ALONE, file: str | None = None, draw: bool = True):
+                 sharding: Sharding = ALONE, file: str | None = None, draw: bool = True,
+                 rows_a_slot: int = 1):
         super().__init__()
         columns = sharding.columns
         if value_dim % columns.size:
@@ -214,7 +216,7 @@ class ValuePool(nn.Module):
             rows.copy_(drawn.chunk(columns.size, dim=1)[columns.rank])
         self.values = nn.Parameter(values, requires_grad=False)
         self.kernel, self.sharding, self.file = kernel, sharding, file
-        self.usage = MemoryUsage(num_values)
+        self.usage = MemoryUsage(num_values // rows_a_slot)
         self.reads = []  # (indices, weights, dy) of every read since zero_grad
 
     @torch.compiler.disable  # backward has a side effect, which a compiled graph would lose

@@ -1,10 +1,11 @@
 """
 A GPT whose feed-forward blocks can be swapped for memory layers.
 
-The architecture is GPT-2's (pre-LayerNorm, GELU, the head tied to the token embedding) with rotary positions.
-With mem_layers=() that is all it is. Where a block's index is in mem_layers, a MemoryLayer (memory.py) takes
-the place of its MLP; all memory layers read one ValuePool, which the GPT owns and passes down. Where it is in
-moe_layers, a mixture of experts does: what else one may do with more parameters at the same cost a token.
+The architecture is GPT-2's (pre-LayerNorm, GELU, the head tied to the token embedding) with rotary positions
+and scaled embeddings. With mem_layers=() that is all it is. Where a block's index is in mem_layers, a
+MemoryLayer (memory.py) takes the place of its MLP; all memory layers read one ValuePool, which the GPT owns
+and passes down. Where it is in moe_layers, a mixture of experts does: what else one may do with more
+parameters at the same cost a token.
 
 Why rotary: a position that is added to a token's state is in the memory's query too. The same name at
 another place of the text then asks for other slots, and hardly finds what was learnt at the first.
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from config import at_least
 from distributed import ALONE, Sharding
-from memory import MemoryLayer, MemoryUsage, PoolOptimizer, ValuePool
+from memory import MemoryLayer, PoolOptimizer, ValuePool
 
 
 @dataclass
@@ -251,10 +252,9 @@ class GPT(nn.Module):
         self.pool = None
         if config.mem_layers:
             dtype = getattr(torch, config.mem_dtype)
-            slots, rows_a_slot = config.mem_num_keys**2, 2 if config.mem_kind == "peer" else 1
-            self.pool = ValuePool(slots * rows_a_slot, config.n_embd, dtype, config.kernel, sharding,
-                                  mem_file, draw_pool)
-            self.pool.usage = MemoryUsage(slots)  # peer: of the rows v_j, by their weights
+            rows_a_slot = 2 if config.mem_kind == "peer" else 1
+            self.pool = ValuePool(config.mem_num_keys**2 * rows_a_slot, config.n_embd, dtype, config.kernel,
+                                  sharding, mem_file, draw_pool, rows_a_slot=rows_a_slot)
 
         # GPT-2's initialisation, but for the width: its 0.02 is 1/sqrt(C) for C = 2,500, and too small for
         # narrow models. What a block adds to the residual stream starts smaller, the more blocks

@@ -64,7 +64,7 @@ def plot_step(path: Path) -> None:
     """Time of a step over the size of the pool: the rows of `bench.py step` -> a .png beside them."""
     rows = [row for row in map(json.loads, open(path, encoding="utf-8")) if row.get("bench") == "step"]
     if not rows:
-        fail(f"{path} has no rows of bench.py step --json={path}")
+        fail(f"{path} has no rows that python bench.py step --json={path} would leave")
     tokens, reads = min(row["tokens"] for row in rows), rows[0]["reads"]
     rows = [row for row in rows if (row["tokens"], row["reads"]) == (tokens, reads)]
     figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")

@@ -1,7 +1,7 @@
 """
 Trains a GPT with memory layers.
 
-    python train.py                                 generated facts, five minutes on two cores
+    python train.py                                 generated facts, five to eight minutes on two cores
     python train.py --preset=stdlib                 source text of the Python standard library
     python train.py --mem_layers= --out_dir=out/dense   the same GPT without memory
     python train.py --resume                        goes on from the newest checkpoint of --out_dir

@@ -188,6 +188,8 @@ class FactsConfig(Corpus):
         if not 1 <= self.exposures < np.inf:
             raise ValueError(f"exposures={self.exposures} must be at least 1")
         at_least(0, self, "zipf", "seed")
+        if self.zipf == np.inf:
+            raise ValueError("zipf=inf must be finite")
         for name in ("ask", "held_out"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")

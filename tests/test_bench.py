@@ -28,7 +28,7 @@ def test_a_measurement_runs_and_keeps_its_rows(argv, methods, tmp_path, capsys):
     if argv[0] != "step":
         with pytest.raises(SystemExit):
             plot.plot_step(path)
-        assert "has no rows of bench.py step" in capsys.readouterr().err
+        assert "has no rows that python bench.py step" in capsys.readouterr().err
     else:
         assert len(rows) == 2 * 2 * 2 + 2 * 2 * 5, "all five for the small pool"
         plot.plot_step(path)

@@ -315,7 +315,7 @@ def test_bars_say_what_is_met_and_what_is_not(capsys, monkeypatch):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_models_that_are_compared_cost_alike(experiment):
-    """Multiply-adds of all but dense-2x within 5%, on facts 1%; parameters of the mixture as of memory+."""
+    """Multiply-adds of all but dense-2x within 5%, on facts 1%; and parameters of all of one size."""
     configs = {
         model: TrainConfig(**evidence.train_options(experiment, model), vocab_size=600)
         for model in EXPERIMENTS[experiment]["models"]
@@ -324,10 +324,10 @@ def test_models_that_are_compared_cost_alike(experiment):
     if "dense-2x" in macs:
         assert math.isclose(macs.pop("dense-2x"), 2 * macs["dense"], rel_tol=0.05)
     assert max(macs.values()) <= (1.01 if experiment == "facts" else 1.05) * min(macs.values())
-    counts = {model: GPT(configs[model]).count_parameters()
-              for model in configs.keys() & {"memory+", "moe", "peer", "hash", "memory"}}
-    parameters = {model: count["dense"] + count["memory"] for model, count in counts.items()}
-    assert max(parameters.values()) <= 1.05 * parameters["memory+"] <= 1.05**2 * min(parameters.values())
+    counts = [GPT(config).count_parameters() for model, config in configs.items()
+              if model not in ("dense", "dense-2x", "memory+4x", "memory+16x")]
+    parameters = [count["dense"] + count["memory"] for count in counts]
+    assert len(parameters) > 1 and max(parameters) <= 1.05 * min(parameters)
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,7 @@ def test_text_keeps_the_end_of_each_file_for_validation(data):
         (["facts", "--people=0"], "--people=0 must be between"),
         (["facts", "--seed=-1"], "--seed=-1 must not be negative"),
         (["facts", "--zipf=nan"], "--zipf=nan must not be negative"),
+        (["facts", "--zipf=inf"], "--zipf=inf must be finite"),
         (["facts", "--exposures=nan"], "--exposures=nan must be at least 1"),
         (["text", "--name=", "--input", "EMPTY"], "must be a plain name"),
         (["text", "--name=../x", "--input", "EMPTY"], "must be a plain name"),

@@ -173,6 +173,13 @@ def test_a_mistake_is_one_line_and_status_2(run, options, message, capsys):
     assert_fails(lambda: run(*options), message, capsys)
 
 
+def test_a_pool_in_a_file_is_for_the_cpu(run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(train, "find_device", lambda name: "cuda")
+    options = "--kernel=torch", f"--mem_file={tmp_path / 'pool'}"
+    assert_fails(lambda: run(*options), "--mem_file is for --device=cpu", capsys)
+    assert not run.out.exists() and not (tmp_path / "pool").exists()
+
+
 def test_a_model_too_large_is_a_mistake_and_a_bug_is_a_bug(run, monkeypatch, capsys):
     def raising(message):
         def make(*args):
@@ -273,10 +280,10 @@ def test_a_short_run_on_facts_learns(run):
 
 
 @pytest.mark.slow
-def test_compiled_training_equals_eager(run):
+# before a first token there is none: half a query is 0, and which of many tied keys win is anyone's choice
+@pytest.mark.parametrize("options", [[], ["--mem_num_keys=128", "--mem_token_shift=false"]])
+def test_compiled_training_equals_eager(run, options):
     """Guards the reads, which a compiled graph could lose, and the search, which numpy does in eager mode."""
-    # before a first token there is none: half a query is 0, and which of the tied keys win is anyone's choice
-    options = "--mem_num_keys=128", "--mem_token_shift=false"
     run(*options)
     run(*options, "--compile", out=run.out.with_name("compiled"))
     for a, b in zip(log(run.out), log(run.out.with_name("compiled")), strict=True):

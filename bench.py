@@ -39,15 +39,23 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class BenchConfig:
     json: str = ""  # file for the rows, as JSON
     repeats: int = 9  # measurements of each thing, after one to warm up
-    rows: tuple[int, ...] = (65_536, 262_144, 1_048_576, 4_194_304)  # step: sizes of the pool
-    tokens: tuple[int, ...] = (512, 2048)  # step: tokens a step
-    reads: tuple[str, ...] = ("uniform", "zipf")  # step: how rows are chosen
-    peers_up_to: int = 1_048_576  # step: largest pool that peers get; they hold up to 4 times its size
-    value_dim: int = 256  # step: columns of a row
-    bag: int = 128  # step: rows that a token reads
 
     def __post_init__(self):
-        at_least(1, self, "repeats", "value_dim", "bag")
+        at_least(1, self, "repeats")
+
+
+@dataclass
+class StepConfig(BenchConfig):
+    rows: tuple[int, ...] = (65_536, 262_144, 1_048_576, 4_194_304)  # sizes of the pool
+    tokens: tuple[int, ...] = (512, 2048)  # tokens a step
+    reads: tuple[str, ...] = ("uniform", "zipf")  # how rows are chosen
+    peers_up_to: int = 1_048_576  # largest pool that peers get; they hold up to 4 times its size
+    value_dim: int = 256  # columns of a row
+    bag: int = 128  # rows that a token reads
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(1, self, "value_dim", "bag")
         if any(math.isqrt(rows) ** 2 != rows for rows in self.rows):
             raise ValueError(f"rows={','.join(map(str, self.rows))} must be squares: a pool has num_keys**2 "
                              "rows")
@@ -124,7 +132,7 @@ def peer_step(kind: str, num_values: int, indices, weights, dy):
 PEERS = ("embedding_bag, AdamW", "embedding_bag, SparseAdam", "indexing, AdamW")
 
 
-def bench_step(config: BenchConfig) -> list[dict]:
+def bench_step(config: StepConfig) -> list[dict]:
     V, bag, table = config.value_dim, config.bag, []
     bandwidth = copy_bandwidth(config.repeats)
     print(f"V={V}, bag={bag}, float32, {DEVICE}, {torch.get_num_threads()} threads; copies run at "
@@ -234,7 +242,7 @@ def bench_model(config: BenchConfig) -> list[dict]:
 # --- kernels ------------------------------------------------------------------------------------------------
 
 H100_BANDWIDTH = 3.35e12  # bytes a second
-OPERATION_ROWS = 1_048_576  # of the pool in measure_operations
+BAG = 128  # rows that a token reads
 
 
 def kernel_sources(V: int, dtype: str):
@@ -315,23 +323,23 @@ def bench_kernels(config: BenchConfig) -> list[dict]:
                       f"{row['spilled_bytes']:8} {row['shared']:7} {row['wide_loads']:11} "
                       f"{row['num_warps']:6} {row.get('programs', '-'):>9} {occupancy:>10} {in_flight:>10}")
                 table.append(row)
-    V, bag = 1024, config.bag
-    print(f"\nbytes that must move a token, float32, V={V}, bag={bag}, each row read once; time on an H100:")
+    V = 1024
+    print(f"\nbytes that must move a token, float32, V={V}, bag={BAG}, each row read once; time on an H100:")
     for name, rows_moved in (("gather_sum", 1), ("gather_dot", 1), ("rowwise update", 2), ("adam update", 6)):
-        moved = 4 * V * bag * rows_moved
+        moved = 4 * V * BAG * rows_moved
         print(f"  {name:16} {moved / 1e6:6.2f} MB  {1e9 * moved / H100_BANDWIDTH:6.0f} ns")
     if DEVICE == "cuda":
         table += measure_operations(config)
     return table
 
 
-def measure_operations(config: BenchConfig) -> list[dict]:
+def measure_operations(config: BenchConfig, num_values: int = 1_048_576, V: int = 256) -> list[dict]:
     """Bytes a second of each operation on this device, and their share of what a copy does."""
-    V, bag, N, num_values, table = config.value_dim, config.bag, 4096, OPERATION_ROWS, []
+    N, table = 4096, []
     bandwidth = copy_bandwidth(config.repeats)
     values = torch.randn(num_values, V, device=DEVICE)
-    indices = torch.randint(num_values, (N, bag), device=DEVICE)
-    weights, dy = torch.rand(N, bag, device=DEVICE), torch.randn(N, V, device=DEVICE)
+    indices = torch.randint(num_values, (N, BAG), device=DEVICE)
+    weights, dy = torch.rand(N, BAG, device=DEVICE), torch.randn(N, V, device=DEVICE)
     state = {"v": torch.zeros(num_values, 8, device=DEVICE)}
     row_bytes, touched = V * values.element_size(), len(indices.unique())
     reads, betas = [(indices, weights, dy)], (0.9, 0.99)
@@ -342,7 +350,7 @@ def measure_operations(config: BenchConfig) -> list[dict]:
     }, config.repeats)
     print(f"\non this {DEVICE} device, where a copy moves {bandwidth / 1e9:,.0f} GB/s:")
     for name, measured in times.items():
-        moved = row_bytes * (2 * touched if name == "rowwise update" else N * bag)
+        moved = row_bytes * (2 * touched if name == "rowwise update" else N * BAG)
         speed = moved / statistics.median(measured)
         print(f"  {name:16}{spread(measured)}, {speed / 1e9:,.0f} GB/s, {speed / bandwidth:.0%} of a copy")
         table.append(dict(bench="operations", method=name, bytes_per_second=speed,
@@ -414,19 +422,21 @@ def bench_plan(c: PlanConfig) -> list[dict]:
     parts = {
         "dense: weights, gradients, AdamW": counts["dense"] * 16,
         "values": counts["memory"] * size / G,
+        "slot use": slots * 4,
+    }
+    lazy = {  # for want of a gradient
         "reads of a step": layers * c.tokens * (c.gpus // G) * (G * bag * (4 + 4) + V * 4),
         # of a place where a row was read: index and weight, twice, token, thrice, and the sort's order
         "sorting them": layers * c.tokens * c.gpus * bag * (2 * (4 + 4) + 3 * 8 + 8),
-        "slot use": slots * 4,
     }
     learners = {
-        "rowwise": {"state": slots * c.value_blocks * 4 / G},
-        "adam": {"state": counts["memory"] * 8 / G},
+        "rowwise": {"state": slots * c.value_blocks * 4 / G} | lazy,
+        "adam": {"state": counts["memory"] * 8 / G} | lazy,
         "adam and a dense gradient": {"state": counts["memory"] * 8 / G,
                                       "gradient": counts["memory"] * size / G},
     }
     table = []
-    print("GB a GPU, without activations:")
+    print("GB a GPU, without activations, for which a tenth is left:")
     for name, part in parts.items():
         print(f"  {name:34}{part / 1e9:9.2f}")
     for name, extra in learners.items():
@@ -440,7 +450,8 @@ def bench_plan(c: PlanConfig) -> list[dict]:
     print("\nbytes sent a token and memory layer:")
     for name, part in sent.items():
         print(f"  {name:34}{part:12,.0f}")
-    pool_bytes = layers * bag * V * size * 4  # read for sums and dots; read and written by the update
+    # read for sums and dots; read and written by the update, as if each read were of another row
+    pool_bytes = layers * bag * V * size * 4
     sent_bytes = layers * sum(sent.values()) + 2 * 4 * counts["dense"] / c.tokens  # and AdamW's gradients
     flops = 6 * c.macs_per_token()
     work = {"matrix products": (flops, "FLOPs", c.flops),
@@ -456,11 +467,11 @@ def bench_plan(c: PlanConfig) -> list[dict]:
 
 
 BENCHES = {  # name: (what is done, its options, presets of them)
-    "step": (bench_step, BenchConfig, None),
+    "step": (bench_step, StepConfig, None),
     "search": (bench_search, BenchConfig, None),
     "model": (bench_model, BenchConfig, None),
     "kernels": (bench_kernels, BenchConfig, None),
-    "plan": (bench_plan, PlanConfig, {"paper": PAPER, "small": {"mem_layers": (0, 1)}}),
+    "plan": (bench_plan, PlanConfig, {"paper": PAPER}),
 }
 
 

@@ -19,11 +19,20 @@ from model import GPT
 
 def read_questions(path: Path) -> list[dict]:
     """{"prompt", "answer", and for facts "exposures" and "held_out"} a line; [] where there is no file."""
-    questions = [json.loads(line) for line in open(path, encoding="utf-8")] if path.exists() else []
-    for number, question in enumerate(questions, 1):
-        if not isinstance(question, dict) or not {"prompt", "answer"} <= question.keys():
-            raise ValueError(f"line {number} of {path.name} has no prompt and answer")
+    questions = []
+    for number, line in enumerate(open(path, "rb") if path.exists() else (), 1):
+        try:
+            if line.strip():
+                questions.append(json.loads(line))
+                "".join((questions[-1]["prompt"], questions[-1]["answer"]))  # both are there, and text
+        except (ValueError, KeyError, TypeError):
+            fail(f'line {number} of {path} must be {{"prompt": "...", "answer": "..."}}')
     return questions
+
+
+def decode(encoding, tokens: list[int]) -> str:
+    """Of a model whose vocab_size is larger than the corpus's, tokens that do not exist are left out."""
+    return encoding.decode([token for token in tokens if token < encoding.n_vocab])
 
 
 class Dataset:
@@ -104,7 +113,7 @@ def recall(model: GPT, encoding, questions: list[dict]) -> dict:
     right = {"all": [], "held_out": []}
     by_exposure = {}
     for question, tokens in zip(questions, answer(model, encoding, questions), strict=True):
-        is_right = encoding.decode(tokens).strip() == question["answer"]
+        is_right = decode(encoding, tokens).strip() == question["answer"]
         right["held_out" if question.get("held_out") else "all"].append(is_right)
         if "exposures" in question and not question.get("held_out"):
             by_exposure.setdefault(exposure_bin(question), []).append(is_right)

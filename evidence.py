@@ -45,8 +45,8 @@ RUN_OPTIONS = dict(lr=0.0, seed=0, out_dir="", resume=True, keep=1)  # a run's o
 UNSCALED = dict(scale_embeddings=False)  # for models without learnt keys: they recall more of facts so
 
 # What each model is, as options of train.py, whose defaults are memory+: memory in two of three blocks. All
-# but dense-2x cost as many multiply-adds a token, to 5%: what a memory layer costs less than an MLP, the MLPs
-# that stay get, and larger pools have narrower queries
+# but dense-2x cost as many multiply-adds a token, on facts to 1%: what a memory layer costs less than an MLP,
+# the MLPs that stay get, and larger pools have narrower queries
 MODELS = {
     "dense": UNSCALED | dict(mem_layers=(), mlp_width=276),
     "memory+": {},

@@ -13,8 +13,9 @@ pool, and not for all the rows that were read. It lives in a processor's cache (
 
 `values` is (num_values, V), float32, bfloat16 or float16; `indices` and `weights` are (N, bag): the rows that
 each of N tokens reads, and by how much. A *read* is the tuple (indices, weights, dy), dy being (N, V): all
-that g needs. Sums are of float32 at least. Everything is deterministic: a stable sort, sums in a fixed order,
-no atomics.
+that g needs. g and the optimiser's arithmetic are of float32 at least, and so is every sum in Triton; PyTorch
+gathers 16-bit values by operations that round to 16 bits. Everything is deterministic: a stable sort, sums in
+a fixed order, no atomics.
 
 Each operation is there twice: in plain PyTorch, which is also the fast one on CPUs, and in Triton for GPUs.
 kernel='auto' takes Triton for tensors on a GPU; 'triton' and 'torch' insist.
@@ -115,12 +116,13 @@ def scatter_update(values, state: dict, reads: list, lr: float, betas: tuple[flo
     _check_indices(sorted_reads[0], len(values))
     update = _update_triton if resolve_kernel(kernel, values.device) == "triton" else _update_torch
     update(values, moments, sorted_reads, lr, *betas, eps, stochastic_rounding)
+    torch.autograd.graph.increment_version(values)  # Triton's writes are not seen by autograd
 
 
 def sort_reads(reads: list):
     """
-    All places where a row was read, sorted by row: rows (R,), start (R + 1,), token (P,), weights (P,), dy
-    (T, V).
+    All places where a row was read, sorted by row: rows (R,), start (R + 1,), token (places,), weights
+    (places,), dy (tokens of all reads, V).
 
     Row rows[i] was read at the places start[i] ... start[i + 1] - 1, so that its gradient is the sum over
     those of weights[place] * dy[token[place]]. Tokens of all reads are numbered through.
@@ -276,7 +278,7 @@ def update_kernel(
         exp_avg_ptr,  # adam: (num_values, V); rowwise: None
         rows_ptr, begin_ptr, end_ptr,  # (R,): row rows[i] was read at the places begin[i] ... end[i] - 1
         token_ptr, weights_ptr,  # (places,)
-        dy_ptr,  # (T, V)
+        dy_ptr,  # (tokens of all reads, V)
         lr, beta1, beta2, eps, seed,
         V: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr, WIDTH_PADDED: tl.constexpr,
         ROWS: tl.constexpr, STOCHASTIC: tl.constexpr):

@@ -58,15 +58,15 @@ def top_k(x: torch.Tensor, k: int):
     descending.
     """
     S = x.size(-1)
-    if S > 128 and S % 4 == 0 and k <= S // 4:  # of all groups of 4, the k with the greatest maxima hold it
+    if S > 128 and S % 4 == 0 and k <= S // 4:  # the best k are in the k groups of 4 with the greatest maxima
         groups = x.unflatten(-1, (4, S // 4))  # group c has the columns c, c + S/4, c + 2*S/4, c + 3*S/4
         best = top_k(groups.amax(-2), k)[1].unsqueeze(-2)  # (..., 1, k)
         values, place = top_k(groups.gather(-1, best.expand(*best.shape[:-2], 4, k)).flatten(-2), k)  # of 4*k
         return values, best.squeeze(-2).gather(-1, place % k) + place // k * (S // 4)
-    if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling():  # it has no `partition`
+    if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return x.topk(k)
     # numpy selects and sorts several times as fast as torch, but only values. So each value takes its column
-    # along: float64 has 29 bits behind those of the float32, where it changes nothing
+    # along: float64 has 29 bits more than float32, and a column in the lowest 28 changes no order
     rows = x.double()
     rows.view(torch.int64).bitwise_or_(torch.arange(S))
     if S > 64:  # of fewer, sorting all is faster
@@ -87,18 +87,18 @@ def product_key_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int)
     way.
     """
     S = half_keys.size(2)
-    half_scores = torch.einsum("nhpd,hpsd->nhps", queries, half_keys)  # (N, H, 2, S)
+    half_scores = torch.einsum("nhpd,hpsd->nhps", queries, half_keys)  # (N, H, 2, S), p: the side
     # which slots are best is a choice, with no gradient ...
     with torch.no_grad():
-        best, half_index = top_k(half_scores, knn)  # (N, H, 2, K)
+        best, best_half_keys = top_k(half_scores, knn)  # (N, H, 2, K): of each side by itself
         ranks = torch.tensor(pruned_pairs(knn), device=best.device)  # (2, pairs)
-        ranks = ranks.expand(*best.shape[:2], -1, -1)
+        ranks = ranks.expand(*best.shape[:2], -1, -1)  # (N, H, 2, pairs)
         left, right = best.gather(-1, ranks).unbind(2)  # (N, H, pairs)
-        pair = top_k(left + right, knn)[1].unsqueeze(2).expand(-1, -1, 2, -1)  # (N, H, 2, K)
-        half_index = half_index.gather(-1, ranks).gather(-1, pair)
+        which = top_k(left + right, knn)[1].unsqueeze(2).expand(-1, -1, 2, -1)  # (N, H, 2, K): of the pairs
+        chosen = best_half_keys.gather(-1, ranks.gather(-1, which))  # (N, H, 2, K): half-keys of K slots
     # ... the scores of the chosen are differentiable
-    scores = half_scores.gather(-1, half_index).sum(2)
-    return scores, half_index[:, :, 0] * S + half_index[:, :, 1]
+    scores = half_scores.gather(-1, chosen).sum(2)
+    return scores, chosen[:, :, 0] * S + chosen[:, :, 1]
 
 
 class MemoryUsage(nn.Module):
@@ -132,15 +132,16 @@ class MemoryUsage(nn.Module):
         return len(used) / num_values, math.log(num_values) + (p * p.log()).sum().item()
 
 
-# The two reads of a pool. Each of G processes has N tokens and V/G of the pool's columns: each gets the bags
-# of all tokens, does its columns' share, and hands back what belongs to others' tokens. With G = 1 nothing
-# moves.
+# The two reads of a pool. Backward gives the weights, or x, their gradient, and leaves the pool's as a read:
+# (indices, weights, dy). As a loss is a mean over the tokens of all processes, and each differentiates the
+# mean over its own, a read is divided by their number.
 #
-# Backward gives the weights, or x, their gradient, and leaves the pool's as a read. As a loss is a mean over
-# the tokens of all processes, and each differentiates the mean over its own, the read is divided by their
-# number.
+# Each of G processes has N tokens and V/G of the pool's columns: each gets the bags of all tokens, does its
+# columns' share, and hands back what belongs to others' tokens. With G = 1 nothing moves.
 
 class _Sum(torch.autograd.Function):
+    """y[n] = sum_j weights[n, j] * values[indices[n, j]]; the weights' gradient is dots of dy, as in _Dot."""
+
     @staticmethod
     def forward(ctx, values, indices, weights, pool):
         columns = pool.sharding.columns
@@ -160,7 +161,9 @@ class _Sum(torch.autograd.Function):
         return None, None, columns.reduce_scatter(gather_dot(values, indices, dy, pool.kernel)), None
 
 
-class _Dot(torch.autograd.Function):  # the adjoint: each one's forward is the other's backward
+class _Dot(torch.autograd.Function):
+    """dots[n, j] = <values[indices[n, j]], x[n]>, the adjoint of _Sum; the gradient of x is a sum of rows."""
+
     @staticmethod
     def forward(ctx, values, indices, x, pool):
         columns = pool.sharding.columns
@@ -177,6 +180,11 @@ class _Dot(torch.autograd.Function):  # the adjoint: each one's forward is the o
         (d_dots,) = columns.all_gather(d_dots.contiguous())  # (G*N, bag)
         pool.reads.append((indices, d_dots / pool.sharding.world_size, x.detach()))
         return None, None, columns.columns_to_tokens(gather_sum(values, indices, d_dots, pool.kernel)), None
+
+
+def _with_gradient(x):
+    """x; where nothing before it learns, a leaf, so that backward comes by, and the pool learns."""
+    return x.detach().requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
 
 
 class ValuePool(nn.Module):
@@ -224,12 +232,12 @@ class ValuePool(nn.Module):
         """indices (N, bag), weights (N, bag) -> sums of rows (N, value_dim), of the dtype of weights."""
         if self.training:
             self.usage.add(indices, weights)
-        return _Sum.apply(self.values, indices, weights, self)
+        return _Sum.apply(self.values, indices, _with_gradient(weights), self)
 
     @torch.compiler.disable
     def dot(self, indices, x):
         """indices (N, bag), x (N, value_dim) -> products of rows with x (N, bag), of the dtype of x."""
-        return _Dot.apply(self.values, indices, x, self)
+        return _Dot.apply(self.values, indices, _with_gradient(x), self)
 
     def all_reads(self) -> list:
         """`reads`, with those of the processes that hold the same columns: all get the same, in one order."""
@@ -266,6 +274,8 @@ class MemoryLayer(nn.Module):
             raise ValueError(f"key_dim={key_dim} must be even: a query has two halves")
         if not 1 <= knn <= num_keys:
             raise ValueError(f"knn={knn} must be between 1 and num_keys={num_keys}")
+        if kind not in ("product-key", "peer", "hash"):
+            raise ValueError(f"kind={kind!r} must be 'product-key', 'peer' or 'hash'")
         self.kind, self.num_keys, self.heads, self.knn = kind, num_keys, heads, knn
         if kind == "hash":
             self.score = nn.Linear(width, heads * knn, bias=bias)
@@ -290,7 +300,8 @@ class MemoryLayer(nn.Module):
         if self.scale is not None:
             queries = F.normalize(queries, dim=-1) * self.scale.view(H, 1, 1)
             half_keys = F.normalize(half_keys, dim=-1)
-        return product_key_search(queries, half_keys, self.knn)
+        with torch.autocast(x.device.type, enabled=False):  # of bfloat16 scores many would be equal
+            return product_key_search(queries.to(half_keys.dtype), half_keys, self.knn)
 
     def hash(self, x, bigrams):
         """x (N, C), bigrams (N,), int64: a number for each pair of tokens -> as search."""
@@ -308,6 +319,9 @@ class MemoryLayer(nn.Module):
         mixes two tokens (Peng et al. 2023, arXiv 2305.13048): a slot is of both, such as a name, from the
         start of training. In the papers both halves are of one token. bigrams (...): see `hash`.
         """
+        rows = self.num_keys**2 * (2 if self.kind == "peer" else 1)
+        if len(pool.values) != rows:  # else a read could be of anything
+            raise ValueError(f"the pool has {len(pool.values):,} rows, and this layer needs {rows:,}")
         shape, x = x.shape, x.flatten(0, -2)  # (N, C)
         if self.kind == "hash":
             scores, indices = self.hash(x, bigrams.flatten())

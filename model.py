@@ -41,9 +41,9 @@ class GPTConfig:
     mem_num_keys: int = 128  # half-keys a side; the pool has the square of it as slots
     mem_heads: int = 4  # each searches with a query of its own
     mem_knn: int = 16  # slots that each head reads
-    mem_key_dim: int = 32  # width of a query, both halves
+    mem_key_dim: int = 32  # width of a query, both halves; hash has none
     mem_swilu: bool = True  # gate what was read (Memory+); peer has no gate
-    mem_qk_norm: bool = True  # normalise queries and keys; off, slot use tends to collapse
+    mem_qk_norm: bool = True  # normalise queries and keys, which hash has not; off, slot use may collapse
     mem_token_shift: bool = True  # product-key: the second half of a query is of the token before
     mem_mode: Literal["replace", "add"] = "replace"  # the MLP gives way, or stays too
     mem_dtype: Literal["float32", "bfloat16"] = "float32"  # of the pool's values
@@ -136,8 +136,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, turn, past=None):
         """
-        x (B, T, C), turn: the rotation of its T positions, past: keys and values of earlier tokens or None
-        -> (B, T, C), all keys and values.
+        x (B, T, C), turn: the rotation of its T positions, past: a tuple that begins with keys and values of
+        earlier tokens, or None -> (B, T, C), all keys and values.
         """
         B, T, C = x.size()  # batch, time, width
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
@@ -223,6 +223,7 @@ class Block(nn.Module):
         self.token_shift = config.mem_token_shift and config.mem_kind == "product-key"
 
     def forward(self, x, turn, pool, bigrams, past=None):
+        """past, also returned: keys, values, and the last token's h, which half of the next query is of."""
         y, keys_values = self.attn(self.ln_1(x), turn, past)
         x = x + y
         h = self.ln_2(x)

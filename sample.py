@@ -17,7 +17,7 @@ import torch
 from checkpoint import checkpoints, find_checkpoint, load_model, read_meta
 from config import at_least, build, fail, parse
 from data.prepare import DATA, END, encoding_from_json
-from evaluate import answer, read_questions
+from evaluate import answer, decode, read_questions
 from model import GPT
 from train import find_device, stored_config
 
@@ -27,7 +27,7 @@ SLOTS_SHOWN = 4  # a token and memory layer, in a trace
 @dataclass
 class SampleConfig:
     out_dir: str = "out"  # the run, or a folder of runs, of which the one saved last is taken
-    prompt: str = ""  # text to go on from; none: the start of a document
+    prompt: str = ""  # text to go on from; none: a new line
     num_samples: int = 1  # continuations of the prompt
     max_new_tokens: int = 200  # tokens a continuation, at most
     temperature: float = 0.8  # 0 always takes the likeliest token; 1 draws as the model believes
@@ -101,20 +101,17 @@ def main(argv: list[str] | None = None) -> None:
 
     def show_trace(tokens: list[int]) -> None:
         if trace is not None:
-            trace.print([encoding.decode([token]) for token in tokens])
+            trace.print([decode(encoding, [token]) for token in tokens])
 
     if config.questions:
-        try:
-            questions = read_questions(path)
-        except ValueError as error:
-            fail(f"{path} is damaged ({error}): make it again with data/prepare.py")
+        questions = read_questions(path)
         if not questions:
             fail(f"--questions: there are none in {path}; facts has them: python data/prepare.py facts")
         questions = random.Random(config.seed).sample(questions, min(config.questions, len(questions)))
         right = 0
         for question in questions:
             tokens = answer(model, encoding, [question])[0]
-            text = encoding.decode(tokens).strip()
+            text = decode(encoding, tokens).strip()
             right += text == question["answer"]
             verdict = "right" if text == question["answer"] else f"wrong: {question['answer']}"
             told = f", told {question['exposures']} times" if "exposures" in question else ""
@@ -122,13 +119,13 @@ def main(argv: list[str] | None = None) -> None:
             show_trace(tokens)
         print(f"{right} of {len(questions)} right")
     else:
-        prompt = encoding.encode(config.prompt or END, allowed_special={END}, disallowed_special=())
+        prompt = encoding.encode(config.prompt or "\n", allowed_special={END}, disallowed_special=())
         for i in range(config.num_samples):
             idx = torch.tensor([prompt], device=device)
             idx = model.generate(idx, config.max_new_tokens, config.temperature, config.top_k or None,
                                  seed=config.seed + i, stop=encoding.eot_token)
             tokens = idx[0, len(prompt):].tolist()
-            print(f"--- sample {i + 1} of {config.num_samples}\n{config.prompt}{encoding.decode(tokens)}")
+            print(f"--- sample {i + 1} of {config.num_samples}\n{config.prompt}{decode(encoding, tokens)}")
             show_trace(tokens)
 
 

@@ -219,8 +219,7 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
              f"{config.accum_steps} parts each")
     out_dir = Path(config.out_dir)
     if found is None and checkpoints(out_dir):
-        fail(f"{checkpoints(out_dir)[-1]} is there already: go on from it with --resume, or choose another "
-             "--out_dir")
+        refuse(checkpoints(out_dir)[-1])
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -327,7 +326,6 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
             x, y = (part.to(device) for part in draw_batch(data.train, config.batch_size, config.block_size,
                                                            config.seed, 0, step))
             totals = torch.zeros(2, device=device)  # of the loss, and of the signals to stop
-            totals[1] = len(received)
             micro_batches = zip(x.chunk(config.accum_steps), y.chunk(config.accum_steps), strict=True)
             for i, (micro_x, micro_y) in enumerate(micro_batches):
                 wait = WORLD_SIZE > 1 and i + 1 < config.accum_steps  # gradients are reduced once, at the end
@@ -342,6 +340,7 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * schedule(step, config)
                 optimizer.step()
+            totals[1] = len(received)
             loss, stopping = all_reduce_sum(totals).tolist()  # waits for the device
             loss /= WORLD_SIZE
             spent, steps_spent = spent + time.perf_counter() - t0, steps_spent + 1
@@ -371,8 +370,8 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
         from plot import plot_run  # here, as matplotlib takes its time and memory
         plot_run(out_dir)
         pool = 0 if model.pool is None else model.pool.values.nbytes
-        say(f"{duration(time.perf_counter() - began)} in all; peak memory "
-            f"{peak_memory(device) / 2**30:.3f} GiB; the pool has {pool / 2**30:.3f} GiB")
+        took = f"{duration(time.perf_counter() - began)} {'since it resumed' if found else 'in all'}"
+        say(f"{took}; peak memory {peak_memory(device) / 2**30:.3f} GiB; the pool has {pool / 2**30:.3f} GiB")
         say(f"log, figure and checkpoints are in {out_dir}; next: python sample.py --out_dir={out_dir}")
 
 
@@ -390,6 +389,10 @@ def print_result(result: dict) -> None:
                 print(f"  {label:32} {share:.3f}  {'#' * round(40 * share)}")
 
 
+def refuse(there: Path) -> None:
+    fail(f"{there} is there already: go on from it with --resume, or choose another --out_dir")
+
+
 def stored_config(meta: dict) -> TrainConfig:
     """Of a checkpoint."""
     try:
@@ -403,12 +406,15 @@ def main(argv: list[str] | None = None) -> None:
     config = build(TrainConfig, preset | given)
     try:
         distributed.start(find_device(config.device))
-        # a process that torchrun --max-restarts started again goes on, and all others with it
+        # a process that torchrun --max-restarts started again goes on, and all others with it ...
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        config.resume = any(gather_objects(config.resume or again))
+        resume, config.resume = config.resume, any(gather_objects(config.resume or again))
         found = find_checkpoint(Path(config.out_dir)) if config.resume else None
         if found:
             stored = stored_config(read_meta(found))
+            own = asdict(stored) | {name: getattr(config, name) for name in ("resume", "vocab_size")}
+            if not resume and own != asdict(config):  # ... but not with another run, which was there before
+                refuse(found)
             here = {"out_dir": config.out_dir, "resume": True}
             config = build(TrainConfig, asdict(stored) | given | here)
             fixed = {field.name for field in fields(GPTConfig)} - {"dropout", "kernel"}

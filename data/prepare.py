@@ -105,8 +105,10 @@ def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable[str]
         print(f"{name}: building a tokenizer from the corpus")
         encoding = build_encoding((text.removesuffix(END) for text in texts("train")), config.vocab_size)
     # meta.json is written last: a folder that has it is complete. Who reads the files still has the old ones
-    for old in ("meta.json", "qa.jsonl", "train.bin", "val.bin"):
+    for old in ("meta.json", "train.bin", "val.bin", *(["qa.jsonl"] if questions else [])):
         (folder / old).unlink(missing_ok=True)
+    if (folder / "qa.jsonl").exists():
+        print(f"{name}: the questions in {folder / 'qa.jsonl'} stay")
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
     meta = {"vocab_size": encoding.n_vocab, "dtype": np.dtype(dtype).name}
     for split in ("train", "val"):
@@ -346,7 +348,7 @@ def text(config: TextConfig) -> None:
     def texts(split: str) -> Iterator[str]:
         for name in config.input:
             size = Path(name).stat().st_size
-            block = max(1, min(2**16, int(size * config.val_share / 2)))
+            block = max(1, min(2**16, int(size * config.val_share / 16)))  # characters, of 4 bytes at most
             read = 0
             with open(name, encoding="utf-8", newline="") as f:
                 while piece := f.read(block) + f.readline(block):

@@ -82,13 +82,15 @@ def test_gathers_equal_autograd_in_float64(N, bag, V, num_values, how, side, dty
     exact_values, exact_weights = values.double(), weights.double().requires_grad_()
     y = reference(exact_values, indices, exact_weights)
     y.backward(dy.double())
+    # Triton adds in float32 whatever the values are of, and these are exact in their dtype
+    tolerance = TOLERANCE[torch.float32 if side == "triton" else dtype]
     for kind in (torch.int64, torch.int32):
         ours = gather_sum(values, indices.to(kind), weights, side)
         assert ours.dtype == weights.dtype
-        assert_close(ours, y.detach(), TOLERANCE[dtype])
+        assert_close(ours, y.detach(), tolerance)
         ours = gather_dot(values, indices.to(kind), dy, side)
         assert ours.dtype == dy.dtype
-        assert_close(ours, exact_weights.grad, TOLERANCE[dtype])
+        assert_close(ours, exact_weights.grad, tolerance)
 
 
 @pytest.mark.parametrize("N, bag, V, num_values, how", SHAPES[1:])

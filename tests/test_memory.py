@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_kernel import DEVICE, SIDES
 from torch.nn import functional as F
 
 from memory import MemoryLayer, MemoryUsage, PoolOptimizer, ValuePool, product_key_search, pruned_pairs, top_k
@@ -198,14 +199,52 @@ def test_reads_are_kept_only_where_a_gradient_is_wanted():
     assert pool.reads == []
 
 
-def test_a_step_between_forward_and_backward_is_an_error():
+@pytest.mark.parametrize("kernel", SIDES)
+def test_a_step_between_forward_and_backward_is_an_error(kernel):
     """Guards against gradients of the weights that are taken from other values than the output was."""
-    pool = ValuePool(16, 8)
-    weights = torch.rand(3, 2, requires_grad=True)
-    y = pool(torch.randint(16, (3, 2)), weights)
-    pool.values.add_(1.0)
+    pool = ValuePool(16, 8, kernel=kernel).to(DEVICE)
+    optimizer = PoolOptimizer(pool, 0.1)
+    indices, weights = torch.randint(16, (3, 2), device=DEVICE), torch.rand(3, 2, device=DEVICE)
+    first, second = (pool(indices, weights.requires_grad_()) for _ in range(2))
+    first.sum().backward()
+    optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+        second.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["product-key", "peer", "hash"])
+def test_the_pool_of_a_frozen_layer_learns_as_if_it_were_not_frozen(kind):
+    results = []
+    for frozen in (False, True):
+        torch.manual_seed(0)
+        pool = ValuePool(32 if kind == "peer" else 16, 8)
+        layer = MemoryLayer(8, 4, 2, 2, 4, 8, kind=kind).requires_grad_(not frozen)
+        layer(torch.randn(5, 8), pool, bigrams=torch.arange(5)).square().sum().backward()
+        assert all((p.grad is None) == frozen for p in layer.parameters())
+        results.append(pool.dense_gradient())
+    assert torch.equal(*results) and all(half.any() for half in results[0].chunk(2)), "peer reads both halves"
+
+
+def test_a_pool_of_another_size_and_an_unknown_kind_are_errors():
+    """Guards against reads of anything: nothing else looks whether an index is in the pool."""
+    for kind, rows in (("product-key", 15), ("product-key", 32), ("peer", 16)):
+        with pytest.raises(ValueError, match=f"the pool has {rows} rows"):
+            MemoryLayer(8, 4, 2, 2, 4, 8, kind=kind)(torch.randn(5, 8), ValuePool(rows, 8))
+    with pytest.raises(ValueError, match="must be 'product-key'"):
+        MemoryLayer(8, 4, 2, 2, 4, 8, kind="Peer")
+
+
+def test_autocast_leaves_the_search_exact():
+    """Guards against scores of 8 bits, of which many are equal."""
+    torch.manual_seed(0)
+    layer, pool = MemoryLayer(32, 64, 2, 8, 32, 32), ValuePool(64**2, 32)
+    searched = []
+    pool.register_forward_pre_hook(lambda module, read: searched.append(read))
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(200, 32), pool)
+    (_, weights), = searched
+    assert weights.dtype == torch.float32
+    assert all(len(head.unique()) == 8 for head in weights.view(-1, 8)), "no two of a head's scores are equal"
 
 
 @pytest.mark.parametrize("kind", ["rowwise", "adam"])

@@ -170,13 +170,26 @@ def test_stdlib_splits_by_file(data, monkeypatch):
 def test_text_keeps_the_end_of_each_file_for_validation(data):
     (data / "a.txt").write_text("".join(f"line {i} of a\n" for i in range(500)))
     (data / "b.txt").write_text("ohne Zeilenende " * 400, encoding="utf-8")
-    main(["text", "--input", str(data / "a.txt"), str(data / "b.txt"), "--name=mine", "--val_share=0.2"])
+    (data / "c.txt").write_text("三个字节的字" * 800, encoding="utf-8")
+    files = [str(data / f"{name}.txt") for name in "abc"]
+    main(["text", "--input", *files, "--name=mine", "--val_share=0.2"])
     _, encoding, splits = load(data / "mine")
     train, val = (encoding.decode(splits[split].tolist()).split(END) for split in ("train", "val"))
-    for i, name in enumerate("ab"):
-        whole = (data / f"{name}.txt").read_text()
+    for i, name in enumerate("abc"):
+        whole = (data / f"{name}.txt").read_text(encoding="utf-8")
         assert train[i] + val[i] == whole, "nothing is lost or in both"
         assert 0.1 < len(val[i]) / len(whole) < 0.25
+
+
+def test_text_leaves_questions_that_are_the_user_s(data, capsys):
+    (data / "a.txt").write_text("some words\n" * 200)
+    main(["text", "--input", str(data / "a.txt")])
+    (data / "text" / "qa.jsonl").write_text("mine")
+    main(["text", "--input", str(data / "a.txt")])
+    assert (data / "text" / "qa.jsonl").read_text() == "mine"
+    assert "qa.jsonl stay" in capsys.readouterr().out
+    main(["facts", "--name=text", "--people=5"])
+    assert (data / "text" / "qa.jsonl").read_text() != "mine"
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,39 @@ def test_a_run_is_never_overwritten_nor_changed(run, capsys):
     assert log(run.out) == before
 
 
+def test_a_start_again_by_torchrun_goes_on_with_its_own_run_only(run, monkeypatch, capsys):
+    """Guards a run that was there before: torchrun --max-restarts starts again what was refused, too."""
+    run("--max_steps=3")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run("--max_steps=3")
+    assert "step_000003 is the end of this run" in capsys.readouterr().out
+    for options in ([], ["--max_steps=3", "--lr=1e-4"]):
+        assert_fails(lambda options=options: run(*options), "step_000003 is there already", capsys)
+    run("--resume")
+    assert log(run.out)[-1]["step"] == 6
+
+
+def test_a_vocabulary_larger_than_the_corpus_s(run, capsys):
+    """Guards the words of a model that has not yet learnt which tokens there are."""
+    run("--vocab_size=4096", "--scale_embeddings=false", "--max_steps=1")
+    model, encoding = train.GPT(train.stored_config(train.read_meta(run.out / "step_000001"))), None
+    encoding = evaluate.Dataset("facts").encoding
+    answers = evaluate.answer(model, encoding, [dict(prompt=f"{i}?", answer="x" * 30) for i in range(100)])
+    assert max(map(max, answers)) >= encoding.n_vocab, "else this shows nothing"
+    assert all(isinstance(evaluate.decode(encoding, tokens), str) for tokens in answers)
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "x"}', '["prompt", "answer"]', '{"prompt": "x", "answer": 3}',
+                                  "{", b"\xff"])
+def test_questions_of_one_s_own(tmp_path, capsys, line):
+    path, good = tmp_path / "qa.jsonl", b'{"prompt": "x?", "answer": "y"}\n'
+    assert evaluate.read_questions(path) == []
+    path.write_bytes(good + b"\n" + good)
+    assert evaluate.read_questions(path) == [{"prompt": "x?", "answer": "y"}] * 2
+    path.write_bytes(good + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    assert_fails(lambda: evaluate.read_questions(path), f"line 2 of {path} must be {{", capsys)
+
+
 def test_what_may_change_on_resuming_does(run):
     run("--max_steps=3")
     run("--resume", "--weight_decay=0.5", "--beta1=0.7", "--dropout=0.1", "--kernel=torch")

@@ -4,7 +4,7 @@ Checkpoints: a folder OUT/step_000500 with
     model.pt          all parameters but the pool's
     optimizer.pt      AdamW's state
     pool_0of2.pt ...  the pool's columns, a file for each process that shares them: values, optimiser's state
-    meta.json         the format, the step, the options, the encoding, and the SHA-256 of each file
+    meta.json         the format, the step, the options, the encoding, the SHA-256 of each file and of itself
 
 It is written under another name, and gets its own once all of it is on the disk. So a kill at any moment, or
 a full disk, leaves the last good one; and a file that is cut short or has a flipped bit is noticed. What any
@@ -24,7 +24,7 @@ from config import fail
 from distributed import RANK, WORLD_SIZE, Group, gather_objects
 from model import GPT
 
-FORMAT = 3
+FORMAT = 4
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
@@ -51,8 +51,9 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta
         return {name: write_part(temporary / name, part) for name, part in parts.items()}
 
     def finish():
+        whole = {"format": FORMAT, "step": step, "files": files} | meta
         with open(temporary / "meta.json", "w", encoding="utf-8") as f:
-            json.dump({"format": FORMAT, "step": step, "files": files} | meta, f)
+            json.dump(whole | {"sha256": digest_of(whole)}, f)
             f.flush()
             os.fsync(f.fileno())
         sync_folder(temporary)
@@ -78,8 +79,9 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta
 
 def remove(folder: Path) -> None:
     """Under another name first: no folder that is half gone is ever called a checkpoint."""
-    removed = folder.with_name(".removed_checkpoint")
-    shutil.rmtree(removed, ignore_errors=True)  # of a process that was killed here
+    for left in folder.parent.glob(".removed_*"):  # of a process killed here, or with files open on NFS
+        shutil.rmtree(left, ignore_errors=True)
+    removed = folder.with_name(f".removed_{folder.name}_{os.getpid()}")
     os.rename(folder, removed)
     shutil.rmtree(removed, ignore_errors=True)
 
@@ -131,6 +133,10 @@ def write_part(path: Path, part: dict) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def digest_of(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+
+
 def sync_folder(folder: Path) -> None:
     """The names in it are on the disk when this returns, as fsync sees to for what a file holds."""
     directory = os.open(folder, os.O_RDONLY)
@@ -165,6 +171,9 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, if anything; each process looks at its share of the files."""
     try:
         meta = read_meta(folder)
+        digest = meta.pop("sha256", None)  # which other formats may not have
+        if digest != digest_of(meta) and (digest or meta["format"] == FORMAT):
+            return "meta.json is not as it was written"
         if meta["format"] != FORMAT:
             fail(f"{folder} has the format {meta['format']}, and this version of nanoPKM reads {FORMAT}: "
                  "choose another --out_dir")

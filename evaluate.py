@@ -4,6 +4,7 @@ recall, the share of questions that are answered by exactly the right words. Of 
 share of a batch and of the questions.
 """
 
+import contextlib
 import json
 from itertools import groupby
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from config import fail
-from data.prepare import CORPORA, DATA, encoding_from_json
+from data.prepare import CORPORA, DATA, END, encoding_from_json
 from distributed import RANK, WORLD_SIZE, all_reduce_sum, gather_objects
 from model import GPT
 
@@ -23,16 +24,28 @@ def read_questions(path: Path) -> list[dict]:
     for number, line in enumerate(open(path, "rb") if path.exists() else (), 1):
         try:
             if line.strip():
-                questions.append(json.loads(line))
-                "".join((questions[-1]["prompt"], questions[-1]["answer"]))  # both are there, and text
+                question = json.loads(line)
+                for text in (question["prompt"], question["answer"]):
+                    if not isinstance(text, str) or not text:
+                        raise ValueError
+                questions.append(question)
         except (ValueError, KeyError, TypeError):
             fail(f'line {number} of {path} must be {{"prompt": "...", "answer": "..."}}')
     return questions
 
 
 def decode(encoding, tokens: list[int]) -> str:
-    """Of a model whose vocab_size is larger than the corpus's, tokens that do not exist are left out."""
-    return encoding.decode([token for token in tokens if token < encoding.n_vocab])
+    """Ids that the encoding does not use, and a model that has not learnt so may say, are left out."""
+    parts = []
+    for token in tokens:
+        with contextlib.suppress(KeyError):
+            parts.append(encoding.decode_single_token_bytes(token))
+    return b"".join(parts).decode(errors="replace")
+
+
+def decode_answer(encoding, tokens: list[int]) -> str:
+    """Up to the end of the line, or of the document."""
+    return decode(encoding, tokens).split("\n")[0].split(END)[0].strip()
 
 
 class Dataset:
@@ -99,7 +112,7 @@ def answer(model: GPT, encoding, questions: list[dict], batch_size: int = 64) ->
 
 def exposure_bin(question: dict) -> str:
     """'8' stands for 8 to 15 exposures."""
-    return str(1 << question.get("exposures", 1).bit_length() - 1)
+    return str(1 << max(1, question.get("exposures", 1)).bit_length() - 1)
 
 
 def recall(model: GPT, encoding, questions: list[dict]) -> dict:
@@ -113,7 +126,7 @@ def recall(model: GPT, encoding, questions: list[dict]) -> dict:
     right = {"all": [], "held_out": []}
     by_exposure = {}
     for question, tokens in zip(questions, answer(model, encoding, questions), strict=True):
-        is_right = decode(encoding, tokens).strip() == question["answer"]
+        is_right = decode_answer(encoding, tokens) == question["answer"]
         right["held_out" if question.get("held_out") else "all"].append(is_right)
         if "exposures" in question and not question.get("held_out"):
             by_exposure.setdefault(exposure_bin(question), []).append(is_right)

@@ -182,11 +182,6 @@ class _Dot(torch.autograd.Function):
         return None, None, columns.columns_to_tokens(gather_sum(values, indices, d_dots, pool.kernel)), None
 
 
-def _with_gradient(x):
-    """x; where nothing before it learns, a leaf, so that backward comes by, and the pool learns."""
-    return x.detach().requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
-
-
 class ValuePool(nn.Module):
     """
     The rows that memory layers read: `values` (num_values, value_dim). Layers get the pool as an argument to
@@ -232,12 +227,16 @@ class ValuePool(nn.Module):
         """indices (N, bag), weights (N, bag) -> sums of rows (N, value_dim), of the dtype of weights."""
         if self.training:
             self.usage.add(indices, weights)
-        return _Sum.apply(self.values, indices, _with_gradient(weights), self)
+        return _Sum.apply(self.values, indices, self._with_gradient(weights), self)
 
     @torch.compiler.disable
     def dot(self, indices, x):
         """indices (N, bag), x (N, value_dim) -> products of rows with x (N, bag), of the dtype of x."""
-        return _Dot.apply(self.values, indices, _with_gradient(x), self)
+        return _Dot.apply(self.values, indices, self._with_gradient(x), self)
+
+    def _with_gradient(self, x):
+        """x; in training a leaf where nothing before it learns: so backward comes by, and the pool learns."""
+        return x.detach().requires_grad_() if self.training and not x.requires_grad else x
 
     def all_reads(self) -> list:
         """`reads`, with those of the processes that hold the same columns: all get the same, in one order."""

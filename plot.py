@@ -48,7 +48,7 @@ def plot_run(out_dir: Path) -> None:
         for name, label, style in (("all", "people asked about in training", "o-"),
                                    ("held_out", "people only stated in training", "s--")):
             if name in evaluated[-1]["recall"]:
-                axis.plot(steps, [line["recall"].get(name) for line in evaluated], style, label=label)
+                axis.plot(steps, [line.get("recall", {}).get(name) for line in evaluated], style, label=label)
         axis.set(xlabel="step", ylabel="recall (exact match)", ylim=(0, 1.02))
         if "held_out" in evaluated[-1]["recall"]:
             axis.legend()

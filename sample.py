@@ -17,7 +17,7 @@ import torch
 from checkpoint import checkpoints, find_checkpoint, load_model, read_meta
 from config import at_least, build, fail, parse
 from data.prepare import DATA, END, encoding_from_json
-from evaluate import answer, decode, read_questions
+from evaluate import answer, decode, decode_answer, read_questions
 from model import GPT
 from train import find_device, stored_config
 
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         right = 0
         for question in questions:
             tokens = answer(model, encoding, [question])[0]
-            text = decode(encoding, tokens).strip()
+            text = decode_answer(encoding, tokens)
             right += text == question["answer"]
             verdict = "right" if text == question["answer"] else f"wrong: {question['answer']}"
             told = f", told {question['exposures']} times" if "exposures" in question else ""

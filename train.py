@@ -184,12 +184,13 @@ def make_model(config: TrainConfig, draw_pool: bool) -> GPT:
     if config.mem_layers and config.n_embd % group_size:
         fail(f"--n_embd={config.n_embd} must be a multiple of {group_size}, the processes that share it")
     file = None
-    if config.mem_file and config.mem_layers:
+    if config.mem_file:
         file = config.mem_file + (f".{RANK}of{WORLD_SIZE}" if WORLD_SIZE > 1 else "")
     torch.manual_seed(config.seed)
     sharding, model, problem = distributed.make_sharding(group_size), None, None
     try:
-        if file and Path(file).exists() and not config.resume:
+        own = not draw_pool or config.resume and (Path(config.out_dir) / "log.jsonl").exists()
+        if file and Path(file).exists() and not own:
             raise ValueError(f"mem_file={file} is there already: delete it, or choose another")
         model = GPT(config, sharding, file, draw_pool)
     except ValueError as error:
@@ -213,6 +214,8 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
         fail(f"--{error}")
     if config.mem_file and device != "cpu":
         fail("--mem_file is for --device=cpu: a GPU holds the pool in its own memory")
+    if config.mem_file and not config.mem_layers:
+        fail("--mem_file is for a pool, and without --mem_layers there is none")
     parts = WORLD_SIZE * config.accum_steps
     if config.batch_size % parts:
         fail(f"--batch_size={config.batch_size} must be a multiple of {parts}: {WORLD_SIZE} processes and "

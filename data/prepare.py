@@ -104,16 +104,11 @@ def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable[str]
     else:
         print(f"{name}: building a tokenizer from the corpus")
         encoding = build_encoding((text.removesuffix(END) for text in texts("train")), config.vocab_size)
-    # meta.json is written last: a folder that has it is complete. Who reads the files still has the old ones
-    for old in ("meta.json", "train.bin", "val.bin", *(["qa.jsonl"] if questions else [])):
-        (folder / old).unlink(missing_ok=True)
-    if (folder / "qa.jsonl").exists():
-        print(f"{name}: the questions in {folder / 'qa.jsonl'} stay")
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
     meta = {"vocab_size": encoding.n_vocab, "dtype": np.dtype(dtype).name}
     for split in ("train", "val"):
         count = 0
-        with open(folder / f"{split}.bin", "wb") as f:
+        with open(folder / f"{split}.tmp", "wb") as f:
             title = f"{name}: encoding {split}"
             for text in tqdm(texts(split), title, unit=" texts", leave=False, disable=None):
                 tokens = encoding.encode(text.removesuffix(END), disallowed_special=())
@@ -124,6 +119,13 @@ def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable[str]
         if count < 2:
             fail(f"{name}: the text is too short, {split}.bin would be empty")
         meta[f"{split}_tokens"] = count
+    # meta.json is written last: a folder that has it is complete. Who reads the files still has the old ones
+    for old in ("meta.json", *(["qa.jsonl"] if questions else [])):
+        (folder / old).unlink(missing_ok=True)
+    for split in ("train", "val"):
+        (folder / f"{split}.tmp").replace(folder / f"{split}.bin")
+    if (folder / "qa.jsonl").exists():
+        print(f"{name}: the questions in {folder / 'qa.jsonl'} stay")
     if questions:
         lines = "".join(json.dumps(question) + "\n" for question in questions)
         (folder / "qa.jsonl").write_text(lines, encoding="utf-8")

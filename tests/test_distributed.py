@@ -130,6 +130,28 @@ def test_many_processes_equal_one(run, together, world, options):
     assert (out / "loss.png").exists()
 
 
+PRINT_ANSWERS = """
+answer = evaluate.answer
+def printing(*arguments):
+    answers = answer(*arguments)
+    print("answers", answers, flush=True)
+    return answers
+evaluate.answer = printing
+"""
+
+
+def test_processes_share_questions_and_all_get_all_answers(together, tmp_path):
+    """Of which neither number nor lengths are alike for each."""
+    options = "--max_steps=1", "--eval_questions=15", "--mem_layers=0,1", "--scale_embeddings=false"
+    one, two = (together(world, *options, f"--out_dir={tmp_path / str(world)}", patch=PRINT_ANSWERS)
+                for world in (1, 2))
+    first, *others = (next(line for line in out.splitlines() if line.startswith("answers"))
+                      for out in (*one.out, *two.out))
+    answers = json.loads(first.removeprefix("answers"))
+    assert len(answers) == 15 and len(set(map(tuple, answers))) > 3, "else this shows nothing"
+    assert others == [first] * 2
+
+
 STOP_AFTER = """
 draw = train.draw_batch
 def stopping(*arguments):

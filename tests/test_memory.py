@@ -8,6 +8,8 @@ import pytest
 import torch
 from test_kernel import DEVICE, SIDES
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from memory import MemoryLayer, MemoryUsage, PoolOptimizer, ValuePool, product_key_search, pruned_pairs, top_k
 
@@ -222,6 +224,10 @@ def test_the_pool_of_a_frozen_layer_learns_as_if_it_were_not_frozen(kind):
         layer(torch.randn(5, 8), pool, bigrams=torch.arange(5)).square().sum().backward()
         assert all((p.grad is None) == frozen for p in layer.parameters())
         results.append(pool.dense_gradient())
+    with torch.no_grad():
+        assert not layer(torch.randn(5, 8), pool, bigrams=torch.arange(5)).requires_grad
+    pool.eval()
+    assert not layer(torch.randn(5, 8), pool, bigrams=torch.arange(5)).requires_grad
     assert torch.equal(*results) and all(half.any() for half in results[0].chunk(2)), "peer reads both halves"
 
 
@@ -245,6 +251,42 @@ def test_autocast_leaves_the_search_exact():
     (_, weights), = searched
     assert weights.dtype == torch.float32
     assert all(len(head.unique()) == 8 for head in weights.view(-1, 8)), "no two of a head's scores are equal"
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest new tensor has that an operation returns."""
+
+    def __init__(self, old):
+        super().__init__()
+        self.old, self.numel = {tensor.untyped_storage().data_ptr() for tensor in old}, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.layout == torch.strided:  # a sparse one's parts come too
+                if x.untyped_storage().data_ptr() not in self.old:
+                    self.numel = max(self.numel, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("kind", ["rowwise", "adam"])
+@pytest.mark.parametrize("layer_kind", ["product-key", "peer", "hash"])
+def test_a_step_makes_no_tensor_of_the_pool_s_size(kind, layer_kind):
+    """Nor even one with a number for each slot."""
+    slots = 128**2
+    layer = MemoryLayer(16, 128, 2, 4, 16, 16, kind=layer_kind)
+    pool = ValuePool(2 * slots if layer_kind == "peer" else slots, 16)
+    optimizer = PoolOptimizer(pool, 0.1, kind)
+    state = [x for x in optimizer.state[pool.values].values() if torch.is_tensor(x)]
+    with Largest([pool.values, pool.usage.total_weight, *state]) as largest:
+        for _ in range(2):
+            optimizer.zero_grad()
+            layer(torch.randn(4, 16), pool, bigrams=torch.arange(4)).square().sum().backward()
+            optimizer.step()
+    assert 0 < largest.numel < slots
+    with largest:
+        pool.dense_gradient()
+    assert largest.numel == pool.values.numel(), "what is looked for is found"
 
 
 @pytest.mark.parametrize("kind", ["rowwise", "adam"])

@@ -109,9 +109,13 @@ def test_many_people_get_as_many_names():
 
 def test_a_mistake_leaves_the_data_that_was_there(data):
     main(["facts", "--people=5", "--exposures=3"])
-    with pytest.raises(SystemExit):
-        main(["facts", "--people=5", "--tokenizer=gtp2"])
-    assert (data / "facts" / "meta.json").exists() and (data / "facts" / "qa.jsonl").exists()
+    (data / "empty").write_bytes(b"")
+    files = {path: path.read_bytes() for path in (data / "facts").iterdir()}
+    assert len(files) == 4
+    for mistake in (["facts", "--tokenizer=gtp2"], ["text", "--name=facts", "--input", str(data / "empty")]):
+        with pytest.raises(SystemExit):
+            main(mistake)
+        assert {path: path.read_bytes() for path in files} == files
 
 
 def test_mqar_asks_what_it_told(data):

@@ -1,5 +1,6 @@
 """train.py: resuming, accumulating, checkpoints, each mistake of a user's, and that it learns."""
 
+import json
 import math
 import shutil
 import types
@@ -10,9 +11,11 @@ import torch
 from conftest import assert_fails, assert_same_checkpoint, log
 
 import evaluate
+import plot
 import train
 from data import prepare
-from data.prepare import build_encoding
+from data.prepare import END, build_encoding
+from memory import PoolOptimizer
 
 
 @pytest.mark.parametrize(
@@ -24,6 +27,7 @@ from data.prepare import build_encoding
         ["--kernel=triton", "--device=auto", "--batch_size=1", "--block_size=16"],
         ["--mem_layers="],
         ["--mem_layers=0,1", "--mem_mode=add"],
+        ["--moe_layers=0", "--moe_experts=4"],
     ],
 )
 def test_resuming_equals_not_stopping_bit_for_bit(run, options):
@@ -69,6 +73,32 @@ def test_accumulation_equals_the_big_batch(run, optimizer):
         torch.testing.assert_close(values[0], other, rtol=1e-3, atol=1e-3)
 
 
+def test_each_optimizer_has_the_learning_rate_that_is_its_own(run, monkeypatch):
+    rates, step = [], PoolOptimizer.step
+    monkeypatch.setattr(PoolOptimizer, "step",
+                        lambda self: [rates.append(self.param_groups[0]["lr"]), step(self)])
+    run("--lr=1e-3", "--value_lr=0.25", "--min_lr=0.5")
+    config = train.TrainConfig(max_steps=6, warmup_steps=2, min_lr=0.5)
+    assert rates == pytest.approx([0.25 * train.schedule(step, config) for step in range(6)])
+    groups = torch.load(run.out / "step_000006" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([1e-3 * train.schedule(5, config)] * 2)
+
+
+def test_validation_is_without_dropout_and_no_use_of_the_memory(run):
+    outs = [run.out.with_name(name) for name in ("with", "without")]
+    run("--dropout=0.5", "--max_steps=1", out=outs[0])
+    run("--max_steps=1", out=outs[1])
+    a, b = (log(out)[0] for out in outs)
+    assert a == b and a["step"] == 0 and a["slots_used"] == 0
+
+
+def test_questions_that_came_later_are_drawn(tmp_path):
+    lines = dict(step=0, val_loss=2), dict(step=5, loss=1), dict(step=5, val_loss=1, recall={"all": 0.5})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot.plot_run(tmp_path)
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
 def test_a_batch_is_a_function_of_its_key():
     tokens = np.arange(1000, dtype=np.uint16)
     x, y = evaluate.draw_batch(tokens, 5, 8, 1, 0, 7)
@@ -92,13 +122,14 @@ def test_schedule():
 
 def test_recall_counts_exact_answers():
     """Of a model some of whose answers are right, of two tokens, go on too long, or never end."""
-    answers = {"a?": " x\n", "b?": " x y\n", "c? no": " x z\n", "d?": " x y x", "e? no": " y\n"}
-    encoding = build_encoding(["".join(answers) * 9 + "".join(answers.values()) * 9], 300)
+    answers = {"a?": " x\n", "b?": " x y\n", "c? no": " x z\n", "d?": " x y x", "e? no": " y\n",
+               "f?": " x\n  y", "g?": " x" + END}
+    encoding = build_encoding(["".join(answers) * 9 + "".join(answers.values()) * 9, "\n  y"], 300)
 
     def generate(idx, max_new_tokens, temperature, stop):
         rows = []
         for row in idx.tolist():
-            new = encoding.encode(answers[encoding.decode(row)])[:max_new_tokens]
+            new = encoding.encode(answers[encoding.decode(row)], allowed_special="all")[:max_new_tokens]
             rows.append(row + new + [0] * (max_new_tokens - len(new)))
         return torch.tensor(rows)
 
@@ -108,14 +139,16 @@ def test_recall_counts_exact_answers():
         dict(prompt="b?", answer="x y", exposures=12),
         dict(prompt="c? no", answer="x", exposures=8),
         dict(prompt="d?", answer="x y", exposures=15),
+        dict(prompt="f?", answer="x", exposures=0),
+        dict(prompt="g?", answer="x", exposures=0),
         dict(prompt="e? no", answer="y", exposures=16, held_out=True),
     ]
     assert evaluate.recall(model, encoding, questions) == {
-        "all": 0.5,
+        "all": 4 / 6,
         "held_out": 1.0,
         "by_exposure": {"1": 1.0, "8": 1 / 3},
     }
-    assert evaluate.recall(model, encoding, questions[4:]) == {"held_out": 1.0, "by_exposure": {}}
+    assert evaluate.recall(model, encoding, questions[6:]) == {"held_out": 1.0, "by_exposure": {}}
 
 
 def test_a_run_leaves_what_it_says(run, capsys):
@@ -161,6 +194,7 @@ def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
         (["--accum_steps=3"], "--accum_steps=3 must divide batch_size=4"),
         (["--value_blocks=3"], "--value_blocks=3 must divide n_embd=16"),
         (["--mem_layers=2"], "there is no layer 2, only 0 to 1"),
+        (["--mem_layers=", "--mem_file=pool"], "--mem_file is for a pool"),
         (["--value_stochastic_rounding"], "value_stochastic_rounding is for --mem_dtype=bfloat16"),
         (["--kernel=cuda"], "--kernel: invalid choice: 'cuda'"),
         (["--dataset=mine"], "python data/prepare.py text --name=mine --input"),
@@ -245,7 +279,7 @@ def test_a_vocabulary_larger_than_the_corpus_s(run, capsys):
 
 
 @pytest.mark.parametrize("line", ['{"prompt": "x"}', '["prompt", "answer"]', '{"prompt": "x", "answer": 3}',
-                                  "{", b"\xff"])
+                                  '{"prompt": "", "answer": "x"}', "{", b"\xff"])
 def test_questions_of_one_s_own(tmp_path, capsys, line):
     path, good = tmp_path / "qa.jsonl", b'{"prompt": "x?", "answer": "y"}\n'
     assert evaluate.read_questions(path) == []

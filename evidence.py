@@ -129,14 +129,17 @@ def together(corpus: Corpus, run: TrainConfig) -> dict:
     return json.loads(json.dumps(of_corpus | options))
 
 
-def prepare_corpus(experiment: str) -> None:
-    """Makes it where it is not; one that was made with other options is not what the runs should see."""
+def prepare_corpus(experiment: str, rows: list[dict]) -> None:
+    """Makes it where it is not. It has to be what the runs should see, and what those of `rows` saw."""
     make, config = EXPERIMENTS[experiment]["corpus"]
-    path = DATA / EXPERIMENTS[experiment]["options"]["dataset"] / "meta.json"
-    if not path.exists():
+    folder = DATA / EXPERIMENTS[experiment]["options"]["dataset"]
+    if not (folder / "meta.json").exists():
         make(config)
-    elif json.loads(path.read_text(encoding="utf-8"))["options"] != asdict(config):
-        fail(f"{path.parent} was made with other options: move it away, and it is made again")
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    if meta["options"] != asdict(config):
+        fail(f"{folder} was made with other options: move it away, and it is made again")
+    if any(row["train_tokens"] != meta["train_tokens"] for row in rows):  # stdlib differs between Pythons
+        fail(f"the runs that are there saw another corpus than {folder}: choose a folder with --results")
 
 
 def rows_path(experiment: str, results: str) -> Path:
@@ -209,11 +212,12 @@ def diverged(out_dir: Path) -> bool:
 def make_row(experiment: str, run: tuple, out_dir: Path) -> dict:
     """The line of a finished run; of one that diverged, without a curve."""
     model, lr, seed = run
-    row = {"model": model, "lr": lr, "seed": seed, "options": all_options(experiment, model), "curve": []}
-    if diverged(out_dir):
-        return row
     options = train_options(experiment, model)
     meta = json.loads((DATA / options["dataset"] / "meta.json").read_text())
+    row = {"model": model, "lr": lr, "seed": seed, "options": all_options(experiment, model),
+           "train_tokens": meta["train_tokens"], "curve": []}
+    if diverged(out_dir):
+        return row
     config = TrainConfig(**options, vocab_size=meta["vocab_size"])
     tokens_per_step = config.batch_size * config.block_size
     log = [json.loads(line) for line in open(out_dir / "log.jsonl", encoding="utf-8")]
@@ -229,8 +233,8 @@ def run_all(experiment: str, config: EvidenceConfig) -> None:
     models = config.models or tuple(EXPERIMENTS[experiment]["models"])
     if unknown := set(models) - EXPERIMENTS[experiment]["models"].keys():
         fail(f"--models={','.join(unknown)} must be of {', '.join(EXPERIMENTS[experiment]['models'])}")
-    prepare_corpus(experiment)
     path = rows_path(experiment, config.results)
+    prepare_corpus(experiment, read_rows(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: no run stays behind
     going = {}  # run: (process, folder, when it began)

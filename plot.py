@@ -88,7 +88,7 @@ def plot_step(path: Path) -> None:
 # models of evidence.py: colour, marker and line, so that no two differ by colour alone
 STYLE = defaultdict(lambda: ("#777777", "h", "-"), {  # which is for a model of your own
     "dense": ("#000000", "o", "-"), "dense-2x": ("#000000", "o", ":"), "moe": ("#CC79A7", "v", "--"),
-    "hash": ("#56B4E9", "X", ":"), "peer": ("#E69F00", "P", "--"), "memory": ("#56B4E9", "<", "-."),
+    "hash": ("#56B4E9", "X", ":"), "peer": ("#E69F00", "P", "--"), "memory": ("#882255", "<", "-."),
     "memory+": ("#0072B2", "s", "-"), "memory+4x": ("#009E73", "D", "-"),
     "memory+-short": ("#0072B2", "s", ":"), "memory+16x": ("#D55E00", "^", "-")})
 
@@ -110,8 +110,9 @@ def label_ends(axis, ends: list[tuple]) -> None:
     gap, last = 0.055 * (high - low), -np.inf
     for i, (x, y, model) in enumerate(sorted(ends, key=lambda end: end[1])):
         last = max(min(y, high - gap * (len(ends) - 1 - i)), last + gap)  # those above need room too
-        axis.annotate(model, (x, y), (right * 1.04, last), va="center", fontsize=9, color=STYLE[model][0],
-                      annotation_clip=False, arrowprops=dict(arrowstyle="-", color="0.7", linewidth=0.5))
+        leader = dict(arrowstyle="-", color=STYLE[model][0], linewidth=0.5)
+        axis.annotate(model, (x, y), (right * 1.04, last), va="center", fontsize=9, annotation_clip=False,
+                      arrowprops=leader)
 
 
 def plot_facts(path: Path) -> None:
@@ -128,9 +129,10 @@ def plot_facts(path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     bins = [low for low in recalls[best_first[0]][0]["by_exposure"] if int(low) < 256]
-    for model in best_first:  # so that the legend has the order of the lines
+    for i, model in enumerate(best_first):  # so that the legend has the order of the lines
         shares = [[recall["by_exposure"][low] for low in bins] for recall in recalls[model]]
-        draw(axis, model, [int(low) for low in bins], shares, model)
+        aside = 1.03 ** (i - len(runs) / 2)  # so that bars of different models stand beside each other
+        draw(axis, model, [aside * int(low) for low in bins], shares, model)
     axis.set(xscale="log", xlabel="times a fact was told in the training text", ylabel="recall (exact match)",
              ylim=(-0.02, 1.02), xticks=[int(low) for low in bins],
              xticklabels=[f"{low}-{2 * int(low) - 1}" for low in bins])

@@ -199,6 +199,17 @@ def test_data_made_with_other_options_is_refused(tiny, capsys):
     assert "was made with other options" in capsys.readouterr().err
 
 
+def test_runs_of_another_corpus_are_not_mixed_with_ours(tiny, capsys):
+    """Guards stdlib, which is another one with each version of Python."""
+    path = tiny / "results" / "evidence_facts.jsonl"
+    path.parent.mkdir()
+    options = evidence.all_options("facts", "dense")
+    path.write_text(json.dumps(made_up(options=options, train_tokens=7)) + "\n")
+    with pytest.raises(SystemExit):
+        evidence.main(["facts"])
+    assert "saw another corpus" in capsys.readouterr().err
+
+
 def made_up(model="dense", lr=1e-3, seed=1, recall=0.5, often=0.5, **changes):
     def point(tokens, share, often):
         by_exposure = {"4": 0.1, "8": often, "16": 2 * often}

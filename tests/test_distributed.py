@@ -118,7 +118,7 @@ train.save_checkpoint = check_and_save
         (2, ["--value_optimizer=adam", "--accum_steps=2", "--mem_group_size=1"]),
         (2, ["--mem_kind=peer"]),
         (2, ["--mem_kind=hash", "--mem_layers=0,1"]),
-        (4, ["--mem_group_size=2", "--batch_size=8", "--accum_steps=2"]),
+        pytest.param(4, ["--mem_group_size=2", "--batch_size=8", "--accum_steps=2"], marks=pytest.mark.slow),
     ],
 )
 def test_many_processes_equal_one(run, together, world, options):
@@ -219,6 +219,7 @@ def test_what_cannot_be_shared_out_is_refused_by_name(run, monkeypatch, capsys):
         ValuePool(9, 16, sharding=Sharding(Group(3, 0)))
 
 
+@pytest.mark.slow
 def test_a_shared_pool_in_files_and_a_shard_gone(run, together, tmp_path):
     run()
     out = run.out.with_name("files")

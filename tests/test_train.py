@@ -328,6 +328,7 @@ def test_damaged_data_is_named(run, facts_folder, monkeypatch, tmp_path, capsys)
     assert_fails(run, "is damaged", capsys)
 
 
+@pytest.mark.slow
 def test_a_short_run_on_facts_learns(run):
     """People seen most often are recalled; a model that only knows the answers' forms stays below 0.1."""
     run(

@@ -21,6 +21,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -363,12 +364,23 @@ def measure_operations(config: BenchConfig, num_values: int = 1_048_576, V: int 
 
 @dataclass
 class PlanConfig(GPTConfig):
+    """The largest of Berges et al. 2024: 64M slots of 2,048 beside a GPT of 1.3B; Llama 3's vocabulary."""
+
     vocab_size: int = 128_256  # tokens in the vocabulary
+    block_size: int = 4096
+    n_layer: int = 24
+    n_head: int = 16
+    n_embd: int = 2048
+    mem_layers: tuple[int, ...] = (4, 12, 20)
+    mem_num_keys: int = 8192
+    mem_knn: int = 32
+    mem_key_dim: int = 1024
+    mem_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     json: str = ""  # file for the rows, as JSON
     gpus: int = 64  # processes, a GPU each
     mem_group_size: int = 0  # GPUs that share the pool's columns; 0: all of them
     tokens: int = 16_384  # a step and GPU
-    value_blocks: int = 8  # second moments a row, of rowwise; as many as GPUs share the pool, or more
+    value_blocks: int = 64  # second moments a row, of rowwise; as many as GPUs share the pool, or more
     flops: float = 400e12  # a second and GPU that matrix products reach; an H100 has 989e12 on paper
     bandwidth: float = 3.35e12  # bytes a second of a GPU's memory
     link: float = 50e9  # bytes a second that a GPU sends: 50e9 for 400 Gb/s, 450e9 in a DGX H100
@@ -388,11 +400,6 @@ class PlanConfig(GPTConfig):
                             ("value_blocks", self.value_blocks)):
             if total % self.mem_group_size:
                 raise ValueError(f"mem_group_size={self.mem_group_size} must divide {name}={total}")
-
-
-# the largest of Berges et al. 2024: 64M slots of 2,048, beside a GPT of 1.3B, here with Llama 3's vocabulary
-PAPER = dict(block_size=4096, n_layer=24, n_head=16, n_embd=2048, mem_layers=(4, 12, 20), mem_num_keys=8192,
-             mem_knn=32, mem_key_dim=1024, mem_dtype="bfloat16", value_blocks=64)
 
 
 def bytes_sent(c: PlanConfig) -> dict[str, float]:
@@ -466,20 +473,20 @@ def bench_plan(c: PlanConfig) -> list[dict]:
     return table
 
 
-BENCHES = {  # name: (what is done, its options, presets of them)
-    "step": (bench_step, StepConfig, None),
-    "search": (bench_search, BenchConfig, None),
-    "model": (bench_model, BenchConfig, None),
-    "kernels": (bench_kernels, BenchConfig, None),
-    "plan": (bench_plan, PlanConfig, {"paper": PAPER}),
+BENCHES = {  # name: (what is done, its options)
+    "step": (bench_step, StepConfig),
+    "search": (bench_search, BenchConfig),
+    "model": (bench_model, BenchConfig),
+    "kernels": (bench_kernels, BenchConfig),
+    "plan": (bench_plan, PlanConfig),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
     name, options = first_word(argv, BENCHES, __doc__, "a measurement")
-    bench, config_class, presets = BENCHES[name]
-    preset, given = parse(config_class, options, presets, description=__doc__)
-    config = build(config_class, preset | given)
+    bench, config_class = BENCHES[name]
+    _, given = parse(config_class, options, description=__doc__)
+    config = build(config_class, given)
     table = bench(config)
     if config.json:
         Path(config.json).write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")

@@ -138,7 +138,7 @@ def prepare_corpus(experiment: str, rows: list[dict]) -> None:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     if meta["options"] != asdict(config):
         fail(f"{folder} was made with other options: move it away, and it is made again")
-    if any(row["train_tokens"] != meta["train_tokens"] for row in rows):  # stdlib differs between Pythons
+    if any(row.get("train_tokens") != meta["train_tokens"] for row in rows):  # stdlib differs between Pythons
         fail(f"the runs that are there saw another corpus than {folder}: choose a folder with --results")
 
 

@@ -189,6 +189,7 @@ def make_model(config: TrainConfig, draw_pool: bool) -> GPT:
     torch.manual_seed(config.seed)
     sharding, model, problem = distributed.make_sharding(group_size), None, None
     try:
+        # a file of this very run may be drawn anew; any other may be in use
         own = not draw_pool or config.resume and (Path(config.out_dir) / "log.jsonl").exists()
         if file and Path(file).exists() and not own:
             raise ValueError(f"mem_file={file} is there already: delete it, or choose another")

@@ -71,7 +71,7 @@ def test_the_plan_counts_the_bytes_that_the_collectives_send(gpus, G, monkeypatc
 
     monkeypatch.setattr(distributed.dist, "all_gather_single", count)
     monkeypatch.setattr(distributed.dist, "all_to_all_single", count)
-    config = bench.PlanConfig(n_embd=16, mem_layers=(1,), gpus=gpus, mem_group_size=G)
+    config = bench.PlanConfig(n_embd=16, n_head=2, mem_layers=(1,), gpus=gpus, mem_group_size=G)
     N, bag = 5, config.mem_heads * config.mem_knn
     sharding = distributed.Sharding(distributed.Group(G, 0, G), distributed.Group(gpus // G, 0, gpus // G))
     pool = ValuePool(64, 16, sharding=sharding)

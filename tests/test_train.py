@@ -271,7 +271,7 @@ def test_a_start_again_by_torchrun_goes_on_with_its_own_run_only(run, monkeypatc
 def test_a_vocabulary_larger_than_the_corpus_s(run, capsys):
     """Guards the words of a model that has not yet learnt which tokens there are."""
     run("--vocab_size=4096", "--scale_embeddings=false", "--max_steps=1")
-    model, encoding = train.GPT(train.stored_config(train.read_meta(run.out / "step_000001"))), None
+    model = train.GPT(train.stored_config(train.read_meta(run.out / "step_000001")))
     encoding = evaluate.Dataset("facts").encoding
     answers = evaluate.answer(model, encoding, [dict(prompt=f"{i}?", answer="x" * 30) for i in range(100)])
     assert max(map(max, answers)) >= encoding.n_vocab, "else this shows nothing"

@@ -1,24 +1,23 @@
 """
-The three operations a memory layer does to its pool of values, and nothing else: tensors in, tensors out.
+The operations of a memory layer on its pool of values: tensors in, tensors out.
 
     gather_sum      y[n]     = sum_j weights[n, j] * values[indices[n, j]]         forward
     gather_dot      dw[n, j] = <values[indices[n, j]], dy[n]>                      gradient of the weights
     scatter_update  g[r]     = sum over (n, j) with indices[n, j] = r of weights[n, j] * dy[n]
-                    and at once the optimiser's step on row r, for the rows that were read
+                    then the optimiser's step on row r, for each row that was read
+    top_k           x.topk(k), faster on a CPU
+ The gradient of a gather is a gather. Sort the indices, and all reads of row r stand next to each other: g[r]
+is a weighted sum of rows of dy, just as y[n] is a weighted sum of rows of values. So the gradient is never
+written to memory: not for the whole pool, and not for all the rows that were read. A part of it lives in a
+processor's cache (PyTorch) or in registers (Triton), is used for the step, and is gone.
+ Shapes: `values` (num_values, V), float16, bfloat16, float32 or float64; `indices` and `weights` (N, bag),
+the rows that each of N tokens reads and their weights. A *read* is the tuple (indices, weights, dy) with dy
+(N, V): all that g needs. g and the optimiser's arithmetic are float32 (float64 for float64 values), and so is
+every sum in Triton. In PyTorch the sums over 16-bit values are rounded to 16 bits. All results are
+deterministic: the sort is stable, sums have a fixed order, and there are no atomics.
 
-The gradient of a gather is a gather: sort the indices, and the places where row r was read stand together, so
-that g[r] is a weighted bag too, over rows of dy. So the gradient is never written down: not for the whole
-pool, and not for all the rows that were read. It lives in a processor's cache (PyTorch) or registers
-(Triton), and is spent there.
-
-`values` is (num_values, V), float32, bfloat16 or float16; `indices` and `weights` are (N, bag): the rows that
-each of N tokens reads, and by how much. A *read* is the tuple (indices, weights, dy), dy being (N, V): all
-that g needs. g and the optimiser's arithmetic are of float32 at least, and so is every sum in Triton; PyTorch
-gathers 16-bit values by operations that round to 16 bits. Everything is deterministic: a stable sort, sums in
-a fixed order, no atomics.
-
-Each operation is there twice: in plain PyTorch, which is also the fast one on CPUs, and in Triton for GPUs.
-kernel='auto' takes Triton for tensors on a GPU; 'triton' and 'torch' insist.
+Each operation exists twice: in plain PyTorch, which is also the fast version on CPUs, and in Triton for GPUs.
+kernel='auto' uses Triton for tensors on a GPU; 'triton' and 'torch' choose one.
 """
 
 from __future__ import annotations
@@ -33,15 +32,21 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
-except ImportError:  # there is no Triton for this system; PyTorch is enough
+except ImportError:  # Triton does not exist for this system; PyTorch is enough
     triton = None
 
-CHECK_INDICES = os.environ.get("NANOPKM_CHECK") == "1"  # an index out of range reads or writes anything
+CHECK_INDICES = os.environ.get("NANOPKM_CHECK") == "1"  # an index out of range would read or write anything
 CHUNK = 2**19  # numbers in a chunk of row gradients: 2 MiB of float32, about a core's cache
 
 
+def check_kernel(kernel: str) -> None:
+    if kernel not in ("auto", "triton", "torch"):
+        raise ValueError(f"kernel={kernel!r} must be 'auto', 'triton' or 'torch'")
+
+
 def resolve_kernel(kernel: str, device: torch.device | str) -> str:
-    """'auto', 'triton' or 'torch' -> 'triton' or 'torch'; a ValueError says why, where Triton cannot run."""
+    """'auto', 'triton' or 'torch' -> 'triton' or 'torch'. A ValueError says why Triton cannot run here."""
+    check_kernel(kernel)
     on_gpu = torch.device(device).type == "cuda"
     if kernel == "auto":
         return "triton" if on_gpu and triton is not None else "torch"
@@ -60,7 +65,7 @@ def _check_indices(indices, num_values):
 
 
 def gather_sum(values, indices, weights, kernel: str = "auto") -> torch.Tensor:
-    """y[n] = sum_j weights[n, j] * values[indices[n, j]]: (N, V), of the dtype of weights."""
+    """y[n] = sum_j weights[n, j] * values[indices[n, j]]: (N, V), with the dtype of weights."""
     _check_indices(indices, len(values))
     if resolve_kernel(kernel, values.device) == "triton":
         return _gather_sum_triton(values, indices, weights)
@@ -69,13 +74,15 @@ def gather_sum(values, indices, weights, kernel: str = "auto") -> torch.Tensor:
 
 
 def gather_dot(values, indices, dy, kernel: str = "auto") -> torch.Tensor:
-    """dw[n, j] = <values[indices[n, j]], dy[n]>: (N, bag), of the dtype of dy. The adjoint of gather_sum."""
+    """
+    dw[n, j] = <values[indices[n, j]], dy[n]>: (N, bag), with the dtype of dy. The adjoint of gather_sum.
+    """
     _check_indices(indices, len(values))
     if resolve_kernel(kernel, values.device) == "triton":
         return _gather_dot_triton(values, indices, dy)
     N, bag = indices.size()
     if values.is_cpu and values.dtype in (torch.float32, torch.float64) and bag <= len(values):
-        # dw is dy @ values.T at some places: those of a sparse matrix that has the pool's rows for columns
+        # dw has some of the numbers of dy @ values.T, as a sparse matrix: one column for each row of the pool
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta"
             places = torch.sparse_csr_tensor(torch.arange(N + 1) * bag, indices.reshape(-1).long(),
@@ -89,43 +96,49 @@ def gather_dot(values, indices, dy, kernel: str = "auto") -> torch.Tensor:
     return dw.view(N, bag).to(dy.dtype)
 
 
-def scatter_update(values, state: dict, reads: list, lr: float, betas: tuple[float, float], eps: float,
-                   stochastic_rounding: int | None = None, kernel: str = "auto") -> None:
+def scatter_update(values, reads: list, state: dict, lr: float, betas: tuple[float, float] = (0.9, 0.99),
+                   eps: float = 1e-12, seed: int | None = None, finite: torch.Tensor | None = None,
+                   kernel: str = "auto") -> None:
     """
     One step of the pool's optimiser, in place, on the rows that `reads` touched and on no others.
 
-    Which optimiser follows from `state`, whose tensors are of float32 at least; g is the gradient of row r.
-    rowwise: state['v'], (num_values, blocks). For each block c of a row's columns, with m = mean of g[c]**2:
+    The tensors in `state` choose the optimiser. They have the dtype float32, or float64 for float64 values.
+    g is the gradient of row r. state['step'] is an int64 tensor, which the caller has set to 1, 2, ...
+    'v' (rowwise): (num_values, blocks). For each block c of the columns, with m = mean of g[c]**2:
         v[r, c] = m the first time, then beta2 * v + (1 - beta2) * m
         values[r, c] -= lr * g[c] / (sqrt(v[r, c]) + eps)
-    adam: state['exp_avg'] and state['exp_avg_sq'], like values, and state['step'], first 1: Adam with
-        moments that only move when the row is read (torch.optim.SparseAdam).
-    stochastic_rounding: for bfloat16 values, an integer below 2**31, another one each step, by which new
-        values are rounded up or down by chance, in proportion. Else steps below half a last place are lost.
+    'exp_avg' and 'exp_avg_sq' (adam): like values. Adam whose moments only move when their row is read, as
+        torch.optim.SparseAdam defines it.
+    neither (sgd): values[r] -= lr * g.
+    seed: only for bfloat16 values, which are then rounded up or down by chance, in proportion, drawn from
+        (seed, step, row, column). Without it, changes below half of the last place are lost.
+    finite: a tensor with one bool; where it is False, nothing changes. On a GPU the host does not wait for
+    it.
     """
     if sum(indices.numel() for indices, _, _ in reads) == 0:
         return
-    if stochastic_rounding is not None and values.dtype != torch.bfloat16:
-        raise ValueError(f"stochastic rounding is for bfloat16 values, and these are {values.dtype}")
-    if "v" in state:
-        moments = (state["v"],)
-    else:
-        moments, step = (state["exp_avg"], state["exp_avg_sq"]), state["step"]
-        lr = lr * (1 - betas[1] ** step) ** 0.5 / (1 - betas[0] ** step)
+    if seed is not None:
+        if values.dtype != torch.bfloat16:
+            raise ValueError(f"stochastic rounding is for bfloat16 values, and these are {values.dtype}")
+        seed = (seed + state["step"]) % 2**31
+    moments = [state[name] for name in ("v", "exp_avg", "exp_avg_sq") if name in state]
+    if len(moments) == 2:
+        step = state["step"].double()
+        lr = lr * (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
     sorted_reads = sort_reads(reads)
     _check_indices(sorted_reads[0], len(values))
     update = _update_triton if resolve_kernel(kernel, values.device) == "triton" else _update_torch
-    update(values, moments, sorted_reads, lr, *betas, eps, stochastic_rounding)
-    torch.autograd.graph.increment_version(values)  # Triton's writes are not seen by autograd
+    update(values, moments, sorted_reads, lr, *betas, eps, seed, finite)
+    torch.autograd.graph.increment_version(values)  # autograd does not see what Triton writes
 
 
 def sort_reads(reads: list):
     """
-    All places where a row was read, sorted by row: rows (R,), start (R + 1,), token (places,), weights
-    (places,), dy (tokens of all reads, V).
+    The reads of all layers and micro-batches, sorted by row.
 
-    Row rows[i] was read at the places start[i] ... start[i + 1] - 1, so that its gradient is the sum over
-    those of weights[place] * dy[token[place]]. Tokens of all reads are numbered through.
+    Returns rows (R,), start (R + 1,), token (places,), weights (places,), dy (tokens of all reads, V). Row
+    rows[i] was read at the places start[i] ... start[i + 1] - 1, and its gradient is the sum over these
+    places of weights[place] * dy[token[place]]. The tokens of all reads are numbered consecutively.
     """
     indices = torch.cat([indices.reshape(-1) for indices, _, _ in reads])
     weights = torch.cat([weights.reshape(-1) for _, weights, _ in reads])
@@ -141,10 +154,52 @@ def sort_reads(reads: list):
     return rows.long(), F.pad(counts.cumsum(0), (1, 0)), token, weights, dy
 
 
+def top_k(x: torch.Tensor, k: int):
+    """
+    x.topk(k) exactly, but faster on a CPU and for long rows. x (..., S) -> values, indices (..., k),
+    descending.
+    """
+    S = x.size(-1)
+    if S > 128 and S % 4 == 0 and k <= S // 4:  # the best k are in the k groups of 4 with the greatest maxima
+        groups = x.unflatten(-1, (4, S // 4))  # group c has the columns c, c + S/4, c + 2*S/4, c + 3*S/4
+        best = top_k(groups.amax(-2), k)[1].unsqueeze(-2)  # (..., 1, k)
+        values, place = top_k(groups.gather(-1, best.expand(*best.shape[:-2], 4, k)).flatten(-2), k)  # of 4*k
+        return values, best.squeeze(-2).gather(-1, place % k) + place // k * (S // 4)
+    if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return x.topk(k)
+    return _top_k_by_numpy(x, k)
+
+
+def _top_k_by_numpy(x, k):
+    """
+    numpy selects and sorts numbers several times as fast as torch, but does not say where they stood. So each
+    float32 number becomes a float64, which has 29 more bits, and its column is written into the lowest 28.
+    """
+    S = x.size(-1)
+    rows = x.double()
+    rows.view(torch.int64).bitwise_or_(torch.arange(S))
+    if S > 64:  # shorter rows are faster to sort completely
+        rows.numpy().partition(S - k, -1)  # in place: the greatest k last
+        rows = rows[..., -k:].contiguous()
+    rows.numpy().sort(-1)
+    best = rows[..., -k:].flip(-1)
+    return best.float(), best.view(torch.int64) & (2**28 - 1)
+
+
+def keep_freed_memory() -> None:
+    """
+    Makes glibc keep freed blocks up to this size instead of returning them to the system. The update works in
+    chunks, and without this each chunk would fault in its pages again: a step then takes 1.3 times as long.
+    """
+    torch.empty(31 * 2**18)
+
+
 # --- PyTorch ------------------------------------------------------------------------------------------------
 
 def row_gradients(rows, start, token, weights, dy):
-    """Yields (rows, g) of what sort_reads found, by chunks of rows: g (rows, V) is the caller's to spoil."""
+    """
+    Yields the gradients of what sort_reads returned, in chunks: (rows, g), where the caller may overwrite g.
+    """
     dy = dy.to(torch.promote_types(dy.dtype, torch.float32))
     weights = weights.to(dy.dtype)
     step = max(1, CHUNK // dy.size(1))
@@ -157,9 +212,13 @@ def row_gradients(rows, start, token, weights, dy):
         yield rows[chunk], g
 
 
-def _update_torch(values, moments, sorted_reads, lr, beta1, beta2, eps, stochastic_rounding):
-    def add(to, rows, what, alpha=1.0):  # to[rows] += alpha * what, on all cores: index_add_ runs on one
-        to.add_(torch.sparse_coo_tensor(rows.unsqueeze(0), what, to.shape, is_coalesced=True,
+def _update_torch(values, moments, sorted_reads, lr, beta1, beta2, eps, seed, finite):
+    if finite is not None and not finite:
+        return
+    lr = float(lr)
+
+    def add(to, rows, change, alpha=1.0):  # to[rows] += alpha * change on all cores: index_add_ uses only one
+        to.add_(torch.sparse_coo_tensor(rows.unsqueeze(0), change, to.shape, is_coalesced=True,
                                         check_invariants=False), alpha=alpha)
 
     for rows, g in row_gradients(*sorted_reads):
@@ -171,7 +230,7 @@ def _update_torch(values, moments, sorted_reads, lr, beta1, beta2, eps, stochast
             new_v = torch.where(new_v == 0, mean_sq, torch.lerp(mean_sq, new_v, beta2))  # 0: not read before
             v.index_copy_(0, rows, new_v)
             blocks.div_(new_v.sqrt_().add_(eps).unsqueeze(2))
-        else:  # adam
+        elif len(moments) == 2:  # adam
             exp_avg, exp_avg_sq = (moment.index_select(0, rows) for moment in moments)
             change = (g - exp_avg).mul_(1 - beta1)
             change_sq = g.square_().sub_(exp_avg_sq).mul_(1 - beta2)
@@ -182,16 +241,18 @@ def _update_torch(values, moments, sorted_reads, lr, beta1, beta2, eps, stochast
             add(values, rows, g, alpha=-lr)
             continue
         new = values[rows].to(g.dtype).sub_(g, alpha=lr)
-        if stochastic_rounding is not None:
+        if seed is not None:
             columns = torch.arange(values.size(1), device=values.device)
-            noise = _noise(rows.unsqueeze(1) * values.size(1) + columns, stochastic_rounding)
+            noise = _noise(rows.unsqueeze(1) * values.size(1) + columns, seed)
             bits = new.view(torch.int32) + (noise & 0xFFFF).to(torch.int32)
             new = (bits & -0x10000).view(torch.float32)
         values[rows] = new.to(values.dtype)
 
 
-def _noise(place: torch.Tensor, seed: int) -> torch.Tensor:
-    """32 bits for each place (int64) and seed, those of _noise_triton: the mixing of MurmurHash3."""
+def _noise(place: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    """
+    32 random bits for each place (int64) and seed, as _noise_triton draws them: the mixing of MurmurHash3.
+    """
     x = (place + seed * 0x9E3779B1 & 0xFFFFFFFF) ^ ((place >> 32) * 0x85EBCA6B & 0xFFFFFFFF)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
@@ -200,17 +261,17 @@ def _noise(place: torch.Tensor, seed: int) -> torch.Tensor:
 
 # --- Triton -------------------------------------------------------------------------------------------------
 #
-# What decides the speed is how many bytes are on the way at once: an H100 needs 3.35 TB/s * 0.7 us = 2.3 MB:
-# 18 KB for each of its 132 multiprocessors. A program loads a tile of ROWS rows * COLUMNS columns at a time,
-# about 2,048 numbers (8 KB of float32), 16 bytes a load and four loads a thread. At 40 registers a thread, 12
-# such programs fit a multiprocessor: five times the bytes needed. So there is nothing to tune, and V is the
-# only constant compiled in that a user can change: no kernel is compiled anew for another batch or pool.
+# The speed depends on how many bytes are being loaded at once. An H100 needs 3.35 TB/s * 0.7 us = 2.3 MB, or
+# 18 KB for each of its 132 multiprocessors. A program loads a tile of ROWS rows * COLUMNS columns at a time:
+# about 2,048 numbers (8 KB of float32), with four loads of 16 bytes per thread. At 40 registers per thread,
+# 12 such programs fit on a multiprocessor, which is five times the bytes needed. So there is nothing to tune,
+# and V is the only constant that a user can change: another batch or pool compiles no kernel again.
 #
-# Loads are 16 bytes wide where a row's bytes are a multiple of 16. A row's index is int64 before it is
-# multiplied by V: a pool may have more than 2**31 numbers.
+# Loads are 16 bytes wide where the bytes of a row are a multiple of 16. A row's index is int64 before it is
+# multiplied by V, because a pool may hold more than 2**31 numbers.
 
 def _jit(function):
-    return triton.jit(function, do_not_specialize=["seed"]) if triton is not None else function
+    return triton.jit(function) if triton is not None else function
 
 
 def gather_settings(V: int, element_size: int) -> dict:
@@ -227,7 +288,9 @@ def gather_sum_kernel(
         indices_ptr, weights_ptr,  # (places,)
         begin_ptr, end_ptr,  # (bags,): bag n has the places begin[n] ... end[n] - 1
         V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """y[n] = sum over bag n of weights[place] * values[indices[place]]. A program: a bag, COLUMNS wide."""
+    """
+    y[n] = sum over bag n of weights[place] * values[indices[place]]. One program: COLUMNS columns of one bag.
+    """
     bag = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     begin, end = tl.load(begin_ptr + bag), tl.load(end_ptr + bag)
@@ -249,7 +312,7 @@ def gather_dot_kernel(
         indices_ptr,  # (N, bag)
         dy_ptr,  # (N, V)
         bag, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """dw[n, j] = <values[indices[n, j]], dy[n]>. A program: a token, ROWS rows of its bag."""
+    """dw[n, j] = <values[indices[n, j]], dy[n]>. One program: ROWS rows of the bag of one token."""
     token = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = tl.load(indices_ptr + token * bag + j, mask=j < bag, other=0).to(tl.int64)
@@ -274,15 +337,16 @@ def _noise_triton(place, seed):
 @_jit
 def update_kernel(
         values_ptr,  # (num_values, V)
-        v_ptr,  # rowwise: (num_values, BLOCKS); adam: exp_avg_sq, (num_values, V)
-        exp_avg_ptr,  # adam: (num_values, V); rowwise: None
+        v_ptr,  # rowwise: (num_values, BLOCKS); adam: exp_avg_sq, (num_values, V); sgd: None
+        exp_avg_ptr,  # adam: (num_values, V); rowwise and sgd: None
         rows_ptr, begin_ptr, end_ptr,  # (R,): row rows[i] was read at the places begin[i] ... end[i] - 1
         token_ptr, weights_ptr,  # (places,)
         dy_ptr,  # (tokens of all reads, V)
-        lr, beta1, beta2, eps, seed,
+        lr_ptr, seed_ptr, finite_ptr,  # one number each, float32, int64, int32; finite: 0 or 1
+        beta1, beta2, eps,
         V: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr, WIDTH_PADDED: tl.constexpr,
         ROWS: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """The formulas of scatter_update. A program: one row of the pool, its gradient in registers."""
+    """The formulas of scatter_update. One program: one row of the pool, with its gradient in registers."""
     WIDTH: tl.constexpr = V // BLOCKS
     i = tl.program_id(0)
     row = tl.load(rows_ptr + i).to(tl.int64)
@@ -292,7 +356,7 @@ def update_kernel(
     column = block[:, None] * WIDTH + within[None, :]  # (blocks, width): the row's columns, block by block
     mask = (block < BLOCKS)[:, None] & (within < WIDTH)[None, :]
     place_in_pool = row * V + column
-    # asked for early, needed late
+    # requested early, needed late
     values = tl.load(values_ptr + place_in_pool, mask=mask, other=0.0).to(tl.float32)
 
     g = tl.zeros((BLOCKS_PADDED, WIDTH_PADDED), tl.float32)
@@ -304,11 +368,15 @@ def update_kernel(
                      mask=(place < end)[:, None, None] & mask[None, :, :], other=0.0)
         g += tl.sum(weight[:, None, None] * dy.to(tl.float32), 0)
 
-    if exp_avg_ptr is None:
+    lr, finite = tl.load(lr_ptr), tl.load(finite_ptr) != 0
+    mask = mask & finite  # nothing is stored where a gradient is not finite
+    if v_ptr is None:
+        values -= lr * g
+    elif exp_avg_ptr is None:
         mean_sq = tl.sum(g * g, 1) / WIDTH
         v = tl.load(v_ptr + row * BLOCKS + block, mask=block < BLOCKS, other=0.0)
         v = tl.where(v == 0, mean_sq, beta2 * v + (1 - beta2) * mean_sq)
-        tl.store(v_ptr + row * BLOCKS + block, v, mask=block < BLOCKS)
+        tl.store(v_ptr + row * BLOCKS + block, v, mask=(block < BLOCKS) & finite)
         values -= lr * g / (tl.sqrt(v) + eps)[:, None]
     else:
         exp_avg = tl.load(exp_avg_ptr + place_in_pool, mask=mask, other=0.0)
@@ -319,7 +387,7 @@ def update_kernel(
         tl.store(v_ptr + place_in_pool, exp_avg_sq, mask=mask)
         values -= lr * exp_avg / (tl.sqrt(exp_avg_sq) + eps)
     if STOCHASTIC:
-        bits = values.to(tl.uint32, bitcast=True) + (_noise_triton(place_in_pool, seed) & 0xFFFF)
+        bits = values.to(tl.uint32, bitcast=True) + (_noise_triton(place_in_pool, tl.load(seed_ptr)) & 0xFFFF)
         values = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     tl.store(values_ptr + place_in_pool, values.to(values_ptr.dtype.element_ty), mask=mask)
 
@@ -350,7 +418,9 @@ def _gather_dot_triton(values, indices, dy):
 
 
 def update_settings(V: int, blocks: int, element_size: int) -> dict:
-    """As gather_settings; but few rows of a large pool are read often in a step: 4 places at a time do."""
+    """
+    As gather_settings, for ROWS places at a time. In a large pool most rows are read once or twice per step.
+    """
     width = 1 << (V // blocks - 1).bit_length()
     padded = 1 << (blocks - 1).bit_length()
     places = max(1, min(4, 2048 // (padded * width)))
@@ -358,28 +428,31 @@ def update_settings(V: int, blocks: int, element_size: int) -> dict:
                 num_warps=max(1, min(8, padded * width * element_size // 512)))
 
 
-def _update_triton(values, moments, sorted_reads, lr, beta1, beta2, eps, stochastic_rounding):
+def _update_triton(values, moments, sorted_reads, lr, beta1, beta2, eps, seed, finite):
     rows, start, token, weights, dy = sorted_reads
     begin, end = start[:-1].clone(), start[1:].clone()
-    # a row that very many tokens read would keep one program busy while all others wait. So it is cut into
-    # pieces, whose sums are made by as many programs, and the row then has those sums for its places
+    # a row that very many tokens read would keep one program busy while all others wait. So its places are
+    # cut into pieces, one program sums each piece, and the row's own program then only adds these sums
     piece = max(64, math.isqrt(len(token)))
     long = (end - begin > piece).nonzero()[:, 0]
     if len(long):
         pieces = (end[long] - begin[long] + piece - 1) // piece
         first = pieces.cumsum(0) - pieces
-        of = torch.arange(len(long), device=dy.device).repeat_interleave(pieces)  # the long row of each piece
-        number = torch.arange(len(of), device=dy.device)
-        piece_begin = begin[long][of] + piece * (number - first[of])
-        sums = torch.empty(len(of), dy.size(1), device=dy.device)
-        _bags_triton(sums, dy, token, weights, piece_begin, torch.minimum(piece_begin + piece, end[long][of]))
+        parent = torch.arange(len(long), device=dy.device).repeat_interleave(pieces)  # the row of each piece
+        number = torch.arange(len(parent), device=dy.device)
+        piece_begin = begin[long][parent] + piece * (number - first[parent])
+        piece_end = torch.minimum(piece_begin + piece, end[long][parent])
+        sums = torch.empty(len(parent), dy.size(1), device=dy.device)
+        _bags_triton(sums, dy, token, weights, piece_begin, piece_end)
         begin[long], end[long] = len(token) + first, len(token) + first + pieces
         token = torch.cat((token, len(dy) + number))
-        weights = torch.cat((weights, weights.new_ones(len(of))))
+        weights = torch.cat((weights, weights.new_ones(len(parent))))
         dy = torch.cat((dy.float(), sums))
     blocks = moments[0].size(1) if len(moments) == 1 else 1
-    exp_avg, v = (None, *moments) if len(moments) == 1 else moments
+    exp_avg, v = (None, None, *moments)[-2:]
+    lr = torch.as_tensor(lr, dtype=torch.float32, device=dy.device)
+    finite = torch.ones((), device=dy.device) if finite is None else finite
     update_kernel[(len(rows),)](
-        values, v, exp_avg, rows, begin, end, token, weights, dy, lr, beta1, beta2, eps,
-        stochastic_rounding or 0, STOCHASTIC=stochastic_rounding is not None,
+        values, v, exp_avg, rows, begin, end, token, weights, dy, lr, lr.long() if seed is None else seed,
+        finite.int(), beta1, beta2, eps, STOCHASTIC=seed is not None,
         **update_settings(values.size(1), blocks, dy.element_size()))

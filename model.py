@@ -1,16 +1,15 @@
 """
-A GPT whose feed-forward blocks can be swapped for memory layers.
-
-The architecture is GPT-2's (pre-LayerNorm, GELU, the head tied to the token embedding) with rotary positions
-and scaled embeddings. With mem_layers=() that is all it is. Where a block's index is in mem_layers, a
-MemoryLayer (memory.py) takes the place of its MLP; all memory layers read one ValuePool, which the GPT owns
-and passes down. Where it is in moe_layers, a mixture of experts does: what else one may do with more
-parameters at the same cost a token.
-
-Why rotary: a position that is added to a token's state is in the memory's query too. The same name at
-another place of the text then asks for other slots, and hardly finds what was learnt at the first.
+A GPT whose feed-forward blocks can be replaced by memory layers.
+ The architecture is GPT-2 (pre-LayerNorm, GELU, the head tied to the token embedding) with rotary positions
+and scaled embeddings. With mem_layers=() it is nothing else. Where the index of a block is in mem_layers, a
+MemoryLayer (memory.py) takes the place of its MLP. All memory layers read one ValuePool, which the GPT owns
+and passes to them. What memory layers are compared with (mem_kind, moe_layers) is in baselines.py.
+ Why rotary positions: a position that is added to a token's state is in the memory's query too. The same name
+at another place of the text would then read other slots, and would hardly find what was learnt at the first
+place.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -19,9 +18,10 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from config import at_least
-from distributed import ALONE, Sharding
-from memory import MemoryLayer, PoolOptimizer, ValuePool
+from baselines import PEER, HashedMemory, MoE
+from memory import MemoryLayer
+from pool import PoolOptimizer, ValuePool
+from runtime.cli import at_least, check_choices
 
 
 @dataclass
@@ -29,32 +29,33 @@ class GPTConfig:
     vocab_size: int = 0  # tokens in the vocabulary; 0 is for train.py: as many as the corpus has
     block_size: int = 128  # longest context, in tokens
     n_layer: int = 3  # Transformer blocks
-    n_head: int = 4  # attention heads, each of an even width
+    n_head: int = 4  # attention heads, each with an even width
     n_embd: int = 64  # width of the model
     dropout: float = 0.0  # share of activations dropped in training
-    bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has
+    bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2
     mlp_width: int = 0  # hidden units of an MLP; 0: 4 * n_embd
-    scale_embeddings: bool = True  # times sqrt(n_embd): a token is not lost in what blocks add to it
+    scale_embeddings: bool = True  # multiply by sqrt(n_embd), so that blocks do not drown out the token
 
     mem_layers: tuple[int, ...] = ()  # blocks with a memory layer, from 0; the papers spread 3 over the depth
-    mem_kind: Literal["product-key", "peer", "hash"] = "product-key"  # see memory.py
-    mem_num_keys: int = 128  # half-keys a side; the pool has the square of it as slots
-    mem_heads: int = 4  # each searches with a query of its own
+    mem_kind: Literal["product-key", "peer", "hash"] = "product-key"  # see memory.py and baselines.py
+    mem_num_keys: int = 128  # half-keys per side; the pool has mem_num_keys squared slots
+    mem_heads: int = 4  # each head searches with its own query
     mem_knn: int = 16  # slots that each head reads
-    mem_key_dim: int = 32  # width of a query, both halves; hash has none
-    mem_swilu: bool = True  # gate what was read (Memory+); peer has no gate
-    mem_qk_norm: bool = True  # normalise queries and keys, which hash has not; off, slot use may collapse
-    mem_token_shift: bool = True  # product-key: the second half of a query is of the token before
-    mem_mode: Literal["replace", "add"] = "replace"  # the MLP gives way, or stays too
-    mem_dtype: Literal["float32", "bfloat16"] = "float32"  # of the pool's values
-    kernel: Literal["auto", "triton", "torch"] = "auto"  # of the pool; auto: triton on a GPU, else torch
+    mem_key_dim: int = 32  # width of a query, both halves together; not for hash
+    mem_swilu: bool = True  # gate what was read, as Memory+ does; not for peer
+    mem_qk_norm: bool = True  # normalise queries and keys, so that all slots come into use; not for hash
+    mem_query: Literal["state", "shifted", "tokens"] = "shifted"  # see query_sources in model.py
+    mem_mode: Literal["replace", "add"] = "replace"  # replace the MLP, or stand beside it
+    mem_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the pool's values
+    kernel: Literal["auto", "triton", "torch"] = "auto"  # auto: triton on a GPU, otherwise torch
 
     moe_layers: tuple[int, ...] = ()  # blocks with a mixture of experts, from 0
-    moe_experts: int = 32  # a block
-    moe_top_k: int = 2  # experts that a token goes through, each an MLP of mlp_width / moe_top_k hidden units
-    moe_balance: float = 0.01  # weight of the loss that spreads tokens over experts; training alone has it
+    moe_experts: int = 32  # experts per block
+    moe_top_k: int = 2  # experts per token, each an MLP with mlp_width / moe_top_k hidden units
+    moe_balance: float = 0.01  # weight of the loss that spreads tokens over experts, in training only
 
     def __post_init__(self):
+        check_choices(self)
         self.mem_layers, self.moe_layers = tuple(sorted(self.mem_layers)), tuple(sorted(self.moe_layers))
         at_least(1, self, "block_size", "n_layer", "n_head", "n_embd", "mem_num_keys", "mem_heads", "mem_knn",
                  "mem_key_dim", "moe_experts", "moe_top_k")
@@ -63,7 +64,7 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of 2 * n_head={2 * self.n_head}: "
-                             "positions turn a head's numbers in pairs")
+                             "rotary positions turn the numbers of a head in pairs")
         for name, layers in (("mem_layers", self.mem_layers), ("moe_layers", self.moe_layers)):
             if wrong := set(layers) - set(range(self.n_layer)):
                 raise ValueError(f"{name}: there is no layer {min(wrong)}, only 0 to {self.n_layer - 1}")
@@ -74,7 +75,7 @@ class GPTConfig:
         if self.mem_layers and self.mem_knn > self.mem_num_keys:
             raise ValueError(f"mem_knn={self.mem_knn} must be at most mem_num_keys={self.mem_num_keys}")
         if self.mem_layers and self.mem_num_keys > 32_767:
-            raise ValueError(f"mem_num_keys={self.mem_num_keys} must be at most 32767: rows are int32")
+            raise ValueError(f"mem_num_keys={self.mem_num_keys} must be at most 32767: indices are int32")
         if self.mem_layers and self.mem_key_dim % 2:
             raise ValueError(f"mem_key_dim={self.mem_key_dim} must be even: a query has two halves")
         if self.mem_kind == "peer" and self.mem_mode == "add":
@@ -91,10 +92,10 @@ class GPTConfig:
 
     def macs_per_token(self) -> int:
         """
-        Multiply-adds of a forward pass, a token, at the length block_size: of every matrix; of attention,
-        where a token sees half the block on average; of the search, 2 * num_keys products with half-keys a
-        head; and of the rows read. Not counted: what is done number by number (normalisation, softmax, GELU),
-        choosing (top-k), and looking up embeddings. A training step costs three times as many.
+        Multiply-adds per token of a forward pass, at a context of block_size tokens: all matrices; attention,
+        where a token sees half of the block on average; the search, with 2 * num_keys half-keys per head; and
+        the rows read. Not counted: element by element work (normalisation, softmax, GELU), top-k, and looking
+        up embeddings. A training step costs three times as many.
         """
         C, reads = self.n_embd, self.mem_heads * self.mem_knn
         attention = 4 * C * C + self.block_size * C
@@ -110,20 +111,20 @@ class GPTConfig:
 
 def rotation(first: int, T: int, width: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Rotary positions (Su et al. 2021, arXiv 2104.09864, section 3.2): at position t the numbers i and
-    i + width/2 of a query or key are turned, like a point of the plane, by t * 10_000 ** (-2 * i / width)
+    Rotary positions (Su et al. 2021, arXiv 2104.09864, section 3.2). At position t, numbers i and i + width/2
+    of a query or key are the coordinates of a point, which is turned by t * 10_000 ** (-2 * i / width)
     radians.
 
-    Returns the cosines and the sines of positions first ... first + T - 1, (T, width) each, for `rotate`: the
-    sines of the first half with the minus that they have in its formula.
+    Returns the cosines and sines for `rotate` at positions first ... first + T - 1, (T, width) each. The
+    sines of the first half have the minus sign that the formula of a rotation has there.
     """
-    frequency = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)  # radians a token
+    frequency = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)  # radians per token
     angle = torch.arange(first, first + T, device=device).unsqueeze(1) * frequency  # (T, width/2)
     return torch.cat([angle.cos()] * 2, dim=1), torch.cat((-angle.sin(), angle.sin()), dim=1)
 
 
 def rotate(x, cos, sin):
-    """x (..., T, width) turned: how a query and a key match then depends on their distance alone."""
+    """Turns x (..., T, width). How well a query and a key match then depends on their distance alone."""
     return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
 
 
@@ -136,8 +137,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, turn, past=None):
         """
-        x (B, T, C), turn: the rotation of its T positions, past: a tuple that begins with keys and values of
-        earlier tokens, or None -> (B, T, C), all keys and values.
+        x (B, T, C), turn: the rotation of its T positions, past: keys and values of earlier tokens, or None.
+        Returns (B, T, C), and the keys and values of all tokens, (B, n_head, P + T, C/n_head) each.
         """
         B, T, C = x.size()  # batch, time, width
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
@@ -145,7 +146,7 @@ class CausalSelfAttention(nn.Module):
         q, k = rotate(q, *turn), rotate(k, *turn)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        # of T new tokens after P past ones, the i-th sees P + i + 1
+        # with P past and T new tokens, new token i sees P + i + 1
         P = k.size(2) - T
         mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P) if P and T > 1 else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not P and T > 1,
@@ -164,45 +165,23 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
-class MoE(nn.Module):
+def make_memory(c: GPTConfig) -> nn.Module:
+    if c.mem_kind == "hash":
+        return HashedMemory(c.n_embd, c.mem_num_keys**2, c.mem_heads, c.mem_knn, c.n_embd, c.vocab_size,
+                            swilu=c.mem_swilu, bias=c.bias)
+    sizes = dict(width=c.n_embd, num_keys=c.mem_num_keys, heads=c.mem_heads, knn=c.mem_knn,
+                 key_dim=c.mem_key_dim, qk_norm=c.mem_qk_norm, bias=c.bias)
+    if c.mem_kind == "peer":
+        return PEER(**sizes)
+    return MemoryLayer(**sizes, value_dim=c.n_embd, swilu=c.mem_swilu)
+
+
+def shift(x, previous=None):
     """
-    A mixture of experts: each token goes through the top_k of E MLPs (small, without bias) that a router
-    scores highest, and their outputs are averaged with the softmax of those scores (Shazeer et al. 2017,
-    arXiv 1701.06538). No token is ever dropped.
-
-    Leaves `balance`, the load-balancing loss of Fedus et al. 2021 (arXiv 2101.03961, section 2.2), over the
-    tokens of this process: 1 where all experts are chosen alike, E / top_k where the same ones always are.
+    x (B, T, ...) -> for each token, x of the token before it. previous (B, 1, ...): x before the first; None:
+    0.
     """
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        C, E, width = config.n_embd, config.moe_experts, config.hidden // config.moe_top_k
-        self.top_k = config.moe_top_k
-        self.router = nn.Linear(C, E, bias=False)
-        self.c_fc = nn.Parameter(torch.empty(E, C, width).normal_(std=C**-0.5))
-        # top_k times an MLP's: an average of top_k experts, each 1/top_k as wide, starts as large as an MLP
-        std = self.top_k / math.sqrt(2 * config.n_layer * C)
-        self.c_proj = nn.Parameter(torch.empty(E, width, C).normal_(std=std))
-
-    def forward(self, x):
-        shape, x = x.shape, x.flatten(0, -2)  # (N, C)
-        logits = self.router(x)  # (N, E)
-        scores, experts = logits.topk(self.top_k)  # (N, top_k)
-        weights = scores.softmax(-1)
-        # sorted by expert, the tokens of one stand together: a matrix product each, and no token is padding
-        order = experts.flatten().argsort(stable=True)  # (N * top_k,)
-        token, E = order // self.top_k, logits.size(1)
-        counts = experts.flatten().bincount(minlength=E)
-        y = torch.cat([F.gelu(part @ self.c_fc[e], approximate="tanh") @ self.c_proj[e]
-                       for e, part in enumerate(x[token].split(counts.tolist()))])
-        y = torch.zeros_like(x).index_add(0, token, y * weights.flatten()[order].unsqueeze(1))
-        self.balance = E * (counts / counts.sum() * logits.softmax(-1).mean(0)).sum()
-        return y.view(shape)
-
-
-def token_before(x, last=None):
-    """x (B, T, ...), last: x of the one before the first, or None: 0 -> like x, of the token before each."""
-    return torch.cat((torch.zeros_like(x[:, :1]) if last is None else last, x[:, :-1]), dim=1)
+    return torch.cat((torch.zeros_like(x[:, :1]) if previous is None else previous, x[:, :-1]), dim=1)
 
 
 class Block(nn.Module):
@@ -212,53 +191,71 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        is_memory = layer in config.mem_layers
+        self.memory = make_memory(config) if layer in config.mem_layers else None
         self.mlp = None
-        if not is_memory or config.mem_mode == "add":
-            self.mlp = MoE(config) if layer in config.moe_layers else MLP(config)
-        self.memory = MemoryLayer(
-            width=config.n_embd, num_keys=config.mem_num_keys, heads=config.mem_heads, knn=config.mem_knn,
-            key_dim=config.mem_key_dim, value_dim=config.n_embd, swilu=config.mem_swilu,
-            qk_norm=config.mem_qk_norm, bias=config.bias, kind=config.mem_kind) if is_memory else None
-        self.token_shift = config.mem_token_shift and config.mem_kind == "product-key"
+        if self.memory is None or config.mem_mode == "add":
+            self.mlp = MLP(config)
+            if layer in config.moe_layers:
+                self.mlp = MoE(config.n_embd, config.hidden, config.moe_experts, config.moe_top_k,
+                               config.n_layer)
+        self.uses_previous = config.mem_kind == "hash" or (
+            config.mem_kind == "product-key" and config.mem_query != "state")
 
-    def forward(self, x, turn, pool, bigrams, past=None):
-        """past, also returned: keys, values, and the last token's h, which half of the next query is of."""
-        y, keys_values = self.attn(self.ln_1(x), turn, past)
+    def forward(self, x, turn, pool, tokens=None, past=None):
+        """x (B, T, C); tokens: see GPT.query_sources; past: see GPT.forward -> x, past of this block."""
+        keys_values, previous = (None, None) if past is None else (past[:2], past[2])
+        y, keys_values = self.attn(self.ln_1(x), turn, keys_values)
         x = x + y
         h = self.ln_2(x)
         if self.mlp is not None:
             x = x + F.dropout(self.mlp(h), self.dropout, self.training)
         if self.memory is not None:
-            before = token_before(h, None if past is None else past[2]) if self.token_shift else None
-            x = x + F.dropout(self.memory(h, pool, before, bigrams), self.dropout, self.training)
-        return x, (*keys_values, h[:, -1:])
+            left = right = None  # as published: both halves of a query come from h
+            if self.uses_previous:
+                left = h if tokens is None else tokens
+                left, right, previous = left, shift(left, previous), left[:, -1:]
+            x = x + F.dropout(self.memory(h, pool, left, right), self.dropout, self.training)
+        return x, (*keys_values, previous)
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module):
+    """
+    Evaluation mode for a while: afterwards each submodule has the mode that it had, also after an exception.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class GPT(nn.Module):
     """
-    sharding: how the pool's columns lie on processes. mem_file: a file to hold the pool's values, instead of
-    the memory. draw_pool=False: the pool's values are yet to be loaded.
+    pool_class(num_values, value_dim, dtype=..., kernel=...) makes the pool: ValuePool, or what stands in for
+    it, such as a ShardedPool on many processes.
     """
 
-    def __init__(self, config: GPTConfig, sharding: Sharding = ALONE, mem_file: str | None = None,
-                 draw_pool: bool = True):
+    def __init__(self, config: GPTConfig, pool_class=ValuePool):
         super().__init__()
         if config.vocab_size < 1:
             raise ValueError("vocab_size must be at least 1")
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # the head too: the two are tied
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # tied: it is the head too
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.pool = None
         if config.mem_layers:
-            dtype = getattr(torch, config.mem_dtype)
-            rows_a_slot = 2 if config.mem_kind == "peer" else 1
-            self.pool = ValuePool(config.mem_num_keys**2 * rows_a_slot, config.n_embd, dtype, config.kernel,
-                                  sharding, mem_file, draw_pool, rows_a_slot=rows_a_slot)
+            slots, rows_per_slot = config.mem_num_keys**2, 2 if config.mem_kind == "peer" else 1
+            self.pool = pool_class(slots * rows_per_slot, config.n_embd,
+                                   dtype=getattr(torch, config.mem_dtype), kernel=config.kernel)
+            self.pool.usage = type(self.pool.usage)(slots)
 
-        # GPT-2's initialisation, but for the width: its 0.02 is 1/sqrt(C) for C = 2,500, and too small for
-        # narrow models. What a block adds to the residual stream starts smaller, the more blocks
+        # GPT-2's initialisation, except that the standard deviation depends on the width: GPT-2's 0.02 is
+        # 1/sqrt(C) for C = 2,500, and too small for narrow models. With more blocks, what each adds starts
+        # smaller
         std = config.n_embd**-0.5
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -267,15 +264,36 @@ class GPT(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
                 if name.endswith("memory.out") and config.mem_mode == "add":
-                    nn.init.zeros_(module.weight)  # the GPT starts as the function that it was without memory
+                    nn.init.zeros_(module.weight)  # the GPT starts as the function it was without memory
+
+    def query_sources(self, idx):
+        """
+        What the two halves of the memory layers' queries are made from, by mem_query:
+          state    this token's state, for both halves: the published layer shifted  this token's state, and
+          the state of the token before it: a slot belongs to a pair, such as a
+                   name of two tokens, from the start of training (as RWKV mixes tokens: Peng et al. 2023)
+          tokens   the normalised embeddings of this token and the one before: nothing but these two tokens
+                   decides what is read
+        Returns None where the state is meant, which each block has itself, otherwise (B, T, C), or the tokens
+        themselves for mem_kind='hash'.
+        """
+        c = self.config
+        if c.mem_layers and c.mem_kind == "hash":
+            return idx
+        if c.mem_layers and c.mem_kind == "product-key" and c.mem_query == "tokens":
+            return F.layer_norm(self.wte(idx), (c.n_embd,))
+        return None
 
     def forward(self, idx, targets=None, past=None):
         """
         idx (B, T), token ids -> logits, loss, past.
 
-        With targets (B, T), -1 where nothing is asked: logits (B, T, vocab_size) and the mean cross-entropy
-        in nats. Without: logits of the last position (B, 1, vocab_size), and loss None. past: None, or what
-        an earlier call returned; idx then goes on where that call's ended.
+        With targets (B, T), where -1 asks for nothing: logits (B, T, vocab_size), and the mean cross-entropy
+        in nats. Without: logits of the last position (B, 1, vocab_size), and loss None.
+
+        past: None, or what an earlier call returned; idx then continues the text of that call. It has one
+        tuple per block: keys, values, and from what the next token's query takes its right half, (B, 1, ...)
+        or None.
         """
         P, T = 0 if past is None else past[0][0].size(2), idx.size(1)
         if P + T > self.config.block_size:
@@ -285,40 +303,49 @@ class GPT(nn.Module):
             x = x * self.config.n_embd**0.5
         x = F.dropout(x, self.config.dropout, self.training)
         turn = rotation(P, T, self.config.n_embd // self.config.n_head, idx.device)
-        # for mem_kind='hash': a number for each token and the one before it, at the start of all a token 0
-        bigrams = token_before(idx, None if past is None else past[-1]) * self.config.vocab_size + idx
-        new_past = []
+        tokens, new_past = self.query_sources(idx), []
         for layer, block in enumerate(self.blocks):
-            x, past_of_block = block(x, turn, self.pool, bigrams, None if past is None else past[layer])
+            x, past_of_block = block(x, turn, self.pool, tokens, None if past is None else past[layer])
             new_past.append(past_of_block)
-        new_past.append(idx[:, -1:])
         if targets is None:
             return F.linear(self.ln_f(x[:, -1:]), self.wte.weight), None, new_past
         logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, vocab_size)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         for block in self.blocks:
             if self.training and isinstance(block.mlp, MoE):
-                # the gradient alone: the loss that is shown stays one that models can be compared by
-                loss = loss + self.config.moe_balance * (block.mlp.balance - block.mlp.balance.detach())
+                # only its gradient: the value of the loss stays comparable between models
+                balance = block.mlp.take_balance()
+                loss = loss + self.config.moe_balance * (balance - balance.detach())
         return logits, loss, new_past
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  seed: int | None = None, stop: int | None = None):
         """
-        Continues idx (B, T) by at most max_new_tokens: returns (B, T + new).
+        Continues idx (B, T), T >= 1, by at most max_new_tokens: returns (B, T + new).
 
-        temperature 0 takes the likeliest token; top_k keeps only the k likeliest to draw from; the same seed
-        draws the same tokens. Ends early once every row has produced the token `stop`; what a row has after
-        it is meaningless. Where the context grows past block_size, the oldest tokens fall out of it.
+        temperature 0 takes the likeliest token. top_k draws only from the k likeliest. The same seed draws
+        the same tokens. Generation ends early once every row has produced the token `stop`; what a row has
+        after `stop` is meaningless. If the context grows beyond block_size, the oldest tokens are dropped.
         """
-        was_training = self.training
-        self.eval()
+        if idx.dim() != 2 or not idx.numel():
+            raise ValueError(f"the prompt has the shape {tuple(idx.shape)}: it must be (rows, tokens), with "
+                             "at least one token")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature={temperature} must be a number of at least 0")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k={top_k} must be at least 1, or None")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
+        with eval_mode(self):
+            return self._generate(idx, max_new_tokens, temperature, top_k, seed, stop)
+
+    def _generate(self, idx, max_new_tokens, temperature, top_k, seed, stop):
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         past, new = None, idx
         for _ in range(max_new_tokens):
-            # what is cached has seen the tokens that fall out, so a window that moves starts afresh
+            # past has seen the tokens that are dropped, so a window that moves is computed from its start
             if past is None or past[0][0].size(2) == self.config.block_size:
                 past, new = None, idx[:, -self.config.block_size:]
             logits, _, past = self(new, past=past)
@@ -335,25 +362,38 @@ class GPT(nn.Module):
                 stopped |= new[:, 0] == stop
                 if stopped.all():
                     break
-        self.train(was_training)
         return idx
+
+    def dense_parameters(self) -> list[nn.Parameter]:
+        """All parameters that learn, except the pool's values."""
+        values = None if self.pool is None else self.pool.values
+        return [p for p in self.parameters() if p.requires_grad and p is not values]
 
     def optimizers(self, lr: float, value_lr: float, weight_decay: float, betas: tuple[float, float],
                    **pool_options) -> list[torch.optim.Optimizer]:
-        """AdamW for the dense parameters, of which matrices decay; and PoolOptimizer if there is a pool."""
-        dense = [p for p in self.parameters() if p.requires_grad]
+        """
+        AdamW for the dense parameters, with weight decay for matrices, and PoolOptimizer if there is a pool.
+        pool_options: arguments of PoolOptimizer. value_blocks counts the blocks of a whole row.
+        """
+        dense = self.dense_parameters()
         groups = [{"params": [p for p in dense if p.dim() >= 2], "weight_decay": weight_decay},
                   {"params": [p for p in dense if p.dim() < 2], "weight_decay": 0.0}]
         optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
         if self.pool is not None:
-            optimizers.append(PoolOptimizer(self.pool, value_lr, **pool_options))
+            parts = self.pool.value_dim // self.pool.values.size(1)  # a ShardedPool has a part of the columns
+            blocks = pool_options.pop("value_blocks", 8)
+            if blocks % parts:
+                raise ValueError(f"value_blocks={blocks} must be a multiple of the {parts} processes that "
+                                 "share the pool's columns")
+            optimizers.append(PoolOptimizer(self.pool.parameters(), value_lr, value_blocks=blocks // parts,
+                                            kernel=self.config.kernel, **pool_options))
         return optimizers
 
     def count_parameters(self) -> dict[str, int]:
-        """dense: all but the pool; memory: the pool; active: what one token goes through of both."""
+        """dense: all except the pool; memory: the pool; active: those of both that one token uses."""
         c = self.config
-        dense = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        memory = 0 if self.pool is None else self.pool.values.numel() * self.pool.sharding.columns.size
+        memory = 0 if self.pool is None else self.pool.num_values * self.pool.value_dim
+        dense = sum(p.numel() for name, p in self.named_parameters() if name != "pool.values")
         read = len(c.mem_layers) * c.mem_heads * c.mem_knn * c.n_embd * (2 if c.mem_kind == "peer" else 1)
         idle = len(c.moe_layers) * (c.moe_experts - c.moe_top_k) * 2 * c.n_embd * c.hidden // c.moe_top_k
         return {"dense": dense, "memory": memory, "active": dense - idle + read}

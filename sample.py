@@ -2,7 +2,7 @@
 Asks a trained model, and shows what it read in its memory.
 
     python sample.py                                    the run trained last: a few questions, or some text
-    python sample.py --questions=10 --trace             ten questions; for every token, the slots read
+    python sample.py --questions=10 --trace             ten questions, and the slots read for every token
     python sample.py --out_dir=out/stdlib --prompt='def main('
 """
 
@@ -14,30 +14,32 @@ from typing import Literal
 
 import torch
 
-from checkpoint import checkpoints, find_checkpoint, load_model, read_meta
-from config import at_least, build, fail, parse
-from data.prepare import DATA, END, encoding_from_json
-from evaluate import answer, decode, decode_answer, read_questions
+from data.corpus import decode, decode_answer, read_questions
+from data.prepare import DATA, END
+from evaluate import answer
 from model import GPT
-from train import find_device, stored_config
+from runtime.checkpoint import checkpoints
+from runtime.cli import at_least, build, check_choices, command, fail, parse
+from train import find_device, load
 
-SLOTS_SHOWN = 4  # a token and memory layer, in a trace
+SLOTS_SHOWN = 4  # per token and memory layer, in a trace
 
 
 @dataclass
 class SampleConfig:
-    out_dir: str = "out"  # the run, or a folder of runs, of which the one saved last is taken
-    prompt: str = ""  # text to go on from; none: a new line
+    out_dir: str = "out"  # a run, or a folder of runs: then the one that was saved last
+    prompt: str = ""  # text to continue; none: a new line
     num_samples: int = 1  # continuations of the prompt
-    max_new_tokens: int = 200  # tokens a continuation, at most
-    temperature: float = 0.8  # 0 always takes the likeliest token; 1 draws as the model believes
+    max_new_tokens: int = 200  # most tokens per continuation
+    temperature: float = 0.8  # 0 always takes the likeliest token; 1 draws with the model's probabilities
     top_k: int = 50  # draw from the k likeliest tokens only; 0: from all
-    seed: int = 1  # of the draws
-    questions: int = 0  # ask so many of the questions that the data came with, instead
+    seed: int = 1  # for the draws
+    questions: int = 0  # instead of text: ask this many of the corpus's questions
     trace: bool = False  # show the slots read with most weight, for each generated token and memory layer
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
 
     def __post_init__(self):
+        check_choices(self)
         at_least(1, self, "num_samples", "max_new_tokens")
         at_least(0, self, "temperature", "top_k", "questions", "seed")
         if 0 < self.temperature < 1e-3:
@@ -57,7 +59,7 @@ def newest_run(out_dir: Path) -> Path:
 
 
 class Trace:
-    """What the last token read in each forward pass of a model: (indices, weights) for each memory layer."""
+    """Notes what the last token reads in each forward pass: (indices, weights) for each memory layer."""
 
     def __init__(self, model: GPT):
         self.layers, self.passes = model.config.mem_layers, []
@@ -66,11 +68,11 @@ class Trace:
             lambda module, read: self.passes[-1].append(tuple(part[-1].cpu() for part in read)))
 
     def print(self, tokens: list[str]) -> None:
-        """For each token: the slots read with most weight by the pass that chose it, all heads together."""
+        """For each token: the slots with most weight in the pass that chose it, all heads together."""
         for token, layers in zip(tokens, self.passes, strict=False):
             for layer, (indices, weights) in zip(self.layers, layers, strict=True):
-                slots, place = indices.unique(return_inverse=True)  # heads may meet in a slot
-                weights = weights.abs()  # of PEER some are negative
+                slots, place = indices.unique(return_inverse=True)  # several heads may read one slot
+                weights = weights.abs()  # PEER has negative weights too
                 share = torch.zeros(len(slots)).index_add_(0, place, weights) / weights.sum()
                 top = share.topk(min(SLOTS_SHOWN, len(slots)))
                 shown = "  ".join(f"{slots[i]:>9,} {part:4.0%}" for part, i in zip(*top, strict=True))
@@ -79,21 +81,16 @@ class Trace:
         self.passes.clear()
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    _, given = parse(SampleConfig, argv, description=__doc__)
-    config = build(SampleConfig, given)
+    _, options = parse(SampleConfig, argv, description=__doc__)
+    config = build(SampleConfig, options)
     device = find_device(config.device)
-    folder = find_checkpoint(newest_run(Path(config.out_dir)))
-    meta = read_meta(folder)
-    trained, encoding = stored_config(meta), encoding_from_json(meta["encoding"])
-    trained.kernel = "auto"  # that of the training is no matter here
-    model = GPT(trained, draw_pool=False)
-    load_model(folder, model)
-    model.to(device).eval()
-    print(f"from {folder}")
+    model, encoding, trained = load(newest_run(Path(config.out_dir)))
+    model.to(device)
 
     path = DATA / trained.dataset / "qa.jsonl"
-    if given.keys() <= {"out_dir", "device", "seed"} and path.exists():
+    if options.keys() <= {"out_dir", "device", "seed"} and path.exists():
         config.questions, config.trace = 5, bool(trained.mem_layers)
     if config.trace and not trained.mem_layers:
         fail("--trace: this model has no memory layers")
@@ -130,5 +127,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it, and quietly
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     main()

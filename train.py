@@ -4,49 +4,35 @@ Trains a GPT with memory layers.
     python train.py                                 generated facts, five to eight minutes on two cores
     python train.py --preset=stdlib                 source text of the Python standard library
     python train.py --mem_layers= --out_dir=out/dense   the same GPT without memory
-    python train.py --resume                        goes on from the newest checkpoint of --out_dir
+    python train.py --resume                        continues from the newest checkpoint in --out_dir
     torchrun --nproc_per_node=2 train.py            the same run on two processes, half of the pool in each
     python train.py --help                          every option
 
-Ctrl-C saves a checkpoint and ends.
-
-Leaves in --out_dir: log.jsonl (a JSON line a log step and an evaluation), loss.png, and a folder a
-checkpoint.
+Ctrl-C saves a checkpoint and ends. A run leaves log.jsonl, loss.png and its checkpoints in --out_dir.
+From Python: model, measured = train(TrainConfig(max_steps=500)); model, encoding, config = load("out/facts").
 """
 
 import contextlib
-import json
 import math
 import os
-import random
-import resource
-import signal
-import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
-import distributed
-from checkpoint import (
-    cannot_go_on,
-    checkpoints,
-    find_checkpoint,
-    load_model,
-    load_optimizers,
-    read_meta,
-    save_checkpoint,
-    step_of,
-)
-from config import at_least, build, fail, parse
-from distributed import LOCAL_RANK, RANK, WORLD_SIZE, all_reduce_sum, gather_objects
-from evaluate import Dataset, draw_batch, recall, validation_loss
+from data.corpus import Dataset, draw_batch, load_dataset
+from data.prepare import encoding_from_json
+from evaluate import evaluate
 from kernel import resolve_kernel
 from model import GPT, GPTConfig
+from runtime import distributed
+from runtime.build import check_same_model, find_start, make_model, refuse
+from runtime.checkpoint import find_checkpoint, load_optimizers, read_meta, save_checkpoint, step_of
+from runtime.cli import at_least, build, command, fail, parse
+from runtime.distributed import RANK, WORLD_SIZE, all_reduce_sum, columns_group, data_parallel, gather_objects
+from runtime.log import RunLog, one_line_errors, print_once, print_start, stop_signals
 
 
 @dataclass
@@ -54,33 +40,33 @@ class TrainConfig(GPTConfig):
     mem_layers: tuple[int, ...] = (0, 1)  # blocks with a memory layer, counted from 0; none: a dense GPT
     dataset: str = "facts"  # the folder under data/
     out_dir: str = "out/facts"  # where the log, the figure and the checkpoints go
-    resume: bool = False  # go on from the newest checkpoint of out_dir, if there is one
-    seed: int = 1  # of the weights, the batches and dropout
+    resume: bool = False  # continue from the newest checkpoint in out_dir, if there is one
+    seed: int = 1  # for the weights, the batches and dropout
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    compile: bool = False  # torch.compile the model: a slow start, faster steps
+    compile: bool = False  # torch.compile the model: a slow start, then faster steps
     mem_group_size: int = 0  # processes that share the pool's columns; 0: all of them
-    mem_file: str = ""  # a file for the pool's values, on the CPU, so that they may be larger than memory
+    mem_file: str = ""  # keep the pool's values in this file: they may be larger than memory; CPU only
 
-    batch_size: int = 16  # sequences a step, of all processes
-    accum_steps: int = 1  # parts of a batch, worked through in turn; same result, but for dropout and MoE
+    batch_size: int = 16  # sequences per step, all processes together
+    accum_steps: int = 1  # parts of a batch, one after the other; the same result except with dropout or MoE
     max_steps: int = 3000  # steps in all
-    lr: float = 3e-3  # of the dense parameters, at its highest
-    value_lr: float = 6e-2  # of the pool; decisive: near lr there is little gain. Good with adam: 2e-2
-    value_optimizer: Literal["rowwise", "adam"] = "rowwise"  # value_blocks of state a row, or 2 a parameter
-    value_blocks: int = 8  # rowwise: second moments a row
-    value_stochastic_rounding: bool = False  # of a bfloat16 pool, so that small steps are not rounded away
-    warmup_steps: int = 100  # of the learning rates, linear
-    min_lr: float = 0.1  # share of its highest that each learning rate ends at, by a cosine
+    lr: float = 3e-3  # highest learning rate of the dense parameters
+    value_lr: float = 6e-2  # highest learning rate of the pool; decisive. Good with adam: 2e-2
+    value_optimizer: Literal["rowwise", "adam", "sgd"] = "rowwise"  # of the pool; sgd is for finetuning
+    value_blocks: int = 8  # rowwise: second moments per row
+    value_stochastic_rounding: bool = False  # for a bfloat16 pool: small changes are not rounded away
+    warmup_steps: int = 100  # steps over which the learning rates rise
+    min_lr: float = 0.1  # share of its highest learning rate at which each ends, after a cosine
     weight_decay: float = 0.1  # of dense matrices; the pool has none
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.99  # of AdamW
-    grad_clip: float = 1.0  # highest norm of the dense gradient; 0: any
+    grad_clip: float = 1.0  # highest norm of the dense gradient; 0: no limit
 
     log_interval: int = 50  # steps between log lines
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
-    eval_batches: int = 20  # batches of val.bin an evaluation
-    eval_questions: int = 1000  # questions an evaluation, if there is qa.jsonl; the last one asks all
-    keep: int = 2  # checkpoints that stay
+    eval_batches: int = 20  # batches of val.bin per evaluation
+    eval_questions: int = 1000  # questions per evaluation, if there is qa.jsonl; the last one asks all
+    keep: int = 2  # checkpoints to keep
 
     def __post_init__(self):
         super().__post_init__()
@@ -108,109 +94,18 @@ PRESETS = {
 }
 
 
+# --- set-up -------------------------------------------------------------------------------------------------
+
 def find_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device=cuda: torch finds no CUDA device; use --device=cpu, or install a CUDA build of torch")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def say(line: str) -> None:
-    if RANK == 0:
-        print(line, flush=True)
-
-
-def schedule(step: int, config: TrainConfig) -> float:
-    """Share of the highest learning rate: linear warm-up, then a cosine down to min_lr."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def duration(seconds: float) -> str:
-    seconds = round(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600}h{seconds // 60 % 60:02d}m"
-    return f"{seconds // 60}m{seconds % 60:02d}s"
-
-
-def check_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        fail(f"the loss is {loss} at step {step}: training has diverged; lower --lr or --value_lr")
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: the most that the process (on CUDA: torch, on the device) has held at once."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def trim_log(path: Path, step: int) -> None:
-    """Leaves out what was logged after `step`, as it comes again, and a line that was cut short."""
-    kept = []
-    for line in open(path, encoding="utf-8") if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Yields a list that is no longer empty once the process was asked to end, by Ctrl-C or SIGTERM."""
-    received = []
-
-    def note(number, frame):
-        if not received and RANK == 0:
-            os.write(1, b"\nasked to stop: saving after this step\n")
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+def check_fit(config: TrainConfig, device: str) -> None:
+    """Checks what TrainConfig does not know: the device and the number of processes."""
     try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def make_model(config: TrainConfig, draw_pool: bool) -> GPT:
-    """The model with its share of the pool, on the CPU; the same weights however many processes there are."""
-    group_size = config.mem_group_size or WORLD_SIZE
-    if WORLD_SIZE % group_size:
-        fail(f"--mem_group_size={group_size} must divide the number of processes, {WORLD_SIZE}")
-    if config.mem_layers and config.n_embd % group_size:
-        fail(f"--n_embd={config.n_embd} must be a multiple of {group_size}, the processes that share it")
-    file = None
-    if config.mem_file:
-        file = config.mem_file + (f".{RANK}of{WORLD_SIZE}" if WORLD_SIZE > 1 else "")
-    torch.manual_seed(config.seed)
-    sharding, model, problem = distributed.make_sharding(group_size), None, None
-    try:
-        # a file of this very run may be drawn anew; any other may be in use
-        own = not draw_pool or config.resume and (Path(config.out_dir) / "log.jsonl").exists()
-        if file and Path(file).exists() and not own:
-            raise ValueError(f"mem_file={file} is there already: delete it, or choose another")
-        model = GPT(config, sharding, file, draw_pool)
-    except ValueError as error:
-        problem = f"--{error}"
-    except (OSError, RuntimeError) as error:
-        if not file and "alloc" not in str(error):
-            raise
-        what = f"--mem_file={file}" if file else "too large a model; --mem_file holds the pool in a file"
-        problem = f"{what}: {str(error).splitlines()[0]}"
-    if said := next(filter(None, gather_objects(problem)), None):
-        fail(said)
-    return model
-
-
-def train(config: TrainConfig, found: Path | None = None) -> None:
-    """found: the checkpoint to go on from."""
-    device = find_device(config.device)
-    try:
-        kernel = resolve_kernel(config.kernel, device)
+        resolve_kernel(config.kernel, device)
     except ValueError as error:
         fail(f"--{error}")
     if config.mem_file and device != "cpu":
@@ -221,224 +116,164 @@ def train(config: TrainConfig, found: Path | None = None) -> None:
     if config.batch_size % parts:
         fail(f"--batch_size={config.batch_size} must be a multiple of {parts}: {WORLD_SIZE} processes and "
              f"{config.accum_steps} parts each")
-    out_dir = Path(config.out_dir)
-    if found is None and checkpoints(out_dir):
-        refuse(checkpoints(out_dir)[-1])
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out_dir={out_dir}: {error.strerror}")
 
-    # data; where it has to be made, by one process of each machine, and by one of all where they share a disk
-    data = None
-    for has_turn in (RANK == 0, LOCAL_RANK == 0, True):
-        data = data or (Dataset(config.dataset) if has_turn else None)
-        gather_objects(None)
-    sizes = gather_objects((data.encoding_json, len(data.train), len(data.val), len(data.questions)))
-    if any(size != sizes[0] for size in sizes):
-        fail(f"{config.dataset} differs between machines: copy data/{config.dataset} from one to the others")
-    if found and read_meta(found)["encoding"] != data.encoding_json:
-        fail(f"{config.dataset} has other tokens than {found} was trained on; choose another --out_dir")
-    needed = data.encoding.n_vocab
-    config.vocab_size = config.vocab_size or needed
-    if config.vocab_size < needed:
+
+def load_data(config: TrainConfig, checkpoint: Path | None) -> Dataset:
+    data = load_dataset(config.dataset)
+    if checkpoint and read_meta(checkpoint)["encoding"] != data.encoding_json:
+        fail(f"{config.dataset} has other tokens than {checkpoint} was trained on; choose another --out_dir")
+    if 0 < config.vocab_size < (needed := data.encoding.n_vocab):
         fail(f"--vocab_size={config.vocab_size} is too small: {config.dataset} has {needed} tokens")
     for split, tokens in (("train", data.train), ("val", data.val)):
         if len(tokens) <= config.block_size:
             fail(f"--block_size={config.block_size} is too large: {split}.bin has only {len(tokens)} tokens")
+    return data
 
-    # model and optimisers; the raw model stays at hand for saving, evaluating and sampling
-    model = make_model(config, draw_pool=found is None)
-    if found:
-        load_model(found, model)
-    model.to(device)
+
+def make_optimizers(config: TrainConfig, model: GPT, checkpoint: Path | None) -> list[torch.optim.Optimizer]:
+    # each process rounds its own columns, with its own random numbers
+    shard = 0 if model.pool is None else columns_group(model.pool).rank
     try:
         optimizers = model.optimizers(
             lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
             value_lr=config.value_lr, kind=config.value_optimizer, value_blocks=config.value_blocks,
-            stochastic_rounding=config.value_stochastic_rounding, seed=config.seed)
+            stochastic_rounding=config.value_stochastic_rounding,
+            seed=config.seed * 1_000_003 + shard * 0x5BD1E995)
     except ValueError as error:
         fail(f"--{error}")
-    dense = [p for p in model.parameters() if p.requires_grad]
+    if checkpoint:
+        load_optimizers(checkpoint, model, optimizers)
+    return optimizers
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+def schedule(step: int, config: TrainConfig) -> float:
+    """The share of the highest learning rate: a linear warm-up, then a cosine down to min_lr."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        fail(f"the loss is {loss} at step {step}: training has diverged; lower --lr or --value_lr")
+
+
+def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dict]:
+    """
+    Trains a model. Returns it, in evaluation mode, and what its last evaluation measured: val_loss; recall if
+    there are questions; slots_used and kl_from_uniform if there is a pool. A mistake is a ValueError.
+
+    checkpoint: continue from this one. config.resume: continue from the newest one in config.out_dir.
+    """
+    device = find_device(config.device)
+    distributed.start(device)
+    check_fit(config, device)
+    checkpoint = find_start(config, checkpoint)
+    data = load_data(config, checkpoint)
+    config = replace(config, vocab_size=config.vocab_size or data.encoding.n_vocab)
+    if checkpoint:
+        check_same_model(config, stored_config(checkpoint))
+    start, measured = (step_of(checkpoint), read_meta(checkpoint)["measured"]) if checkpoint else (0, {})
+
+    model = make_model(config, checkpoint).to(device).train()  # stays at hand for saving and answering
+    optimizers = make_optimizers(config, model, checkpoint)
     compiled = torch.compile(model) if config.compile else model
-    parallel = compiled
-    if WORLD_SIZE > 1:  # all have built the same model: nothing to send. The pool has no gradient to reduce
-        parallel = DistributedDataParallel(compiled, init_sync=False, forward_sync_buffers=False,
-                                           gradient_as_bucket_view=True)
+    parallel = data_parallel(compiled, init_sync=False, gradient_as_bucket_view=True)  # equal from the start
     autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+    print_start(config, device, data, model, checkpoint)
 
-    # where to start
-    start = 0
-    log_path = out_dir / "log.jsonl"
-    if found:
-        load_optimizers(found, model, optimizers)
-        start = step_of(found)
-        if RANK == 0:
-            trim_log(log_path, start)
-    log_file = open(log_path if RANK == 0 else os.devnull, "a" if found else "w", buffering=1)
-
-    counts = model.count_parameters()
-    tokens_per_step = config.batch_size * config.block_size
-    processes = f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
-    say(f"{config.dataset}: {len(data.train):,} tokens to train on; {config.max_steps:,} steps of "
-        f"{tokens_per_step:,} tokens, on {device}{processes}")
-    where = ",".join(map(str, config.mem_layers)) or "none"
-    say(f"GPT of {config.n_layer} blocks, memory in {where}; parameters: {counts['dense']:,} dense, "
-        f"{counts['memory']:,} memory, {counts['active']:,} active a token; kernel: {kernel}")
-    if found:
-        say(f"resumed from {found}" if start < config.max_steps else
-            f"{found} is the end of this run: choose a larger --max_steps, or another --out_dir")
-
-    model.train()
-    some_questions = random.Random(config.seed).sample(
-        data.questions, min(config.eval_questions, len(data.questions)))
-    last_eval, latest = {}, ""
-    began, spent, steps_spent = time.perf_counter(), 0.0, 0
-    stopping = False
-    with stop_signals() as received:
+    with RunLog(config, start, model, optimizers) as log, stop_signals() as signals:
+        stopping = False
         for step in range(start, config.max_steps + 1):
             last_step = step == config.max_steps
-            due = last_step or step % config.eval_interval == 0
+            is_due = last_step or step % config.eval_interval == 0
 
-            if due and (step > start or not found):
+            if is_due and (step > start or not checkpoint):
                 with autocast:
-                    last_eval = {"val_loss": validation_loss(compiled, data.val, config, device)}
-                    latest = f"  val {last_eval['val_loss']:.3f}"
-                    if data.questions:
-                        questions = data.questions if last_step else some_questions
-                        last_eval["recall"] = recall(model, data.encoding, questions)
-                        latest += f"  recall {last_eval['recall'].get('all', math.nan):.3f}"
-                if model.pool is not None:
-                    last_eval["slots_used"], last_eval["kl_from_uniform"] = model.pool.usage.summary()
-                    model.pool.usage.reset()
-                check_finite(last_eval["val_loss"], step)  # before it is saved in the place of a good one
-                line = {"step": step, "seconds": time.perf_counter() - began, **last_eval}
-                log_file.write(json.dumps(line) + "\n")
-            if (due or stopping) and step > start:
-                meta = {"config": asdict(config), "encoding": data.encoding_json}
-                save_checkpoint(out_dir, step, model, optimizers, meta, config.keep)
+                    measured = evaluate(model, compiled, data, config, all_questions=last_step)
+                check_finite(measured["val_loss"], step)  # before a checkpoint replaces a good one
+                log.evaluated(step, measured)
+            if (is_due or stopping) and step > start:
+                meta = {"config": asdict(config), "encoding": data.encoding_json, "measured": measured}
+                save_checkpoint(Path(config.out_dir), step, model, optimizers, meta, config.keep)
             if last_step or stopping:
                 break
 
             # --- the timed part of a step
             if device == "cuda":
                 torch.cuda.synchronize()
-            t0 = time.perf_counter()
-            torch.manual_seed(config.seed * 1_000_003 + step * WORLD_SIZE + RANK)  # of dropout
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            x, y = (part.to(device) for part in draw_batch(data.train, config.batch_size, config.block_size,
-                                                           config.seed, 0, step))
-            totals = torch.zeros(2, device=device)  # of the loss, and of the signals to stop
-            micro_batches = zip(x.chunk(config.accum_steps), y.chunk(config.accum_steps), strict=True)
-            for i, (micro_x, micro_y) in enumerate(micro_batches):
-                wait = WORLD_SIZE > 1 and i + 1 < config.accum_steps  # gradients are reduced once, at the end
-                with parallel.no_sync() if wait else contextlib.nullcontext():
+            began = time.perf_counter()
+            torch.manual_seed(config.seed * 1_000_003 + step * WORLD_SIZE + RANK)  # for dropout
+            batch = draw_batch(data.train, config.batch_size, config.block_size, config.seed, 0, step)
+            x, y = (part.to(device).chunk(config.accum_steps) for part in batch)
+            totals = torch.zeros(2, device=device)  # the loss, and the number of signals to stop
+            for i in range(config.accum_steps):
+                is_last_part = i + 1 == config.accum_steps  # only then are gradients averaged over processes
+                with contextlib.nullcontext() if is_last_part or WORLD_SIZE == 1 else parallel.no_sync():
                     with autocast:
-                        micro_loss = parallel(micro_x, micro_y)[1] / config.accum_steps
-                    micro_loss.backward()
-                totals[0] += micro_loss.detach()
+                        _, loss, _ = parallel(x[i], y[i])
+                    (loss / config.accum_steps).backward()
+                totals[0] += loss.detach() / config.accum_steps
             if config.grad_clip:
-                torch.nn.utils.clip_grad_norm_(dense, config.grad_clip)
+                torch.nn.utils.clip_grad_norm_(model.dense_parameters(), config.grad_clip)
             for optimizer, lr in zip(optimizers, (config.lr, config.value_lr), strict=False):
                 for group in optimizer.param_groups:
                     group["lr"] = lr * schedule(step, config)
                 optimizer.step()
-            totals[1] = len(received)
+                optimizer.zero_grad()
+            totals[1] = len(signals)
             loss, stopping = all_reduce_sum(totals).tolist()  # waits for the device
-            loss /= WORLD_SIZE
-            spent, steps_spent = spent + time.perf_counter() - t0, steps_spent + 1
+            seconds = time.perf_counter() - began
             # --- end of the timed part
 
-            done = step + 1
-            check_finite(loss, step)
-            if done % config.log_interval == 0 or done == config.max_steps:
-                speed = tokens_per_step * steps_spent / spent
-                spent, steps_spent = 0.0, 0
-                line = {"step": done, "loss": loss, "lr": config.lr * schedule(step, config),
-                        "tokens_per_second": speed}
-                slots = ""
-                if model.pool is not None:
-                    line["slots_used"], line["kl_from_uniform"] = model.pool.usage.summary()
-                    slots = f"  slots {line['slots_used']:.3f}"
-                log_file.write(json.dumps(line) + "\n")
-                left = (time.perf_counter() - began) / (done - start) * (config.max_steps - done)
-                width = len(str(config.max_steps))
-                say(f"step {done:{width}}/{config.max_steps}  loss {loss:.3f}{latest}{slots}  "
-                    f"{speed / 1000:.1f}k tokens/s  {duration(left)} left")
+            check_finite(loss / WORLD_SIZE, step)
+            log.trained(step + 1, loss / WORLD_SIZE, config.lr * schedule(step, config), seconds)
 
-    if stopping and step < config.max_steps:
-        say(f"stopped after step {step}, saved in {out_dir}; --resume goes on from there")
-    elif start < config.max_steps and RANK == 0:
-        print_result(last_eval)
-        from plot import plot_run  # here, as matplotlib takes its time and memory
-        plot_run(out_dir)
-        pool = 0 if model.pool is None else model.pool.values.nbytes
-        took = f"{duration(time.perf_counter() - began)} {'since it resumed' if found else 'in all'}"
-        say(f"{took}; peak memory {peak_memory(device) / 2**30:.3f} GiB; the pool has {pool / 2**30:.3f} GiB")
-        say(f"log, figure and checkpoints are in {out_dir}; next: python sample.py --out_dir={out_dir}")
+        if stopping and step < config.max_steps:
+            print_once(f"stopped after step {step}, saved in {config.out_dir}; --resume continues from there")
+        elif start < config.max_steps:
+            log.finished(device, measured)
+    return model.eval(), measured
 
 
-def print_result(result: dict) -> None:
-    print(f"validation loss {result['val_loss']:.4f}")
-    if "recall" in result:
-        print("recall, the share of questions answered by exactly the right words:")
-        shares = result["recall"]
-        first = "people asked about in training" if "held_out" in shares else "all questions"
-        rows = {first: shares.get("all"), "people only stated in training": shares.get("held_out")}
-        for low, share in shares["by_exposure"].items():
-            rows[f"  told {low} to {2 * int(low) - 1} times"] = share
-        for label, share in rows.items():
-            if share is not None:
-                print(f"  {label:32} {share:.3f}  {'#' * round(40 * share)}")
+# --- the command line, and using a model --------------------------------------------------------------------
 
-
-def refuse(there: Path) -> None:
-    fail(f"{there} is there already: go on from it with --resume, or choose another --out_dir")
-
-
-def stored_config(meta: dict) -> TrainConfig:
-    """Of a checkpoint."""
+def stored_config(checkpoint: Path) -> TrainConfig:
     try:
-        return TrainConfig(**meta["config"])
+        return TrainConfig(**read_meta(checkpoint)["config"])
     except (TypeError, ValueError) as error:
         fail(f"the checkpoint is of another version of nanoPKM: {error}")
 
 
+def load(out_dir: Path | str):
+    """Of the newest checkpoint: the model, on the CPU and in evaluation mode, its encoding and its config."""
+    checkpoint = find_checkpoint(Path(out_dir))
+    if checkpoint is None:
+        fail(f"no checkpoint in {out_dir}: train a model with python train.py, or name another --out_dir")
+    config = replace(stored_config(checkpoint), kernel="auto", mem_file="", mem_group_size=0)  # any machine
+    encoding = encoding_from_json(read_meta(checkpoint)["encoding"])
+    print_once(f"from {checkpoint}")
+    return make_model(config, checkpoint).eval(), encoding, config
+
+
+@command
 def main(argv: list[str] | None = None) -> None:
-    preset, given = parse(TrainConfig, argv, PRESETS, description=__doc__)
-    config = build(TrainConfig, preset | given)
-    try:
+    preset, options = parse(TrainConfig, argv, PRESETS, description=__doc__)
+    config = build(TrainConfig, preset | options)
+    with one_line_errors(config.out_dir):
         distributed.start(find_device(config.device))
-        # a process that torchrun --max-restarts started again goes on, and all others with it ...
-        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        resume, config.resume = config.resume, any(gather_objects(config.resume or again))
-        found = find_checkpoint(Path(config.out_dir)) if config.resume else None
-        if found:
-            stored = stored_config(read_meta(found))
-            own = asdict(stored) | {name: getattr(config, name) for name in ("resume", "vocab_size")}
-            if not resume and own != asdict(config):  # ... but not with another run, which was there before
-                refuse(found)
-            here = {"out_dir": config.out_dir, "resume": True}
-            config = build(TrainConfig, asdict(stored) | given | here)
-            fixed = {field.name for field in fields(GPTConfig)} - {"dropout", "kernel"}
-            for name in sorted(fixed | {"value_optimizer", "value_blocks"}):
-                if getattr(config, name) != getattr(stored, name):
-                    fail(f"--{name}={getattr(config, name)}: the model in {config.out_dir} has "
-                         f"{getattr(stored, name)} for good; choose another --out_dir")
-        train(config, found)
-    except KeyboardInterrupt:
-        say("\nstopped")
-        raise SystemExit(130) from None
-    except OSError as error:
-        where = error.filename or config.out_dir
-        cannot_go_on(Path(config.out_dir), f"{where}: {error.strerror or error}", alone=True)
-    except RuntimeError as error:
-        # what a process meets with when another, which says why, has ended
-        if WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            print(f"process {RANK} ends, having lost another", file=sys.stderr)
-            os._exit(1)
-        raise
+        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun --max-restarts
+        resume = any(gather_objects(config.resume or is_restart))
+        checkpoint = find_checkpoint(Path(config.out_dir)) if resume else None
+        if checkpoint:
+            stored = asdict(stored_config(checkpoint)) | {"resume": False}
+            if not config.resume and stored | {"vocab_size": config.vocab_size} != asdict(config):
+                refuse(checkpoint)  # a restart, in the folder of another run
+            config = build(TrainConfig, stored | options | {"out_dir": config.out_dir})
+        train(replace(config, resume=resume), checkpoint)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ import tiktoken
 from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
-sys.path.insert(0, str(DATA.parent))  # config.py, also when this file is run as a script
-from config import at_least, build, fail, first_word, parse  # noqa: E402
+sys.path.insert(0, str(DATA.parent))  # to find runtime/ also when this file is run as a script
+from runtime.cli import at_least, build, command, fail, first_word, parse  # noqa: E402
 
 END = "<|endoftext|>"  # stands between documents
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # text into pieces
@@ -367,6 +367,7 @@ CORPORA = {"facts": (facts, FactsConfig), "stdlib": (stdlib, SplitConfig), "mqar
            "text": (text, TextConfig)}
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     name, options = first_word(argv, CORPORA, __doc__, "a corpus")
     make, config_class = CORPORA[name]

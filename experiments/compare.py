@@ -1,21 +1,22 @@
 """
-Does memory help, where, and at what cost? Trains models of equal cost, and says what came of it.
+Does memory help, where, and at what cost? Trains models of equal cost and prints how well they do.
 
-    python evidence.py facts         facts to be recalled without a text to look at: all the models of MODELS
-    python evidence.py ablation      memory+ with one thing changed
-    python evidence.py stdlib        validation loss on real text: the source of Python's standard library
-    python evidence.py mqar          words to be recalled from the context, where memory should not help
-    python evidence.py table         what the runs that are finished say
-    python evidence.py facts --help  the options: which models, how many seeds, how many runs at a time
+    python -m experiments.compare facts         questions without a text to look at: all models of MODELS
+    python -m experiments.compare ablation      memory+ with one thing changed at a time
+    python -m experiments.compare stdlib        validation loss on the source of Python's standard library
+    python -m experiments.compare mqar          words to find in the context: memory should not help here
+    python -m experiments.compare table         tables of all finished runs, without training
+    python -m experiments.compare facts --help  the options: which models, how many seeds and runs at a time
 
-With one seed all models see the same tokens in the same order. They are tuned alike: a run at each of the
-same learning rates with seed 1 (the pool's stays train.py's default), and at twice the highest, or half the
-lowest, for as long as that is the best one; then the best, by recall, is repeated with other seeds.
+With the same seed, all models see the same tokens in the same order. All models are tuned in the same way.
+First comes one run with seed 1 for each learning rate in --lrs. If the highest (lowest) learning rate is the
+best, then twice (half) of it is tried too. The best learning rate, by recall, is then repeated with other
+seeds. The pool's learning rate is not tuned: it is the default of train.py.
 
-A finished run is one line of results/evidence_NAME.jsonl, and is not run again; one that was stopped goes on
-from its last checkpoint. So hours of runs add up, and figures are drawn without training. Two of these at
-once need different --models. A line knows its options, but not the code: with code of your own, say
---results=FOLDER.
+A finished run is one line in experiments/results/NAME.jsonl and is not run again. A stopped run continues
+from its last checkpoint. So hours of runs add up, and figures are drawn without training. Two of these
+commands may run at the same time if they have different --models. A line records the options of its run, but
+not the code. If you changed the code, choose another folder: --results=FOLDER.
 """
 
 import contextlib
@@ -33,20 +34,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from config import at_least, build, fail, first_word, parse
+from data.corpus import read_questions
 from data.prepare import ATTRIBUTES, DATA, Corpus, FactsConfig, MqarConfig, SplitConfig, facts, mqar, stdlib
-from evaluate import exposure_bin, read_questions
+from evaluate import exposure_bin
 from model import GPT
-from train import TrainConfig, duration
+from runtime.cli import at_least, build, command, fail, first_word, parse
+from runtime.log import duration
+from train import TrainConfig
 
-ROOT = Path(__file__).resolve().parent
-RUN_OPTIONS = dict(lr=0.0, seed=0, out_dir="", resume=True, keep=1)  # a run's own
+ROOT = Path(__file__).resolve().parents[1]
+RUN_OPTIONS = dict(lr=0.0, seed=0, out_dir="", resume=True, keep=1)  # these differ between runs of one model
 
-UNSCALED = dict(scale_embeddings=False)  # for models without learnt keys: they recall more of facts so
+UNSCALED = dict(scale_embeddings=False)  # better on facts for the models without learnt keys
 
-# What each model is, as options of train.py, whose defaults are memory+: memory in two of three blocks. All
-# but dense-2x cost as many multiply-adds a token, on facts to 1%: what a memory layer costs less than an MLP,
-# the MLPs that stay get, and larger pools have narrower queries
+# Each model as options of train.py, whose defaults are memory+: memory in two of three blocks. All models
+# except dense-2x cost the same multiply-adds per token (on facts to 1%). A memory layer costs less than an
+# MLP, so the remaining MLPs are wider. Larger pools have narrower queries
 MODELS = {
     "dense": UNSCALED | dict(mem_layers=(), mlp_width=276),
     "memory+": {},
@@ -54,14 +57,14 @@ MODELS = {
     "moe": UNSCALED | dict(mem_layers=(), mlp_width=268, moe_layers=(1, 2)),  # as many parameters as memory+
     "dense-2x": UNSCALED | dict(mem_layers=(), mlp_width=872),
     "memory+16x": dict(mem_num_keys=512, mem_key_dim=16, mlp_width=64),
-    "memory+-short": dict(max_steps=1500),  # in dense's time: a step takes less than twice as long
+    "memory+-short": dict(max_steps=1500),  # in less time than dense: a step takes less than twice as long
     "hash": UNSCALED | dict(mem_kind="hash", mlp_width=572),
     "memory": dict(mem_layers=(0,), mem_swilu=False, mlp_width=288),
     "peer": dict(mem_kind="peer", mem_num_keys=90, mlp_width=392),  # an expert is two rows
 }
 ABLATIONS = {
-    "memory+": {},  # of which all below change one thing, and widths to cost as much
-    "no token shift": dict(mem_token_shift=False),
+    "memory+": {},  # each of the others changes one thing, and mlp_width to cost the same
+    "mem_query=state": dict(mem_query="state"),
     "layers 1 and 2": dict(mem_layers=(1, 2)),
     "value_lr=3e-3": dict(value_lr=3e-3),
     "embeddings not scaled": UNSCALED,
@@ -80,9 +83,9 @@ EXPERIMENTS = {
     "ablation": FACTS | dict(options=FACTS["options"] | dict(max_steps=1500), models=ABLATIONS),
     "stdlib": dict(corpus=(stdlib, SplitConfig()),
                    options=dict(dataset="stdlib", max_steps=2000, eval_interval=250),
-                   models={name: MODELS[name] | dict(scale_embeddings=True)  # which here is better
+                   models={name: MODELS[name] | dict(scale_embeddings=True)  # better on this text
                            for name in ("dense", "memory+", "moe", "memory+16x", "hash")}),
-    "mqar": dict(corpus=(mqar, MqarConfig()),  # for which two layers of one head do
+    "mqar": dict(corpus=(mqar, MqarConfig()),  # two layers with one head are enough to learn this
                  options=dict(dataset="mqar", n_layer=2, n_head=1, block_size=64, batch_size=32,
                               max_steps=1000, eval_interval=100),
                  models={"dense": dict(mem_layers=()), "memory+": dict(mem_layers=(1,)),
@@ -91,18 +94,18 @@ EXPERIMENTS = {
 
 
 @dataclass
-class EvidenceConfig:
-    models: tuple[str, ...] = ()  # most urgent first; none: all that the experiment has
-    lrs: tuple[float, ...] = (4e-3, 8e-3)  # learning rates to tune each model over; one: as it is
+class CompareConfig:
+    models: tuple[str, ...] = ()  # which models, the most urgent first; none: all models of the experiment
+    lrs: tuple[float, ...] = (4e-3, 8e-3)  # learning rates to try; with a single one there is no tuning
     seeds: int = 3  # runs of each model at its best learning rate
-    jobs: int = 2  # runs at a time, each on its share of the cores
-    results: str = "results"  # folder, beside evidence.py, for the line that a finished run leaves
-    out: str = "out/evidence"  # folder, beside evidence.py, for runs that are going on
+    jobs: int = 2  # runs at the same time, each on its share of the cores
+    results: str = "experiments/results"  # folder for the lines of finished runs, relative to the repository
+    out: str = "out/compare"  # folder for the runs in progress, relative to the repository
 
     def __post_init__(self):
         at_least(1, self, "seeds", "jobs")
         if not self.lrs:
-            raise ValueError("lrs needs one learning rate at least")
+            raise ValueError("lrs must have at least one learning rate")
         self.lrs = tuple(dict.fromkeys(self.lrs))
         self.models = tuple(dict.fromkeys(name for names in self.models for name in names.split(",")))
 
@@ -110,27 +113,30 @@ class EvidenceConfig:
 # --- runs ---------------------------------------------------------------------------------------------------
 
 def train_options(experiment: str, model: str) -> dict:
-    """What train.py is told, but for RUN_OPTIONS."""
-    e = EXPERIMENTS[experiment]
-    return e["options"] | e["models"][model]
+    """The options of train.py that all runs of a model share."""
+    options = EXPERIMENTS[experiment]["options"]
+    return options | EXPERIMENTS[experiment]["models"][model]
 
 
 def all_options(experiment: str, model: str) -> dict:
-    """What makes a run another one: all that it is told, but for RUN_OPTIONS, and that its corpus was."""
-    return together(EXPERIMENTS[experiment]["corpus"][1],
-                    TrainConfig(**train_options(experiment, model) | RUN_OPTIONS))
+    """
+    The options of the corpus and of train.py. Two runs with the same options, learning rate and seed are the
+    same run.
+    """
+    return merge_options(EXPERIMENTS[experiment]["corpus"][1],
+                         TrainConfig(**train_options(experiment, model) | RUN_OPTIONS))
 
 
-def together(corpus: Corpus, run: TrainConfig) -> dict:
-    """The options of both, as a line has them."""
-    options = asdict(run)
-    of_corpus = {f"corpus_{name}" if name in options else name: value
-                 for name, value in asdict(corpus).items()}
-    return json.loads(json.dumps(of_corpus | options))
+def merge_options(corpus: Corpus, run: TrainConfig) -> dict:
+    """Both sets of options, in the form that they have in a line of results."""
+    run_options = asdict(run)
+    corpus_options = {f"corpus_{name}" if name in run_options else name: value
+                      for name, value in asdict(corpus).items()}
+    return json.loads(json.dumps(corpus_options | run_options))
 
 
 def prepare_corpus(experiment: str, rows: list[dict]) -> None:
-    """Makes it where it is not. It has to be what the runs should see, and what those of `rows` saw."""
+    """Makes the corpus if it does not exist. Fails if it is another corpus than the one that `rows` saw."""
     make, config = EXPERIMENTS[experiment]["corpus"]
     folder = DATA / EXPERIMENTS[experiment]["options"]["dataset"]
     if not (folder / "meta.json").exists():
@@ -138,25 +144,26 @@ def prepare_corpus(experiment: str, rows: list[dict]) -> None:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     if meta["options"] != asdict(config):
         fail(f"{folder} was made with other options: move it away, and it is made again")
-    if any(row.get("train_tokens") != meta["train_tokens"] for row in rows):  # stdlib differs between Pythons
-        fail(f"the runs that are there saw another corpus than {folder}: choose a folder with --results")
+    # the options do not tell everything: stdlib differs between versions of Python
+    if any(row.get("train_tokens") != meta["train_tokens"] for row in rows):
+        fail(f"the finished runs saw another corpus than {folder}: choose another folder with --results")
 
 
 def rows_path(experiment: str, results: str) -> Path:
-    return ROOT / results / f"evidence_{experiment}.jsonl"
+    return ROOT / results / f"{experiment}.jsonl"
 
 
 def read_rows(path: Path) -> list[dict]:
     """
-    The lines of finished runs of the models as they are now, in the models' order: one that was changed is
-    run again.
+    The lines of finished runs, in the order of the models. Lines of a model that has other options now are
+    left out, so the model is run again.
     """
-    experiment, rows = path.stem.removeprefix("evidence_"), {}
+    experiment, rows = path.stem, {}
     known = {model: all_options(experiment, model) for model in EXPERIMENTS[experiment]["models"]}
-    # of options newer than a line
-    default = together(type(EXPERIMENTS[experiment]["corpus"][1])(), TrainConfig())
+    # a line that is older than an option had the option's default
+    default = merge_options(type(EXPERIMENTS[experiment]["corpus"][1])(), TrainConfig())
     for line in open(path, encoding="utf-8") if path.exists() else ():
-        with contextlib.suppress(ValueError):  # a line that was cut short
+        with contextlib.suppress(ValueError):  # an incomplete line
             row = json.loads(line)
             if default | row["options"] == known.get(row["model"]):
                 rows[row["model"], row["lr"], row["seed"]] = row
@@ -164,20 +171,20 @@ def read_rows(path: Path) -> list[dict]:
     return sorted(rows.values(), key=lambda row: order.index(row["model"]))
 
 
-def goodness(row: dict) -> tuple:
-    """By which runs are compared: recall, then the validation loss, which is all where nothing is asked."""
-    if not row["curve"]:  # it diverged: a lower rate may not
+def score(row: dict) -> tuple:
+    """Runs are compared by recall, then by validation loss (if there are no questions, by this alone)."""
+    if not row["curve"]:  # diverged: worse than all others, and a higher learning rate is worse still
         return -math.inf, -row["lr"]
     final = row["curve"][-1]
     return final.get("recall", {}).get("all", 0), -final["val_loss"]
 
 
 def best_lr(rows: list[dict], model: str) -> float:
-    return max((row for row in rows if (row["model"], row["seed"]) == (model, 1)), key=goodness)["lr"]
+    return max((row for row in rows if (row["model"], row["seed"]) == (model, 1)), key=score)["lr"]
 
 
-def next_runs(config: EvidenceConfig, models, rows: list[dict]) -> list[tuple]:
-    """(model, lr, seed) of what is to be run: a model's seeds come once its learning rates are all done."""
+def next_runs(config: CompareConfig, models, rows: list[dict]) -> list[tuple]:
+    """(model, lr, seed) of the next runs. A model's other seeds come once all its learning rates are done."""
     done = {(row["model"], row["lr"], row["seed"]) for row in rows}
     runs = []
     for model in models:
@@ -192,6 +199,13 @@ def next_runs(config: EvidenceConfig, models, rows: list[dict]) -> list[tuple]:
     return runs
 
 
+def run_folder(experiment: str, run: tuple, config: CompareConfig) -> Path:
+    """The folder of a run. Its name has a checksum of the options: with other options it is another run."""
+    model, lr, seed = run
+    checksum = zlib.crc32(json.dumps(all_options(experiment, model)).encode())
+    return ROOT / config.out / experiment / f"{model}_{lr:g}_{seed}_{checksum:x}"
+
+
 def start(experiment: str, run: tuple, out_dir: Path, jobs: int) -> subprocess.Popen:
     model, lr, seed = run
     options = train_options(experiment, model) | RUN_OPTIONS | dict(lr=lr, seed=seed, out_dir=out_dir)
@@ -201,8 +215,8 @@ def start(experiment: str, run: tuple, out_dir: Path, jobs: int) -> subprocess.P
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, cores // jobs)
     with open(out_dir / "printed.txt", "a") as printed:
-        return subprocess.Popen([sys.executable, ROOT / "train.py", *words], stdout=printed, stderr=printed,
-                                env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        return subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=printed,
+                                stderr=printed, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
 
 
 def diverged(out_dir: Path) -> bool:
@@ -210,7 +224,7 @@ def diverged(out_dir: Path) -> bool:
 
 
 def make_row(experiment: str, run: tuple, out_dir: Path) -> dict:
-    """The line of a finished run; of one that diverged, without a curve."""
+    """The line of a finished run. If the run diverged, its curve is empty."""
     model, lr, seed = run
     options = train_options(experiment, model)
     meta = json.loads((DATA / options["dataset"] / "meta.json").read_text())
@@ -222,75 +236,76 @@ def make_row(experiment: str, run: tuple, out_dir: Path) -> dict:
     tokens_per_step = config.batch_size * config.block_size
     log = [json.loads(line) for line in open(out_dir / "log.jsonl", encoding="utf-8")]
     curve = [line | {"tokens": line["step"] * tokens_per_step} for line in log if "val_loss" in line]
-    speeds = [line["tokens_per_second"] for line in log if "loss" in line]  # of training alone
+    speeds = [line["tokens_per_second"] for line in log if "loss" in line]  # of training, without evaluation
     asked = Counter("held_out" if question.get("held_out") else exposure_bin(question)
                     for question in read_questions(DATA / config.dataset / "qa.jsonl"))
     return row | {"macs": config.macs_per_token(), "parameters": GPT(config).count_parameters(),
                   "asked": asked, "tokens_per_second": median(speeds), "curve": curve}
 
 
-def run_all(experiment: str, config: EvidenceConfig) -> None:
+def append_row(path: Path, row: dict) -> None:
+    is_cut = path.exists() and not path.read_bytes().endswith(b"\n")  # the last line is incomplete
+    with open(path, "a", encoding="utf-8") as f:
+        f.write("\n" * is_cut + json.dumps(row) + "\n")
+
+
+def run_all(experiment: str, config: CompareConfig) -> None:
     models = config.models or tuple(EXPERIMENTS[experiment]["models"])
     if unknown := set(models) - EXPERIMENTS[experiment]["models"].keys():
-        fail(f"--models={','.join(unknown)} must be of {', '.join(EXPERIMENTS[experiment]['models'])}")
+        fail(f"--models={','.join(unknown)} must be one of {', '.join(EXPERIMENTS[experiment]['models'])}")
     path = rows_path(experiment, config.results)
     prepare_corpus(experiment, read_rows(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: no run stays behind
-    going = {}  # run: (process, folder, when it began)
-    took = []  # seconds of each run that ended here
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that no run is left behind
+    running = {}  # run: (process, folder, start time)
+    durations = []  # of the runs that finished here
     try:
         while True:
             rows = read_rows(path)
-            waiting = [run for run in next_runs(config, models, rows) if run not in going]
-            for run in waiting[:config.jobs - len(going)]:
-                # a run of the same name with other options is another run
-                which = zlib.crc32(json.dumps(all_options(experiment, run[0])).encode())
-                out_dir = ROOT / config.out / experiment / "{}_{:g}_{}_{:x}".format(*run, which)
-                going[run] = start(experiment, run, out_dir, config.jobs), out_dir, time.time()
-            if not going:
+            waiting = [run for run in next_runs(config, models, rows) if run not in running]
+            for run in waiting[:config.jobs - len(running)]:
+                out_dir = run_folder(experiment, run, config)
+                running[run] = start(experiment, run, out_dir, config.jobs), out_dir, time.time()
+            if not running:
                 return
-            report(config, models, rows, going, took)
-            while all(process.poll() is None for process, *_ in going.values()):
+            print_progress(config, models, rows, running, durations)
+            while all(process.poll() is None for process, *_ in running.values()):
                 time.sleep(0.2)
-            for run, (process, out_dir, began) in list(going.items()):
+            for run, (process, out_dir, start_time) in list(running.items()):
                 if process.poll() is not None:
-                    end = all_options(experiment, run[0])["max_steps"]
-                    finished = process.returncode == 0 and (out_dir / f"step_{end:06d}").exists()
+                    last_step = all_options(experiment, run[0])["max_steps"]
+                    finished = process.returncode == 0 and (out_dir / f"step_{last_step:06d}").exists()
                     if not finished and not diverged(out_dir):
                         fail(f"the run of {run[0]} stopped: see {out_dir / 'printed.txt'}")
-                    line = json.dumps(make_row(experiment, run, out_dir)) + "\n"
-                    is_cut = path.exists() and not path.read_bytes().endswith(b"\n")
-                    with open(path, "a", encoding="utf-8") as f:
-                        f.write("\n" * is_cut + line)
+                    append_row(path, make_row(experiment, run, out_dir))
                     shutil.rmtree(out_dir)
-                    del going[run]
-                    took.append(time.time() - began)
+                    del running[run]
+                    durations.append(time.time() - start_time)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here")
+        print("\nstopped; the same command continues from here")
         raise SystemExit(130) from None
     finally:
-        for process, *_ in going.values():
+        for process, *_ in running.values():
             process.terminate()
-        for process, *_ in going.values():
-            process.wait()  # it saves: what is started next may go on from there
+        for process, *_ in running.values():
+            process.wait()  # it saves a checkpoint, and the next command may need it at once
 
 
-def report(config: EvidenceConfig, models, rows: list[dict], going: dict, took: list[float]) -> None:
-    """A line on how far the plan is: (learning rates + seeds - 1) runs for each model, or a few more."""
+def print_progress(config: CompareConfig, models, rows: list[dict], running: dict, durations: list) -> None:
+    """Each model needs (learning rates + seeds - 1) runs, and more if its best learning rate is at an end."""
     done = sum(row["model"] in models for row in rows)
-    total = max(len(models) * (len(config.lrs) + config.seeds - 1), done + len(going))
+    total = max(len(models) * (len(config.lrs) + config.seeds - 1), done + len(running))
     left = ""
-    if took:
-        left = f", about {duration(mean(took) * (total - done) / config.jobs)} left"
-    now = ", ".join("{} at {:g} with seed {}".format(*run) for run in going)
-    print(f"{time.strftime('%H:%M')}  {done} of {total} runs done{left}; going on: {now}", flush=True)
+    if durations:
+        left = f", about {duration(mean(durations) * (total - done) / config.jobs)} left"
+    names = ", ".join(f"{model} (lr {lr:g}, seed {seed})" for model, lr, seed in running)
+    print(f"{time.strftime('%H:%M')}  {done} of {total} runs done{left}; running: {names}", flush=True)
 
 
-# --- what came of it ----------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------------------
 
-def kept(rows: list[dict]) -> dict[str, list[dict]]:
-    """The runs of each model at its best learning rate that did not diverge."""
+def best_runs(rows: list[dict]) -> dict[str, list[dict]]:
+    """For each model the runs at its best learning rate, without those that diverged."""
     tuned = dict.fromkeys(row["model"] for row in rows if row["seed"] == 1)
     best = {model: best_lr(rows, model) for model in tuned}
     runs = {model: [row for row in rows if row["model"] == model and row["lr"] == lr and row["curve"]]
@@ -298,10 +313,10 @@ def kept(rows: list[dict]) -> dict[str, list[dict]]:
     return {model: rows for model, rows in runs.items() if rows}
 
 
-def told(row: dict, low: int, high: int, point: int = -1) -> float:
+def recall_between(row: dict, low: int, high: int, point: int = -1) -> float:
     """
-    Recall of what was told low ... high - 1 times, both powers of two, at a point of the curve; all points
-    but the last are of fewer questions (--eval_questions).
+    Recall of the facts told low ... high - 1 times in the training text; low and high are powers of two.
+    point: which point of the curve. Only the last one asks all questions, the others --eval_questions.
     """
     shares = row["curve"][point]["recall"]["by_exposure"]
     bins = [key for key in shares if low <= int(key) < high]
@@ -310,10 +325,11 @@ def told(row: dict, low: int, high: int, point: int = -1) -> float:
     return sum(shares[key] * row["asked"][key] for key in bins) / sum(row["asked"][key] for key in bins)
 
 
-def bits_a_parameter(row: dict) -> float:
+def bits_per_parameter(row: dict) -> float:
     """
-    Bits of the answers that were right to the word, over all parameters. An answer that is one of n values
-    holds log2(n) bits; attributes are taken to be recalled alike, and nothing is known of the others.
+    Bits of all answers that were exactly right, divided by the number of parameters. An answer that is one of
+    n values has log2(n) bits. This assumes that all attributes are recalled equally well, and that a wrong
+    answer shows no knowledge.
     """
     recall, held_out = row["curve"][-1]["recall"], row["asked"].get("held_out", 0)
     right = recall["all"] * (sum(row["asked"].values()) - held_out) + recall.get("held_out", 0) * held_out
@@ -322,12 +338,12 @@ def bits_a_parameter(row: dict) -> float:
 
 
 def speed(rows: list[dict]) -> float:
-    """Tokens a second: a run's median over its log lines, of the run that was least disturbed."""
+    """Tokens per second: the median of a run's log lines, and the fastest run, which was disturbed least."""
     return max(row["tokens_per_second"] for row in rows)
 
 
 def tokens_to(recall: float, curve: list[dict]) -> float:
-    """After how many tokens the curve first has this recall, or nan; between its points, straight lines."""
+    """The number of tokens when the curve first reaches this recall (linear between its points), or nan."""
     points = [(point["tokens"], point["recall"]["all"]) for point in curve]
     for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
         if y1 >= recall:
@@ -335,112 +351,120 @@ def tokens_to(recall: float, curve: list[dict]) -> float:
     return math.nan
 
 
-def spread(values, form: str = ".3f", scale: float = 1) -> str:
-    """Mean and, of several, standard deviation; a dash where one is nan: it was never reached."""
+def mean_and_deviation(values, form: str = ".3f", scale: float = 1) -> str:
+    """'mean ± standard deviation', or the only value. A dash if one is nan, which means never reached."""
     if any(map(math.isnan, values)):
         return "-"
     values = [value / scale for value in values]
-    around = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{mean(values):{form}}{around}"
+    deviation = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{deviation}"
 
 
-def table(experiment: str, config: EvidenceConfig) -> None:
-    """As in the README: mean ± standard deviation over the seeds, at each model's best learning rate."""
+def print_table(experiment: str, config: CompareConfig) -> None:
+    """Mean ± standard deviation over the seeds, at the best learning rate of each model."""
     rows = read_rows(rows_path(experiment, config.results))
-    runs, rates = kept(rows), Counter(row["model"] for row in rows if row["seed"] == 1)
+    runs, lrs_tried = best_runs(rows), Counter(row["model"] for row in rows if row["seed"] == 1)
     if not runs:
-        return print(f"{experiment}: no run is finished; python evidence.py {experiment} makes them")
-    recalls = "recall" in next(iter(runs.values()))[0]["curve"][-1]
+        return print(f"{experiment}: no finished runs; to train: python -m experiments.compare {experiment}")
+    has_recall = "recall" in next(iter(runs.values()))[0]["curve"][-1]
     is_facts = experiment == "facts" and "dense" in runs
     if is_facts:
-        target = mean(row["curve"][-1]["recall"]["all"] for row in runs["dense"])
+        dense_recall = mean(row["curve"][-1]["recall"]["all"] for row in runs["dense"])
     lines = []
     for model, same in runs.items():
         final, first = [row["curve"][-1] for row in same], same[0]
-        diverged = sum((row["model"], row["lr"]) == (model, first["lr"]) for row in rows) - len(same)
+        failed = sum((row["model"], row["lr"]) == (model, first["lr"]) for row in rows) - len(same)
         line = {
             "model": model,
-            "MACs a token": f"{first['macs']:,}",
+            "MACs per token": f"{first['macs']:,}",
             "parameters": f"{first['parameters']['dense'] + first['parameters']['memory']:,}",
-            "seeds": f"{len(same)}" + (f", {diverged} diverged" if diverged else ""),
-            "rate (of)": f"{first['lr']:g} ({rates[model]})",
-            "validation loss": spread([point["val_loss"] for point in final]),
+            "seeds": f"{len(same)}" + (f", {failed} diverged" if failed else ""),
+            "learning rate (tried)": f"{first['lr']:g} ({lrs_tried[model]})",
+            "validation loss": mean_and_deviation([point["val_loss"] for point in final]),
         }
-        if recalls:
-            line["recall"] = spread([point["recall"]["all"] for point in final])
+        if has_recall:
+            line["recall"] = mean_and_deviation([point["recall"]["all"] for point in final])
         if is_facts:
-            tokens = [tokens_to(target, row["curve"]) for row in same]
+            tokens = [tokens_to(dense_recall, row["curve"]) for row in same]
             line |= {
-                "told 8 to 31 times": spread([told(row, 8, 32) for row in same]),
-                "held out": spread([point["recall"]["held_out"] for point in final]),
-                "bits a parameter": spread([bits_a_parameter(row) for row in same], ".4f"),
-                "M tokens to dense's recall": spread(tokens, ".2f", 1e6),
-                "seconds to it": spread(tokens, ".0f", speed(same)),
+                "recall, told 8 to 31 times": mean_and_deviation(
+                    [recall_between(row, 8, 32) for row in same]),
+                "recall, held out": mean_and_deviation([point["recall"]["held_out"] for point in final]),
+                "bits per parameter": mean_and_deviation([bits_per_parameter(row) for row in same], ".4f"),
+                "M tokens to dense's recall": mean_and_deviation(tokens, ".2f", 1e6),
+                "seconds to dense's recall": mean_and_deviation(tokens, ".0f", speed(same)),
             }
         line["k tokens/s"] = f"{speed(same) / 1e3:.1f}"
         line["seconds"] = f"{final[0]['tokens'] / speed(same):.0f}"
         lines.append(line)
-    print(f"\n{experiment}; of the learning rates tried the best:\n")
+    print(f"\n{experiment}, each model at the best of the learning rates tried:\n")
     for cells in (lines[0], ["---"] * len(lines[0]), *(line.values() for line in lines)):
         print("| " + " | ".join(cells) + " |")
     if is_facts:
-        bars(runs, target)
+        print_goals(runs, dense_recall)
 
 
-def bars(runs: dict[str, list[dict]], target: float) -> None:
-    """What was hoped for, and whether it came: of memory+ with each of its numbers of slots."""
+def print_goals(runs: dict[str, list[dict]], dense_recall: float) -> None:
+    """The goals of this project and whether memory+, with each number of slots, reaches them."""
     recall = {model: mean(row["curve"][-1]["recall"]["all"] for row in rows) for model, rows in runs.items()}
     sizes = [model for model in ("memory+", "memory+4x", "memory+16x") if model in runs]
-    tiny = 1e-9  # a division by it says enough of a dense model that recalls nothing
+    tiny = 1e-9  # instead of a division by 0, if the dense model recalls nothing
 
-    def often(model: str, point: int) -> float:
-        return mean(told(row, 8, 32, point) for row in runs[model])
+    def recall_of_rare(model: str, point: int) -> float:
+        return mean(recall_between(row, 8, 32, point) for row in runs[model])
 
     for plus in sizes:
         rows = runs[plus]
         tokens = [point["tokens"] for point in rows[0]["curve"]]
-        to_target = mean(tokens_to(target, row["curve"]) for row in rows) / tokens[-1]
-        checks = []
-        # in the end dense may know more than a third, of which there is no three times: so also before it
-        for point in (min(range(len(tokens)), key=lambda i: abs(tokens[i] - tokens[-1] * 2 / 3)), -1):
-            ours, dense = often(plus, point), often("dense", point)
-            times = ours / max(tiny, dense)
-            checks.append((f"at least 3 times dense's recall of what was told 8 to 31 times, after "
-                           f"{tokens[point] / 1e6:.2g} M tokens", times >= 3,
-                           f"{times:.1f}, {ours:.3f} and {dense:.3f}"))
-        checks += [("at least twice dense's recall, with dense between 0.2 and 0.4",
-                    0.2 <= target <= 0.4 and recall[plus] >= 2 * target,
-                    f"{recall[plus] / max(tiny, target):.1f} times {target:.3f}"),
-                   ("at most 0.6 of the tokens to dense's recall", to_target <= 0.6, f"{to_target:.3f}")]
+        share_of_tokens = mean(tokens_to(dense_recall, row["curve"]) for row in rows) / tokens[-1]
+        two_thirds = min(range(len(tokens)), key=lambda i: abs(tokens[i] - tokens[-1] * 2 / 3))
+        goals = []
+        # at the end dense may recall more than a third, and nothing can be 3 times that: so look earlier too
+        for point in (two_thirds, -1):
+            ours, dense = recall_of_rare(plus, point), recall_of_rare("dense", point)
+            ratio = ours / max(tiny, dense)
+            goals.append((f"at least 3 times dense's recall of facts told 8 to 31 times, after "
+                          f"{tokens[point] / 1e6:.2g} M tokens", ratio >= 3,
+                          f"{ratio:.1f} times ({ours:.3f} and {dense:.3f})"))
+        ratio = recall[plus] / max(tiny, dense_recall)
+        goals += [("at least twice dense's recall, while dense has 0.2 to 0.4",
+                   0.2 <= dense_recall <= 0.4 and recall[plus] >= 2 * dense_recall,
+                   f"{ratio:.1f} times ({recall[plus]:.3f} and {dense_recall:.3f})"),
+                  ("dense's recall after at most 0.6 of the tokens", share_of_tokens <= 0.6,
+                   f"{share_of_tokens:.3f}")]
         if (short := f"{plus}-short") in runs:
             seconds, allowed = (runs[model][0]["curve"][-1]["tokens"] / speed(runs[model])
                                 for model in (short, "dense"))
-            checks.append(("at least 1.4 times dense's recall in dense's time",
-                           recall[short] >= 1.4 * target and seconds <= allowed,
-                           f"{recall[short] / max(tiny, target):.2f}, {seconds:.0f} and {allowed:.0f} s"))
+            goals.append(("at least 1.4 times dense's recall in dense's time",
+                          recall[short] >= 1.4 * dense_recall and seconds <= allowed,
+                          f"{recall[short] / max(tiny, dense_recall):.2f} times ({seconds:.0f} and "
+                          f"{allowed:.0f} s)"))
         for other in ("moe", "dense-2x"):
             if other in runs:
-                checks.append((f"above {other}", recall[plus] > recall[other],
-                               f"{recall[plus]:.3f}, {recall[other]:.3f}"))
-        print(f"\n{plus}, what was hoped for:")
-        for what, is_met, figures in checks:
-            print(f"  {'yes' if is_met else 'no ':3}  {what}: {figures}")
+                goals.append((f"more recall than {other}", recall[plus] > recall[other],
+                              f"{recall[plus]:.3f} and {recall[other]:.3f}"))
+        print(f"\ngoals of {plus}:")
+        for goal, is_met, figures in goals:
+            print(f"  {'yes' if is_met else 'no ':3}  {goal}: {figures}")
     if len(sizes) > 1:
         rises = [recall[model] for model in sizes]
         print(f"\nrecall rises with the number of slots: {'yes' if rises == sorted(rises) else 'no'}, "
               + ", ".join(f"{value:.3f}" for value in rises))
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    word, options = first_word(argv, (*EXPERIMENTS, "table"), __doc__, "an experiment")
-    _, given = parse(EvidenceConfig, options, description=__doc__)
-    if word == "table" and given.keys() - {"results"}:
-        fail("of the options, table has --results only")
-    config = build(EvidenceConfig, given)
-    for experiment in EXPERIMENTS if word == "table" else (word,):
-        if word != "table":
-            run_all(experiment, config)
-        table(experiment, config)
+    word, rest = first_word(argv, (*EXPERIMENTS, "table"), __doc__, "an experiment")
+    _, options = parse(CompareConfig, rest, description=__doc__)
+    if word == "table" and options.keys() - {"results"}:
+        fail("table has only the option --results")
+    config = build(CompareConfig, options)
+    if word == "table":
+        for experiment in EXPERIMENTS:
+            print_table(experiment, config)
+    else:
+        run_all(word, config)
+        print_table(word, config)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """
-Figures, from the lines that runs leave.
+Draws figures from the lines that experiments leave, and writes them next to the lines.
 
-    python plot.py out/facts               out/facts/log.jsonl -> out/facts/loss.png
-    python plot.py results/step.jsonl      the rows of bench.py step -> results/step.png
-    python plot.py results/evidence_facts.jsonl   the runs of evidence.py -> evidence_facts.png, _more.png
+    python -m experiments.plots experiments/results/facts.jsonl   facts.png and facts_more.png
+    python -m experiments.plots experiments/results/step.jsonl    step.png
+
+facts.jsonl comes from experiments.compare, step.jsonl from experiments.speed step --json=FILE.
 """
 
 import json
@@ -13,92 +14,57 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from config import fail
+from experiments.compare import best_runs, read_rows, speed
+from runtime.cli import command, fail
 
-matplotlib.use("Agg")  # files, no windows
-import matplotlib.pyplot as plt  # noqa: E402
+# the colours of Okabe and Ito, which colour-blind readers can tell apart
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+LOOK = {"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3,
+        "legend.frameon": False, "axes.prop_cycle": matplotlib.cycler(color=COLOURS)}
 
-# the colours of Okabe and Ito, which the colour-blind can tell apart
-CYCLE = plt.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"])
-plt.rcParams.update({"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False,
-                     "grid.alpha": 0.3, "legend.frameon": False, "axes.prop_cycle": CYCLE})
-
-
-def plot_run(out_dir: Path) -> None:
-    """Loss, recall and slot use over the steps of one run: out_dir/log.jsonl -> out_dir/loss.png."""
-    lines = [json.loads(line) for line in open(out_dir / "log.jsonl", encoding="utf-8")]
-    trained = [line for line in lines if "loss" in line]
-    evaluated = [line for line in lines if "val_loss" in line]
-    if not evaluated:
-        fail(f"{out_dir / 'log.jsonl'} has no evaluation yet")
-    has_recall, has_memory = "recall" in evaluated[-1], "slots_used" in evaluated[-1]
-    panels = 1 + has_recall + has_memory
-    figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 3.5), layout="constrained", squeeze=False)
-    axes = iter(axes[0])
-
-    axis = next(axes)
-    steps = [line["step"] for line in evaluated]
-    axis.plot([line["step"] for line in trained], [line["loss"] for line in trained], label="training")
-    axis.plot(steps, [line["val_loss"] for line in evaluated], "o-", label="validation")
-    axis.set(xlabel="step", ylabel="loss (nats a token)")
-    axis.legend()
-    if has_recall:
-        axis = next(axes)
-        for name, label, style in (("all", "people asked about in training", "o-"),
-                                   ("held_out", "people only stated in training", "s--")):
-            if name in evaluated[-1]["recall"]:
-                axis.plot(steps, [line.get("recall", {}).get(name) for line in evaluated], style, label=label)
-        axis.set(xlabel="step", ylabel="recall (exact match)", ylim=(0, 1.02))
-        if "held_out" in evaluated[-1]["recall"]:
-            axis.legend()
-    if has_memory:
-        axis = next(axes)
-        axis.plot(steps[1:], [line["slots_used"] for line in evaluated[1:]], "o-")
-        axis.set(xlabel="step", ylabel="share of slots read since last evaluation", ylim=(0, 1.02))
-    figure.savefig(out_dir / "loss.png", dpi=120)
-    plt.close(figure)
-
-
-def plot_step(path: Path) -> None:
-    """Time of a step over the size of the pool: the rows of `bench.py step` -> a .png beside them."""
-    rows = [row for row in map(json.loads, open(path, encoding="utf-8")) if row.get("bench") == "step"]
-    if not rows:
-        fail(f"{path} has no rows that python bench.py step --json={path} would leave")
-    tokens, reads = min(row["tokens"] for row in rows), rows[0]["reads"]
-    rows = [row for row in rows if (row["tokens"], row["reads"]) == (tokens, reads)]
-    figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    for method, marker in zip(dict.fromkeys(row["method"] for row in rows), "osv^D", strict=False):
-        line = [row for row in rows if row["method"] == method]
-        ours = method in ("rowwise", "adam")
-        axis.plot([row["rows"] for row in line], [1e3 * row["seconds"] for row in line], marker=marker,
-                  linestyle="-" if ours else "--", label=f"nanoPKM, {method}" if ours else method)
-    axis.set(xscale="log", yscale="log", xlabel="rows of the pool", ylabel=f"ms a step of {tokens:,} tokens",
-             xticks=sorted({row["rows"] for row in rows}))
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-    plt.close(figure)
-
-
-# models of evidence.py: colour, marker and line, so that no two differ by colour alone
-STYLE = defaultdict(lambda: ("#777777", "h", "-"), {  # which is for a model of your own
+# colour, marker and line of each model of experiments.compare, so that no two differ by colour alone
+STYLES = defaultdict(lambda: ("#777777", "h", "-"), {  # the default is for a model of your own
     "dense": ("#000000", "o", "-"), "dense-2x": ("#000000", "o", ":"), "moe": ("#CC79A7", "v", "--"),
     "hash": ("#56B4E9", "X", ":"), "peer": ("#E69F00", "P", "--"), "memory": ("#882255", "<", "-."),
     "memory+": ("#0072B2", "s", "-"), "memory+4x": ("#009E73", "D", "-"),
     "memory+-short": ("#0072B2", "s", ":"), "memory+16x": ("#D55E00", "^", "-")})
 
 
+# --- a step of the memory -----------------------------------------------------------------------------------
+
+def draw_step(rows: list[dict]) -> Figure:
+    """Time of a step against the size of the pool: the rows of experiments.speed step."""
+    tokens, reads = min(row["tokens"] for row in rows), rows[0]["reads"]
+    rows = [row for row in rows if (row["tokens"], row["reads"]) == (tokens, reads)]
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axis = figure.subplots()
+    for method, marker in zip(dict.fromkeys(row["method"] for row in rows), "osv^D", strict=False):
+        line = [row for row in rows if row["method"] == method]
+        ours = method in ("rowwise", "adam")
+        axis.plot([row["rows"] for row in line], [1e3 * row["seconds"] for row in line], marker=marker,
+                  linestyle="-" if ours else "--", label=f"nanoPKM, {method}" if ours else method)
+    axis.set(xscale="log", yscale="log", xticks=sorted({row["rows"] for row in rows}),
+             xlabel="rows of the pool", ylabel=f"ms per step of {tokens:,} tokens")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+# --- facts --------------------------------------------------------------------------------------------------
+
 def draw(axis, model: str, x, ys, label: str | None = None):
-    """The mean of several runs (ys, a row each), and the least and the most of them as a bar."""
-    colour, marker, line = STYLE[model]
+    """The mean of several runs (ys: one row per run), with a bar from the lowest to the highest of them."""
+    colour, marker, line = STYLES[model]
     middle, low, high = np.mean(ys, 0), np.min(ys, 0), np.max(ys, 0)
-    around = np.maximum((middle - low, high - middle), 0)  # rounding may put a mean of equals beside them
-    axis.errorbar(x, middle, around, color=colour, marker=marker, linestyle=line,
+    bars = np.maximum((middle - low, high - middle), 0)  # of equal numbers the mean may be rounded
+    axis.errorbar(x, middle, bars, color=colour, marker=marker, linestyle=line,
                   capsize=2, elinewidth=0.8, markersize=5, label=label)
     return x[-1], middle[-1], model  # for label_ends
 
@@ -109,66 +75,77 @@ def label_ends(axis, ends: list[tuple]) -> None:
     low, high = axis.get_ylim()
     gap, last = 0.055 * (high - low), -np.inf
     for i, (x, y, model) in enumerate(sorted(ends, key=lambda end: end[1])):
-        last = max(min(y, high - gap * (len(ends) - 1 - i)), last + gap)  # those above need room too
-        leader = dict(arrowstyle="-", color=STYLE[model][0], linewidth=0.5)
+        last = max(min(y, high - gap * (len(ends) - 1 - i)), last + gap)  # leave room for the names above
+        leader = dict(arrowstyle="-", color=STYLES[model][0], linewidth=0.5)
         axis.annotate(model, (x, y), (right * 1.04, last), va="center", fontsize=9, annotation_clip=False,
                       arrowprops=leader)
 
 
-def plot_facts(path: Path) -> None:
-    """
-    The runs of `evidence.py facts`, of each model those at its best learning rate. Beside their lines: .png,
-    recall against how often a thing was told; _more.png, against tokens, seconds and slots, and slot use.
-    """
-    from evidence import kept, read_rows, speed  # here, as it loads torch
-    runs = kept(read_rows(path))
-    recalls = {model: [row["curve"][-1]["recall"] for row in rows] for model, rows in runs.items()}
-    if not runs:
-        fail(f"{path}: no line is of the models that evidence.py has now")
-    best_first = sorted(runs, key=lambda model: -np.mean([recall["all"] for recall in recalls[model]]))
+def final_recalls(runs: dict) -> dict:
+    return {model: [row["curve"][-1]["recall"] for row in rows] for model, rows in runs.items()}
 
-    figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+
+def draw_facts(runs: dict) -> Figure:
+    """Recall against how often a fact was told in the training text."""
+    recalls = final_recalls(runs)
+    best_first = sorted(runs, key=lambda model: -np.mean([recall["all"] for recall in recalls[model]]))
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axis = figure.subplots()
     bins = [low for low in recalls[best_first[0]][0]["by_exposure"] if int(low) < 256]
-    for i, model in enumerate(best_first):  # so that the legend has the order of the lines
+    for i, model in enumerate(best_first):  # so the legend has the order of the lines
         shares = [[recall["by_exposure"][low] for low in bins] for recall in recalls[model]]
-        aside = 1.03 ** (i - len(runs) / 2)  # so that bars of different models stand beside each other
-        draw(axis, model, [aside * int(low) for low in bins], shares, model)
+        offset = 1.03 ** (i - len(runs) / 2)  # bars of different models stand beside each other
+        draw(axis, model, [offset * int(low) for low in bins], shares, model)
     axis.set(xscale="log", xlabel="times a fact was told in the training text", ylabel="recall (exact match)",
              ylim=(-0.02, 1.02), xticks=[int(low) for low in bins],
              xticklabels=[f"{low}-{2 * int(low) - 1}" for low in bins])
-    axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-    plt.close(figure)
+    return figure
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for axis, label in ((axes[0, 0], "million tokens"), (axes[0, 1], "seconds of training")):
-        ends = []
-        for model, rows in runs.items():
-            unit = 1e6 if label == "million tokens" else speed(rows)
-            points = [point["tokens"] / unit for point in rows[0]["curve"]]
-            curves = [[point["recall"]["all"] for point in row["curve"]] for row in rows]
-            ends.append(draw(axis, model, points, curves))
-        axis.set(xlabel=label, ylabel="recall", ylim=(-0.02, 1.02))
-        label_ends(axis, ends)
 
-    axis = axes[1, 0]
-    sizes = [model for model in ("memory+", "memory+4x", "memory+16x") if model in runs]
-    sizes = {model: runs[model][0]["options"]["mem_num_keys"]**2 for model in sizes}
-    means = {model: np.mean([recall["all"] for recall in recalls[model]]) for model in runs}
-    axis.plot(list(sizes.values()), [means[model] for model in sizes], color="0.6", zorder=0)
-    for model, slots in sizes.items():
-        draw(axis, model, [slots], [[recall["all"]] for recall in recalls[model]])
+def draw_facts_more(runs: dict) -> Figure:
+    """Recall against tokens, seconds and the number of slots; slot use against tokens."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    draw_curves(axes[0, 0], runs, lambda rows: 1e6, "million tokens")
+    draw_curves(axes[0, 1], runs, speed, "seconds of training")
+    draw_sizes(axes[1, 0], runs)
+    draw_slot_use(axes[1, 1], runs)
+    return figure
+
+
+def draw_curves(axis, runs: dict, tokens_per_unit, xlabel: str) -> None:
+    ends = []
+    for model, rows in runs.items():
+        unit = tokens_per_unit(rows)
+        points = [point["tokens"] / unit for point in rows[0]["curve"]]
+        curves = [[point["recall"]["all"] for point in row["curve"]] for row in rows]
+        ends.append(draw(axis, model, points, curves))
+    axis.set(xlabel=xlabel, ylabel="recall", ylim=(-0.02, 1.02))
+    label_ends(axis, ends)
+
+
+def draw_sizes(axis, runs: dict) -> None:
+    recalls = {model: [recall["all"] for recall in rows] for model, rows in final_recalls(runs).items()}
+    slots = {model: runs[model][0]["options"]["mem_num_keys"]**2
+             for model in ("memory+", "memory+4x", "memory+16x") if model in runs}
+    axis.plot(list(slots.values()), [np.mean(recalls[model]) for model in slots], color="0.6", zorder=0)
+    for model, x in slots.items():
+        draw(axis, model, [x], [[recall] for recall in recalls[model]])
     for model in ("dense", "dense-2x"):
-        if model in runs and sizes:
-            axis.axhline(means[model], color=STYLE[model][0], linestyle=STYLE[model][2], label=model)
+        if model in runs and slots:
+            axis.axhline(np.mean(recalls[model]), color=STYLES[model][0], linestyle=STYLES[model][2],
+                         label=model)
             axis.legend()
     axis.set(xscale="log", xlabel="slots of memory+", ylabel="recall", ylim=(-0.02, 1.02),
-             xticks=list(sizes.values()))
+             xticks=list(slots.values()))
     axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axis.xaxis.set_minor_locator(NullLocator())
 
-    axis, ends = axes[1, 1], []
+
+def draw_slot_use(axis, runs: dict) -> None:
+    ends = []
     for model, rows in runs.items():
         if "kl_from_uniform" in rows[0]["curve"][-1]:
             points = [point["tokens"] / 1e6 for point in rows[0]["curve"][1:]]
@@ -178,17 +155,39 @@ def plot_facts(path: Path) -> None:
     axis.set_ylim(bottom=0)
     if ends:
         label_ends(axis, ends)
-    figure.savefig(path.with_name(path.stem + "_more.png"), dpi=120)
-    plt.close(figure)
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+def figures(path: Path) -> dict[Path, Figure]:
+    """The figures of a file of lines, and where they go."""
+    if path.name == "facts.jsonl":
+        runs = best_runs(read_rows(path))
+        if not runs:
+            fail(f"{path} has no finished run of the models that experiments.compare has now")
+        return {path.with_suffix(".png"): draw_facts(runs),
+                path.with_name("facts_more.png"): draw_facts_more(runs)}
+    try:
+        rows = [row for row in map(json.loads, open(path, encoding="utf-8")) if row["bench"] == "step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        rows = []
+    if not rows:
+        fail(f"{path} must be a facts.jsonl of experiments.compare, or a file that "
+             "python -m experiments.speed step --json=FILE wrote")
+    return {path.with_suffix(".png"): draw_step(rows)}
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv in (["-h"], ["--help"]):
+        return print(__doc__.strip())
+    if len(argv) != 1:
+        fail("name a file of results: python -m experiments.plots experiments/results/facts.jsonl")
+    with matplotlib.rc_context(LOOK):
+        for path, figure in figures(Path(argv[0])).items():
+            figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
-    given = Path(sys.argv[1] if len(sys.argv) == 2 else "")
-    if (given / "log.jsonl").exists():
-        plot_run(given)
-    elif given.name == "evidence_facts.jsonl" and given.is_file():
-        plot_facts(given)
-    elif given.is_file() and not given.name.startswith("evidence"):
-        plot_step(given)
-    else:
-        fail("name a run's folder or lines: out/facts, results/step.jsonl or results/evidence_facts.jsonl")
+    main()

@@ -1,14 +1,14 @@
 """
-Checkpoints: a folder OUT/step_000500 with
+Checkpoints. One is a folder OUT/step_000500 with
 
-    model.pt          all parameters but the pool's
+    model.pt          all parameters except the pool's values
     optimizer.pt      AdamW's state
-    pool_0of2.pt ...  the pool's columns, a file for each process that shares them: values, optimiser's state
-    meta.json         the format, the step, the options, the encoding, the SHA-256 of each file and of itself
+    pool_0of2.pt ...  the pool's columns: values and optimiser state, one file per process that shares them
+    meta.json         format, step, options, encoding, and the SHA-256 of each file and of itself
 
-It is written under another name, and gets its own once all of it is on the disk. So a kill at any moment, or
-a full disk, leaves the last good one; and a file that is cut short or has a flipped bit is noticed. What any
-number of processes wrote, any other number can read. All must see the same OUT.
+A checkpoint is written under another name, and renamed once all of it is on the disk. So a kill at any
+moment, or a full disk, leaves the last good checkpoint. A file that was cut short or has a flipped bit is
+noticed. Any number of processes can read what any other number wrote. All must see the same folder OUT.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from typing import NoReturn
 
 import torch
 
-from config import fail
-from distributed import RANK, WORLD_SIZE, Group, gather_objects
 from model import GPT
+from runtime.cli import fail
+from runtime.distributed import RANK, WORLD_SIZE, Group, columns_group, gather_objects, replicas_group
 
-FORMAT = 4
+FORMAT = 5
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
@@ -39,7 +39,10 @@ def step_of(checkpoint: Path) -> int:
 # --- writing ------------------------------------------------------------------------------------------------
 
 def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta: dict, keep: int) -> None:
-    """Writes out_dir/step_N; called by all processes. meta goes into meta.json. The newest `keep` stay."""
+    """
+    Writes out_dir/step_N and keeps the newest `keep` checkpoints. meta goes into meta.json. Called by all
+    processes. optimizers: as GPT.optimizers returns them.
+    """
     folder, temporary = out_dir / f"step_{step:06d}", out_dir / ".saving_checkpoint"
 
     def make_folder():
@@ -47,21 +50,21 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta
         temporary.mkdir(parents=True, exist_ok=True)
 
     def write_parts():
-        parts = own_parts(model, optimizers)
+        parts = parts_of_process(model, optimizers)
         return {name: write_part(temporary / name, part) for name, part in parts.items()}
 
     def finish():
-        whole = {"format": FORMAT, "step": step, "files": files} | meta
+        contents = {"format": FORMAT, "step": step, "files": files} | meta
         with open(temporary / "meta.json", "w", encoding="utf-8") as f:
-            json.dump(whole | {"sha256": digest_of(whole)}, f)
+            json.dump(contents | {"sha256": digest_of(contents)}, f)
             f.flush()
             os.fsync(f.fileno())
         sync_folder(temporary)
-        if folder.exists():  # it was damaged, and so passed over
+        if folder.exists():  # a damaged one, which find_checkpoint passed over
             remove(folder)
         os.rename(temporary, folder)
         sync_folder(out_dir)
-        # newer ones are damaged, and count for nothing
+        # newer ones are damaged and do not count
         for old in [path for path in checkpoints(out_dir) if step_of(path) <= step][:-keep]:
             remove(old)
 
@@ -78,8 +81,8 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta
 
 
 def remove(folder: Path) -> None:
-    """Under another name first: no folder that is half gone is ever called a checkpoint."""
-    for left in folder.parent.glob(".removed_*"):  # of a process killed here, or with files open on NFS
+    """Renames the folder first, so that a folder with missing files is never called a checkpoint."""
+    for left in folder.parent.glob(".removed_*"):  # left by a process that was killed here, or open on NFS
         shutil.rmtree(left, ignore_errors=True)
     removed = folder.with_name(f".removed_{folder.name}_{os.getpid()}")
     os.rename(folder, removed)
@@ -87,13 +90,13 @@ def remove(folder: Path) -> None:
 
 
 def cannot_go_on(out_dir: Path, problem: str, alone: bool = False) -> NoReturn:
-    """Ends the run, as config.fail does, and says which checkpoint is left."""
+    """Raises a UserError that also names the checkpoint to go on from."""
     last = checkpoints(out_dir)[-1:]
     fail(problem + (f"; once this is mended, --resume goes on from {last[0]}" if last else ""), alone)
 
 
 def together(do) -> list:
-    """What do() returned, for each process; an OSError in all of them if there was one in any."""
+    """Calls do() and returns what each process got from it. An OSError in any process is raised in all."""
     result, problem = None, None
     try:
         result = do() if do else None
@@ -106,26 +109,26 @@ def together(do) -> list:
     return [result for result, _ in outcomes]
 
 
-def own_parts(model: GPT, optimizers: list) -> dict[str, dict]:
-    """The files that this process writes: {name: what is in it}."""
+def parts_of_process(model: GPT, optimizers: list) -> dict[str, dict]:
+    """The files that this process writes: {name: contents}."""
     parts = {}
     if RANK == 0:
         state = {name: part for name, part in model.state_dict().items() if name != "pool.values"}
         parts = {"model.pt": state, "optimizer.pt": optimizers[0].state_dict()}
-    if model.pool is not None and model.pool.sharding.replicas.rank == 0:
-        columns = model.pool.sharding.columns
-        parts[f"pool_{columns.rank}of{columns.size}.pt"] = {
-            "values": model.pool.values.detach(), **optimizers[1].state[model.pool.values]}
+    if model.pool is not None and replicas_group(model.pool).rank == 0:
+        columns, values = columns_group(model.pool), model.pool.values
+        state = optimizers[1].state.get(values, {})
+        parts[f"pool_{columns.rank}of{columns.size}.pt"] = {"values": values.detach(), **state}
     return parts
 
 
 def write_part(path: Path, part: dict) -> str:
-    """Writes it, waits until the disk has it, and returns its SHA-256."""
+    """Writes a file, waits until it is on the disk, and returns its SHA-256."""
     with open(path, "wb+") as f:
         try:
             torch.save(part, f)
             f.flush()
-        except RuntimeError as error:  # torch has its own word for what went wrong with the file
+        except RuntimeError as error:  # torch hides the OSError behind this
             cause = error.__context__
             raise (cause if isinstance(cause, OSError) else OSError(0, str(error))) from None
         os.fsync(f)
@@ -138,7 +141,7 @@ def digest_of(meta: dict) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """The names in it are on the disk when this returns, as fsync sees to for what a file holds."""
+    """Waits until the names in a folder are on the disk. fsync of a file waits only for its contents."""
     directory = os.open(folder, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
@@ -147,10 +150,7 @@ def sync_folder(folder: Path) -> None:
 # --- reading ------------------------------------------------------------------------------------------------
 
 def find_checkpoint(out_dir: Path) -> Path | None:
-    """
-    The newest checkpoint that is whole, or None where there is none at all; called by all processes. Says
-    which it had to pass over.
-    """
+    """The newest undamaged checkpoint, or None if there is none at all. Called by all processes."""
     folders = gather_objects(checkpoints(out_dir))[0]
     for folder in reversed(folders):
         problem = next(filter(None, gather_objects(damage(folder))), None)
@@ -168,16 +168,13 @@ def read_meta(folder: Path) -> dict:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, if anything; each process looks at its share of the files."""
+    """What is wrong with a checkpoint, if anything. Each process looks at its share of the files."""
     try:
         meta = read_meta(folder)
-        digest = meta.pop("sha256", None)  # which other formats may not have
-        if digest != digest_of(meta) and (digest or meta["format"] == FORMAT):
+        found, digest = meta["format"], meta.pop("sha256", None)  # other formats may have no digest
+        if digest != digest_of(meta) and (digest or found == FORMAT):
             return "meta.json is not as it was written"
-        if meta["format"] != FORMAT:
-            fail(f"{folder} has the format {meta['format']}, and this version of nanoPKM reads {FORMAT}: "
-                 "choose another --out_dir")
-        for name, digest in list(meta["files"].items())[RANK::WORLD_SIZE]:
+        for name, digest in list(meta["files"].items())[RANK::WORLD_SIZE] if found == FORMAT else ():
             with open(folder / name, "rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != digest:
                     return f"{name} is not as it was written"
@@ -187,6 +184,9 @@ def damage(folder: Path) -> str | None:
         return str(error)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"meta.json: {error}"
+    if found != FORMAT:
+        fail(f"{folder} has the format {found}, and this version of nanoPKM reads {FORMAT}: "
+             "choose another --out_dir")
     return None
 
 
@@ -194,18 +194,18 @@ def load_part(folder: Path, name: str) -> dict:
     return torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
 
 
-def load_pool(folder: Path, columns: Group, names) -> dict:
-    """{name: tensor or number} of what the pool's files hold; of a tensor, the columns of this process."""
+def load_pool(folder: Path, columns: Group) -> dict[str, torch.Tensor]:
+    """What the files of the pool hold, by name. This process gets its columns of each matrix."""
     number = sum(name.startswith("pool_") for name in read_meta(folder)["files"])
     parts = [load_part(folder, f"pool_{i}of{number}.pt") for i in range(number)]
-    return {name: take_columns([part[name] for part in parts], columns)
-            if torch.is_tensor(parts[0][name]) else parts[0][name] for name in names}
+    return {name: take_columns([part[name] for part in parts], columns) if part.dim() else part
+            for name, part in parts[0].items()}  # counts, which have no columns, are the same in every file
 
 
 def take_columns(parts: list[torch.Tensor], columns: Group) -> torch.Tensor:
     """
-    Of a matrix that is there as equal blocks of columns, the block of this process. Where it is one of them,
-    that itself: a mapped file stays one.
+    parts: equal blocks of columns of a matrix. Returns the block of this process. If that is one of the
+    parts, no copy is made: a mapped file stays one.
     """
     width = parts[0].size(1)
     first, last = (width * len(parts) * rank // columns.size for rank in (columns.rank, columns.rank + 1))
@@ -214,22 +214,12 @@ def take_columns(parts: list[torch.Tensor], columns: Group) -> torch.Tensor:
     return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
-def load_model(folder: Path, model: GPT) -> None:
-    """Before optimizers are made: the parameters become the mapped file's, so no pool is in memory twice."""
-    state = load_part(folder, "model.pt")
-    if model.pool is not None:
-        state["pool.values"] = load_pool(folder, model.pool.sharding.columns, ["values"])["values"]
-        if model.pool.file:
-            with torch.no_grad():
-                state["pool.values"] = model.pool.values.copy_(state["pool.values"])
-    model.load_state_dict(state, assign=True)
-
-
 def load_optimizers(folder: Path, model: GPT, optimizers: list) -> None:
     stored = [load_part(folder, "optimizer.pt")["state"]]
     if model.pool is not None:
-        names = optimizers[1].state[model.pool.values]
-        stored.append({0: load_pool(folder, model.pool.sharding.columns, names)})
+        pool_state = load_pool(folder, columns_group(model.pool))
+        del pool_state["values"]
+        stored.append({0: pool_state} if pool_state else {})
     for optimizer, state in zip(optimizers, stored, strict=True):
-        # betas, weight decay and the like are as the options say now
+        # learning rate, betas, weight decay and the like come from the options, not from the checkpoint
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,11 +1,18 @@
 """
-From a dataclass to a command line: every field is an option, its comment is the option's help.
+From a dataclass to a command line: every field is an option, and its comment is the option's help.
 
     @dataclass
     class Config:
         n_layer: int = 3  # Transformer blocks
 
-understands --n_layer=4, --n_layer 4 and --help. A mistake is one line on stderr and exit status 2.
+    @command
+    def main(argv=None):
+        preset, options = parse(Config, argv)
+        config = build(Config, preset | options)
+
+understands --n_layer=4, --n_layer 4 and --help. A user's mistake is a UserError, which is a ValueError.
+`command` turns it into one line on stderr and exit status 2. All other exceptions are bugs and keep their
+traceback.
 """
 
 import argparse
@@ -19,14 +26,32 @@ import sys
 import typing
 
 
+class UserError(ValueError):
+    """A mistake of the user. The message is one line that says what to do."""
+
+    def __init__(self, message, alone: bool = False):
+        super().__init__(message)
+        self.alone = alone  # only this process knows of the mistake; otherwise all processes have it
+
+
 def fail(message, alone: bool = False) -> typing.NoReturn:
+    raise UserError(message, alone) from None
+
+
+def command(main):
     """
-    Ends the program over a mistake of its user's: one line that says what to do, and exit status 2. Of many
-    processes, which make the same mistake, one a machine says it; `alone`: it is of this one only.
+    Decorates the main function of a script: a UserError becomes one line on stderr and exit status 2. Where
+    all processes make the same mistake, one process per machine prints it.
     """
-    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    @functools.wraps(main)
+    def run(*arguments, **options):
+        try:
+            return main(*arguments, **options)
+        except UserError as error:
+            if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+    return run
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,14 +66,14 @@ def _boolean(text: str) -> bool:
 
 
 def _option(kind, name: str) -> dict:
-    """What argparse wants to know of a field of the type `kind`."""
+    """The arguments of argparse's add_argument for a field of the type `kind`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is bool:
         return dict(type=_boolean, nargs="?", const=True, metavar="BOOL")
     if origin is typing.Literal:
         return dict(choices=arguments)
     if origin is tuple:
-        return dict(nargs="*", metavar=name.upper())  # strings as yet: see `parse`
+        return dict(nargs="*", metavar=name.upper())  # `parse` converts the items
     return dict(type=kind, metavar=kind.__name__.upper())
 
 
@@ -59,15 +84,16 @@ def first_word(argv: list[str] | None, words, doc: str, what: str) -> tuple[str,
         print(doc.strip())
         raise SystemExit
     if not argv or argv[0] not in words:
-        fail(f"name {what}: python {sys.argv[0]} {'|'.join(words)} [options]")
+        fail(f"name {what}: {'|'.join(words)}, and then its options; --help explains them")
     return argv[0], argv[1:]
 
 
 def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = None, description: str = ""):
     """
-    The command line's options as fields of the dataclass `cls`: (of the preset, given one by one), two dicts.
+    Reads the command line's options, which are the fields of the dataclass `cls`. Returns two dicts: the
+    values of the preset, and the values that the user gave.
 
-    presets: {name: {field: value}}; --preset=NAME chooses one, the first where none is named.
+    presets: {name: {field: value}}. --preset=NAME chooses one; the default is the first.
     Types: int, float, str, bool, Literal, tuple[int, ...] (--name=1,2 or --name 1 2) and tuple[str, ...].
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -80,7 +106,7 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
         first = _Parser(add_help=False, allow_abbrev=False)
         for p in (first, parser):
             p.add_argument("--preset", choices=presets, default=next(iter(presets)),
-                           help="a set of defaults; those below are its own (default: %(default)s)")
+                           help="a set of defaults, shown below (default: %(default)s)")
         preset = presets[first.parse_known_args(argv)[0].preset]
     defaults = {field.name: field.default for field in dataclasses.fields(cls)} | preset
     comments = {}
@@ -113,15 +139,23 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
 
 
 def at_least(low: float, config, *names: str) -> None:
-    """For a dataclass's __post_init__: its fields of these names must be `low` or more; nan is not."""
+    """For __post_init__ of a dataclass: a ValueError if one of these fields is less than `low`, or nan."""
     for name in names:
         if not getattr(config, name) >= low:
             raise ValueError(f"{name}={getattr(config, name)} must "
                              + (f"be at least {low}" if low else "not be negative"))
 
 
+def check_choices(config) -> None:
+    """For __post_init__ of a dataclass: a ValueError if a Literal field has another value."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(kind) is typing.Literal and getattr(config, name) not in typing.get_args(kind):
+            choices = ", ".join(map(str, typing.get_args(kind)))
+            raise ValueError(f"{name}={getattr(config, name)} must be one of {choices}")
+
+
 def build(cls, values: dict):
-    """cls(**values), where a value that the class refuses is the user's mistake."""
+    """cls(**values). What its __post_init__ refuses is a mistake of the user."""
     try:
         return cls(**values)
     except ValueError as error:

@@ -1,47 +1,104 @@
 """
-Many processes: who this one is, and the collectives of a pool whose columns are shared out.
+Many processes: who this process is, a pool whose columns are shared out, and DistributedDataParallel around
+it.
+ torchrun starts the processes and tells each who it is, and torch.distributed connects them: NCCL between
+GPUs, gloo between CPUs. A process that was started without torchrun is alone: a group of size 1, whose
+collectives return what they were given.
 
-torchrun starts the processes and says in the environment who each is; torch.distributed connects them: NCCL
-between GPUs, gloo between CPUs. Started without torchrun, a process is alone, a group of size 1, and each
-collective hands back what it was given.
+    pool = ShardedPool(num_values, value_dim)       # in every process, after torch.distributed is initialised
+    model = data_parallel(MyModel(pool))            # in place of DistributedDataParallel(MyModel(pool))
+    optimizer = PoolOptimizer(pool.parameters(), lr=6e-2, value_blocks=8 // columns_group(pool).size)
+ The processes must bring equally many tokens to each read, and each process's loss must be the mean over
+equally many targets: as always with DDP, the gradient is the mean over the processes. FSDP around a pool is
+not supported.
 """
 
 import atexit
+import functools
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 
-from config import fail
+from pool import FactoredGradient, GatherDot, GatherSum, MemoryUsage, ValuePool
+from runtime.cli import fail
 
 RANK, WORLD_SIZE, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
                                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
+# --- processes ----------------------------------------------------------------------------------------------
+
+def start(device: str) -> None:
+    """Connects the processes that torchrun started: by NCCL for tensors on a GPU, by gloo for all others."""
+    if WORLD_SIZE == 1 or dist.is_initialized():
+        return
+    if device == "cuda":
+        if LOCAL_RANK >= torch.cuda.device_count():
+            fail(f"process {RANK} has no GPU: this machine has {torch.cuda.device_count()}", alone=True)
+        torch.cuda.set_device(LOCAL_RANK)
+    store = next(dist.rendezvous("env://"))[0]
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # on one machine torchrun may keep its store when it restarts the processes, with the addresses of
+        # those that died in it. On several machines it makes a new store, and they may count restarts
+        # differently
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+    atexit.register(dist.destroy_process_group)  # at every exit: gloo's threads must not outlive Python
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
+    """In place, over all processes."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gather_objects(x) -> list:
+    """x of every process, in the order of the ranks. For small things, now and then."""
+    result = [x]
+    if world_size() > 1:
+        result = [None] * world_size()
+        dist.all_gather_object(result, x)
+    return result
+
+
 @dataclass(frozen=True)
 class Group:
     """
-    Some of the processes, of which this is number `rank`. N tokens a process, G = size.
-
-    All exchange blocks of equal size; what they return is in the order of the ranks.
+    G = size processes, of which this is number `rank`. N tokens per process. All processes of a group
+    exchange blocks of equal size, and results are in the order of the ranks.
     """
 
     size: int = 1
     rank: int = 0
-    handle: Any = None  # of torch.distributed; None: all processes
+    handle: Any = None  # for torch.distributed
 
-    def all_gather(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(N, k) each, of any dtypes -> (G*N, k) each: those of all processes, in one collective."""
+    def __deepcopy__(self, memo):
+        return self  # a copy of a model talks to the same processes
+
+    def __reduce__(self):
+        if self.handle is not None:
+            raise ValueError("a pool that many processes share cannot be pickled: save its state_dict()")
+        return Group, (self.size, self.rank)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, k) -> that of all processes (G*N, k)."""
         if self.size == 1:
-            return tensors
-        packed = torch.cat([x.contiguous().view(torch.uint8) for x in tensors], dim=1)  # (N, bytes)
-        result = packed.new_empty(self.size * len(packed), packed.size(1))
-        dist.all_gather_single(result, packed, group=self.handle)
-        widths = [x.size(1) * x.element_size() for x in tensors]
-        return tuple(part.contiguous().view(x.dtype)
-                     for part, x in zip(result.split(widths, dim=1), tensors, strict=True))
+            return x
+        result = x.new_empty(self.size, *x.shape)
+        dist.all_gather(list(result), x.contiguous(), group=self.handle)
+        return result.flatten(0, 1)
 
     def _all_to_all(self, x):
         """x (G, ...), block i for process i -> (G, ...), block i from process i."""
@@ -50,7 +107,7 @@ class Group:
         return result
 
     def tokens_to_columns(self, x: torch.Tensor) -> torch.Tensor:
-        """All columns of the tokens of this process (N, V) -> its columns of all tokens (G*N, V/G)."""
+        """All columns of this process's tokens (N, V) -> this process's columns of all tokens (G*N, V/G)."""
         if self.size == 1:
             return x
         return self._all_to_all(x.unflatten(1, (self.size, -1)).transpose(0, 1)).flatten(0, 1)
@@ -62,70 +119,158 @@ class Group:
         return self._all_to_all(x.unflatten(0, (self.size, -1))).transpose(0, 1).flatten(1)
 
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
-        """Parts of a sum for all tokens (G*N, bag) -> the sum for those of this process (N, bag)."""
+        """Every process has a part of a sum for all tokens (G*N, k) -> the sum for its own tokens (N, k)."""
         if self.size == 1:
             return x
         return self._all_to_all(x.unflatten(0, (self.size, -1))).sum(0)
 
 
-@dataclass(frozen=True)
-class Sharding:
-    """How a pool lies on the processes. Those in `columns` have equal shares of its columns."""
-
-    columns: Group = Group()
-    replicas: Group = Group()  # those that have the same columns as this process
-
-    @property
-    def world_size(self) -> int:
-        return self.columns.size * self.replicas.size
-
-
-ALONE = Sharding()  # a process that has the whole pool
-
-
-def start(device: str) -> None:
-    """Connects the processes that torchrun started: by NCCL what is on a GPU, by gloo what is not."""
-    if WORLD_SIZE == 1:
-        return
-    if device == "cuda":
-        if LOCAL_RANK >= torch.cuda.device_count():
-            fail(f"process {RANK} has no GPU: this machine has {torch.cuda.device_count()}", alone=True)
-        torch.cuda.set_device(LOCAL_RANK)
-    store = next(dist.rendezvous("env://"))[0]
-    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        # on one machine torchrun may keep its store when it starts us again, with the addresses of those that
-        # died in it. On several it makes a new one, and they may count their starts differently
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
-    atexit.register(dist.destroy_process_group)  # however it ends: gloo's threads must not outlive Python
-
-
-def make_sharding(group_size: int) -> Sharding:
-    """Neighbouring ranks share a pool out, `group_size` of them; to be called by all processes alike."""
-    if WORLD_SIZE == 1:
-        return ALONE
-    columns = [list(range(i, i + group_size)) for i in range(0, WORLD_SIZE, group_size)]
-    replicas = [list(range(i, WORLD_SIZE, group_size)) for i in range(group_size)]
+@functools.cache
+def make_groups(group_size: int) -> tuple[Group, Group]:
+    """
+    Neighbouring ranks, group_size of them, share a pool out. Returns this process's group of these, and the
+    group of processes that have the same columns as this one. All processes must call this in the same order.
+    """
+    if world_size() == 1:
+        return Group(), Group()
+    world, rank = dist.get_world_size(), dist.get_rank()
+    columns = [list(range(i, i + group_size)) for i in range(0, world, group_size)]
+    replicas = [list(range(i, world, group_size)) for i in range(group_size)]
     own = []
     for ranks in columns + replicas:
         handle = dist.new_group(ranks)
-        if RANK in ranks:
-            own.append(Group(len(ranks), ranks.index(RANK), handle))
-    return Sharding(*own)
+        if rank in ranks:
+            own.append(Group(len(ranks), ranks.index(rank), handle))
+    return own[0], own[1]
 
 
-def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
-    """In place, over all processes."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(x)
-    return x
+# --- a pool on many processes -------------------------------------------------------------------------------
+#
+# Each of G processes has N tokens and V/G of the pool's columns. It gets the bags of all G*N tokens, computes
+# its columns of their sums, and sends each process the columns of that process's tokens. The backward pass of
+# every exchange is the opposite exchange, so the gradient of a process's columns holds the reads of all G*N
+# tokens.
+
+class _Exchange(torch.autograd.Function):
+    """y = there(x), with the gradient back(dy): two exchanges that are the adjoint of each other."""
+
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.back = back
+        return there(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return ctx.back(dy), None, None
 
 
-def gather_objects(x) -> list:
-    """x of every process, in the order of the ranks: small things, rarely."""
-    result = [x]
-    if WORLD_SIZE > 1:
-        result = [None] * WORLD_SIZE
-        dist.all_gather_object(result, x)
-    return result
+class ShardedPool(ValuePool):
+    """
+    A ValuePool whose columns are shared out: of G processes, each holds value_dim / G columns of every row,
+    in `values`. It is the same pool for any number of processes, with the same initial values, reads and
+    gradients.
+
+    group_size: G, neighbouring ranks that share one pool; 0: all processes. If there are more processes, each
+    group has a copy of the pool, and all copies get the same updates. All processes must make their pools in
+    the same order. The other arguments are those of ValuePool. A ValueError says what does not divide.
+    """
+
+    def __init__(self, num_values: int, value_dim: int, dtype: torch.dtype = torch.float32,
+                 kernel: str = "auto", device=None, group_size: int = 0):
+        group_size = group_size or world_size()
+        if world_size() % group_size:
+            raise ValueError(f"group_size={group_size} must divide the number of processes, {world_size()}")
+        if value_dim % group_size:
+            raise ValueError(f"value_dim={value_dim} must be a multiple of the {group_size} processes that "
+                             "share the pool's columns")
+        super().__init__(num_values, value_dim // group_size, dtype, kernel, device="meta")  # no values yet
+        self.columns, self.replicas = make_groups(group_size)
+        self.value_dim = value_dim
+        self.usage = ShardedUsage(num_values, device)
+        self.values = nn.Parameter(torch.empty_like(self.values, device=device or torch.get_default_device()))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all columns, as a ValuePool does, and keeps this process's own."""
+        for rows in () if self.values.is_meta else self.values.split(4096):
+            whole = torch.randn(len(rows), self.value_dim, device=rows.device) * self.value_dim**-0.5
+            rows.copy_(whole.chunk(self.columns.size, dim=1)[self.columns.rank])
+
+    @torch.compiler.disable
+    def forward(self, indices, weights):
+        self.count(indices, weights)
+        indices = self.columns.all_gather(indices.int())  # (G*N, bag)
+        weights = _Exchange.apply(weights, self.columns.all_gather, self.columns.reduce_scatter)
+        y = GatherSum.apply(self._shared_values(), indices, weights, self.kernel)  # (G*N, V/G)
+        return _Exchange.apply(y, self.columns.columns_to_tokens, self._tokens_to_columns)  # (N, V)
+
+    @torch.compiler.disable
+    def dot(self, indices, x):
+        indices = self.columns.all_gather(indices.int())  # (G*N, bag)
+        x = _Exchange.apply(x, self.columns.tokens_to_columns, self.columns.columns_to_tokens)  # (G*N, V/G)
+        dots = GatherDot.apply(self._shared_values(), indices, x, self.kernel)  # (G*N, bag): of own columns
+        return _Exchange.apply(dots, self.columns.reduce_scatter, self.columns.all_gather)  # (N, bag)
+
+    def _tokens_to_columns(self, dy):
+        # a number that is not finite reaches all columns of its token, so that all processes skip the step
+        return self.columns.tokens_to_columns(dy + 0 * dy.sum(1, keepdim=True))
+
+    def _shared_values(self):
+        """
+        The values. Their gradient also gets the reads of the processes that hold a copy of these columns.
+        """
+        return _Exchange.apply(self.values, lambda values: values, self._share_reads)
+
+    def _share_reads(self, gradient: FactoredGradient) -> FactoredGradient:
+        # each process differentiates the mean over its own tokens, and the loss is the mean over all
+        # processes
+        return FactoredGradient(gradient, [
+            tuple(map(self.replicas.all_gather, (indices, weights, dy / world_size())))
+            for indices, weights, dy in gradient.reads])
+
+
+class ShardedUsage(MemoryUsage):
+    """
+    Each process counts what its own tokens read; the summary is over all processes, which must all call it.
+    """
+
+    def summary(self) -> tuple[float, float]:
+        own, self.total_weight = self.total_weight, all_reduce_sum(self.total_weight.clone())
+        try:
+            return super().summary()
+        finally:
+            self.total_weight = own
+
+
+def columns_group(pool: ValuePool) -> Group:
+    """The processes that share the columns of the pool."""
+    return pool.columns if isinstance(pool, ShardedPool) else Group()
+
+
+def replicas_group(pool: ValuePool) -> Group:
+    """The processes that hold the same columns of the pool as this one."""
+    return pool.replicas if isinstance(pool, ShardedPool) else Group()
+
+
+def data_parallel(model: nn.Module, **options) -> nn.Module:
+    """
+    The model in DistributedDataParallel, which leaves the pools in it alone: it neither copies their columns
+    from one process to another nor averages their gradients. options: for DistributedDataParallel. A process
+    that is alone gets the model itself. Every pool in the model must be a ShardedPool, otherwise a
+    ValueError.
+    """
+    if world_size() == 1:
+        return model
+    ignored = set()
+    for name, module in model.named_modules():
+        if isinstance(module, ValuePool):
+            if not isinstance(module, ShardedPool):
+                raise ValueError(f"{name} is a ValuePool: on many processes it must be a ShardedPool")
+            prefix = f"{name}." if name else ""
+            ignored |= {f"{prefix}values", f"{prefix}usage.total_weight"}
+    if not any(p.requires_grad for name, p in model.named_parameters() if name not in ignored):
+        return model
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    return DistributedDataParallel(model, **options)

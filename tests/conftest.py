@@ -8,10 +8,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernel.py imports Triton
 
-import evaluate  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from data import prepare  # noqa: E402
+from data import corpus, prepare  # noqa: E402
 
 SMALL = [
     "--block_size=32",
@@ -46,8 +45,8 @@ def facts_folder(tmp_path_factory):
 
 @pytest.fixture
 def run(facts_folder, tmp_path, monkeypatch):
-    """run(options): trains a small model on a small corpus; what it leaves is in run.out."""
-    for module in (prepare, evaluate, sample):
+    """run(options) trains a small model on a small corpus, in the folder run.out."""
+    for module in (prepare, corpus, sample):
         monkeypatch.setattr(module, "DATA", facts_folder)
 
     def run(*options, out=tmp_path / "out"):
@@ -91,10 +90,11 @@ def assert_same_checkpoint(a: Path, b: Path):
         assert torch.equal(value, two[name]) if torch.is_tensor(value) else value == two[name], name
 
 
-def assert_fails(what, message, capsys, also=""):
+def assert_fails(command, message, capsys, also=""):
+    """Running the command is a user's mistake: one line on stderr, and exit status 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        what()
+        command()
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
     assert message in err and also in err, err

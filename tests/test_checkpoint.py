@@ -1,4 +1,4 @@
-"""checkpoint.py: killed at any moment, on a full disk, damaged, or on another number of processes."""
+"""runtime/checkpoint.py: after a kill, a full disk, damage, and for another number of processes."""
 
 import json
 import resource
@@ -13,15 +13,15 @@ import pytest
 import torch
 from conftest import assert_fails, assert_same_checkpoint, log
 
-import checkpoint
 import train
-from distributed import Group
+from runtime import checkpoint
+from runtime.distributed import Group
 
 
 def test_a_millionth_step_comes_after_the_one_before_it(tmp_path):
     for step in (999_999, 1_000_000, 2):
         (tmp_path / f"step_{step:06d}").mkdir()
-    (tmp_path / "step_000002_kept").mkdir()  # of the user's
+    (tmp_path / "step_000002_kept").mkdir()  # the user's own
     steps = [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)]
     assert steps == [2, 999_999, 1_000_000]
 
@@ -72,8 +72,8 @@ def test_damaged_newer_checkpoints_do_not_push_out_the_good(run):
     assert checkpoint.find_checkpoint(run.out).name == "step_000005"
 
 
-def test_none_is_called_a_checkpoint_while_it_is_being_removed(run, monkeypatch):
-    """Neither one that is too old, nor one that was damaged and is written again: a kill may come between."""
+def test_no_folder_is_called_a_checkpoint_while_it_is_being_removed(run, monkeypatch):
+    """Neither an old one, nor a damaged one that is written again. A kill could come in the middle."""
     run()
     damage(run.out / "step_000006" / "model.pt", "a bit")
     removed, rmtree = [], shutil.rmtree
@@ -95,10 +95,10 @@ def test_a_run_that_was_moved_goes_on_where_it_is(run):
 def test_a_checkpoint_of_another_format_is_named(run, capsys):
     run("--keep=1")
     path = run.out / "step_000006" / "meta.json"
-    meta = json.loads(path.read_text()) | {"format": 3}
+    meta = json.loads(path.read_text()) | {"format": 4}
     del meta["sha256"]
     path.write_text(json.dumps(meta))
-    assert_fails(lambda: run("--resume"), "has the format 3", capsys)
+    assert_fails(lambda: run("--resume"), "has the format 4", capsys)
     assert path.exists()
 
 
@@ -114,8 +114,8 @@ def test_nothing_in_a_checkpoint_is_ever_run(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [1_000, 20_000, 60_000])
-def test_a_full_disk_is_said_and_costs_nothing(run, capsys, limit):
-    """A limit on the size of files stands for it: what is larger cannot be written to its end."""
+def test_a_full_disk_is_named_and_loses_nothing(run, capsys, limit):
+    """A limit on the size of files acts like a full disk: larger files are not written to their end."""
     run("--max_steps=3")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -142,7 +142,7 @@ def test_columns_are_taken_from_any_number_of_files(parts, size):
 SAVER = """
 import sys, torch
 from pathlib import Path
-from checkpoint import save_checkpoint
+from runtime.checkpoint import save_checkpoint
 from model import GPT, GPTConfig
 model = GPT(GPTConfig(vocab_size=64, n_layer=1, mem_layers=(0,), mem_num_keys=16))
 optimizers = model.optimizers(1e-3, 1e-2, 0.1, (0.9, 0.99))
@@ -156,7 +156,7 @@ for step in range(1, 100_000):
 
 @pytest.mark.slow
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
-    """At random moments, many times: the newest is whole, of one step, and not lost by the next start."""
+    """At random moments, many times: the newest is whole, and comes from one step."""
     newest = 0
     for i in range(8):
         saver = subprocess.Popen(

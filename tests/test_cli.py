@@ -1,11 +1,11 @@
-"""config.py: what is typed is what arrives, and each mistake is one line and exit status 2."""
+"""runtime/cli.py: options arrive as they were typed, and each mistake is one line and exit status 2."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
-from config import build, parse
+from runtime.cli import UserError, build, check_choices, command, fail, parse
 
 
 @dataclass
@@ -74,12 +74,45 @@ def test_presets():
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
+    """As a command; called from Python, it is a ValueError."""
+    def read_options():
         preset, given = parse(Config, argv, PRESETS)
         build(Config, preset | given)
+
+    with pytest.raises(SystemExit) as stop:
+        command(read_options)()
     printed = capsys.readouterr()
     assert stop.value.code == 2 and printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and message in printed.err
+    with pytest.raises(ValueError, match="^"):
+        read_options()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bug_keeps_its_traceback():
+    """Guards against hiding a bug behind one line, just because it is a ValueError too."""
+    @command
+    def main():
+        raise ValueError("not a mistake of the user")
+
+    with pytest.raises(ValueError, match="not a mistake") as error:
+        main()
+    assert not isinstance(error.value, UserError)
+
+
+@pytest.mark.parametrize("rank, alone, printed", [("0", False, True), ("1", False, False), ("1", True, True)])
+def test_a_mistake_of_all_processes_is_printed_once(monkeypatch, capsys, rank, alone, printed):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(SystemExit) as stop:
+        command(fail)("no such file", alone)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ("error: no such file\n" if printed else "")
+
+
+def test_choices_are_checked_from_python_too():
+    check_choices(Config(kind="b"))
+    with pytest.raises(ValueError, match="^kind=c must be one of a, b$"):
+        check_choices(Config(kind="c"))
 
 
 def test_help_has_every_option_with_its_default_and_its_comment(capsys):
@@ -107,7 +140,9 @@ def test_help_has_every_option_with_its_default_and_its_comment(capsys):
         ("data.prepare", "FactsConfig"),
         ("data.prepare", "SplitConfig"),
         ("data.prepare", "MqarConfig"),
-        ("evidence", "EvidenceConfig"),
+        ("experiments.compare", "CompareConfig"),
+        ("experiments.speed", "StepConfig"),
+        ("experiments.plan", "PlanConfig"),
         ("data.prepare", "TextConfig"),
     ],
 )

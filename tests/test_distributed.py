@@ -1,4 +1,7 @@
-"""Two and four processes, connected by gloo, equal one; and what befalls one of them ends or restarts all."""
+"""
+Two and four processes, connected by gloo, compute what one process computes. An error in one of them
+ends all, or restarts all.
+"""
 
 import json
 import os
@@ -16,45 +19,36 @@ import pytest
 import torch
 from conftest import SMALL, assert_fails, log, tensors
 
-import checkpoint
 import train
-from distributed import Group, Sharding
-from memory import ValuePool
+from runtime import build, checkpoint, distributed
+from runtime.distributed import Group, ShardedPool, data_parallel
 
 WORKER = """
 import os, signal, sys
 from pathlib import Path
-import checkpoint, evaluate, train
-from data import prepare
-from distributed import RANK, gather_objects
-prepare.DATA = evaluate.DATA = Path(sys.argv[1])
+import evaluate, train
+from data import corpus, prepare
+from runtime import checkpoint, distributed, log
+from runtime.distributed import RANK, columns_group, gather_objects
+prepare.DATA = corpus.DATA = Path(sys.argv[1])
 {patch}
 train.main(sys.argv[2:])
 """
 
 
 class Processes:
-    """`world` processes that train together, each given a bit of code first; output and exit statuses."""
+    """`world` processes that run the same code; afterwards their output and their exit statuses."""
 
-    def __init__(self, world: int, data: Path, options, patch: str = ""):
+    def __init__(self, world: int, code: str, *arguments):
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
-        shared = {
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+                  "OMP_NUM_THREADS": "1"}
         self.all = [
-            subprocess.Popen(
-                [sys.executable, "-c", WORKER.format(patch=patch), data, *SMALL, *options],
-                cwd=Path(train.__file__).parent,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
+            subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=Path(train.__file__).parent,
+                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(world)
         ]
 
@@ -65,12 +59,168 @@ class Processes:
         return self
 
 
+def start_training(world: int, data: Path, options, patch: str = "") -> Processes:
+    return Processes(world, WORKER.format(patch=patch), data, *SMALL, *options)
+
+
+# --- a model of one's own -----------------------------------------------------------------------------------
+
+OWN_MODEL = """
+import copy, pickle, sys
+import torch
+import torch.nn as nn
+from baselines import PEER
+from memory import MemoryLayer
+from pool import PoolOptimizer, ValuePool
+from runtime import distributed
+from runtime.distributed import RANK, ShardedPool, data_parallel
+
+world, group_size, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+distributed.start("cpu")
+
+class Model(nn.Module):
+    def __init__(self, pool_class, **options):
+        super().__init__()
+        self.pool, self.expert_pool = (pool_class(rows, 8, **options) for rows in (36, 32))
+        self.layers = nn.ModuleList(MemoryLayer(8, 6, 2, 3, 4, 8) for _ in range(2))
+        self.experts = PEER(8, 4, 2, 2, 4)
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x, self.pool)
+        return x + self.experts(x, self.expert_pool)
+
+def make(pool_class, **options):
+    torch.manual_seed(0)
+    return Model(pool_class, **options).double()
+
+alone, model = make(ValuePool), make(ShardedPool, group_size=group_size)
+parallel = data_parallel(model)
+columns = model.pool.columns
+mine = lambda x: x.chunk(columns.size, 1)[columns.rank]
+pools = lambda m: [m.pool, m.expert_pool]
+optimizers = [PoolOptimizer([p.values for p in pools(m)], lr=0.1, kind=kind, value_blocks=blocks)
+              for m, blocks in ((alone, 4), (model, 4 // columns.size))]
+for ours, whole in zip(pools(model), pools(alone)):
+    assert torch.equal(ours.values, mine(whole.values)), "the same initial values"
+for step in range(4):
+    x = torch.randn(8 * world, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+    for m in (alone, model):
+        m.zero_grad()
+        m.pool.usage.reset()
+    for part in x.chunk(2):  # two micro-batches
+        alone(part).square().mean().backward()
+        parallel(part.chunk(world)[RANK]).square().mean().backward()
+    for ours, whole in zip(pools(model), pools(alone)):
+        torch.testing.assert_close(ours.values.grad.to_dense(), mine(whole.values.grad.to_dense()))
+    for (name, p), q in zip(model.named_parameters(), alone.parameters()):
+        if not name.endswith("values"):
+            torch.testing.assert_close(p.grad, q.grad, msg=lambda m, name=name: name + m)
+    if step == 2:  # one process has an overflow in one column: nobody learns
+        before = [p.values.clone() for p in pools(model)]
+        model.zero_grad()
+        y = model.pool(torch.zeros(1, 2, dtype=torch.int64), torch.rand(1, 2).double())
+        dy = torch.ones_like(y)
+        dy[0, 0] = torch.inf if RANK == world - 1 else 1
+        y.backward(dy)
+        optimizers[1].step()
+        assert optimizers[1].skipped_steps == 1
+        assert all(torch.equal(p.values, b) for p, b in zip(pools(model), before))
+        continue
+    for optimizer in optimizers:
+        optimizer.step()
+    for ours, whole in zip(pools(model), pools(alone)):
+        torch.testing.assert_close(ours.values, mine(whole.values))
+    # the tokens of all processes count as use, each once
+    shares = [m.pool.usage.summary() for m in (alone, model)]
+    torch.testing.assert_close(torch.tensor(shares[0]), torch.tensor(shares[1]))
+
+twin = copy.deepcopy(model)
+assert twin.pool.columns is model.pool.columns and twin.pool.values is not model.pool.values
+torch.testing.assert_close(twin(x), model(x))
+try:
+    pickle.dumps(model)
+    assert world == 1
+except ValueError as error:
+    assert "save its state_dict()" in str(error)
+model.layers.requires_grad_(False), model.experts.requires_grad_(False)
+model.zero_grad()
+data_parallel(model)(x.chunk(world)[RANK]).sum().backward()  # nothing is left for DDP; the pools still learn
+assert model.pool.values.grad.to_dense().any()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("kind", ["sgd", "rowwise", "adam"])
+@pytest.mark.parametrize("world, group_size", [(2, 2), (2, 1),
+                                               pytest.param(4, 2, marks=pytest.mark.slow),
+                                               pytest.param(4, 4, marks=pytest.mark.slow)])
+def test_a_model_of_one_s_own_on_many_processes_equals_one(world, group_size, kind):
+    """By the gradients and by sgd too: rowwise and adam would hide a gradient that is scaled wrongly."""
+    if kind == "adam" and world == 2 and group_size == 1:
+        pytest.skip("rowwise covers replicas")
+    ended = Processes(world, OWN_MODEL, str(world), str(group_size), kind).wait()
+    assert ended.status == [0] * world, ended.err
+    assert ended.out == ["done\n"] * world
+
+
+BARE_DDP = """
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from memory import MemoryLayer
+from pool import ValuePool
+from runtime import distributed
+from runtime.distributed import ShardedPool, data_parallel
+distributed.start("cpu")
+class Model(torch.nn.Module):
+    def __init__(self, pool):
+        super().__init__()
+        self.pool, self.layer = pool, MemoryLayer(8, 6, 2, 3, 4, 8)
+    def forward(self, x):
+        return self.layer(x, self.pool)
+for pool_class in (ValuePool, ShardedPool):
+    for options in ({}, dict(gradient_as_bucket_view=True), dict(static_graph=True)):
+        torch.manual_seed(0)
+        model = Model(pool_class(36, 8))
+        before = [p.detach().clone() for p in model.parameters()]
+        try:
+            parallel = DistributedDataParallel(model, init_sync=False, **options)
+            parallel(torch.randn(5, 8)).sum().backward()
+            print("no error")
+        except ValueError as error:
+            print("data_parallel" in str(error))
+        assert all(map(torch.equal, before, model.parameters()))
+try:
+    data_parallel(Model(ValuePool(36, 8)))
+except ValueError as error:
+    print("must be a ShardedPool" in str(error))
+"""
+
+
+def test_a_bare_ddp_around_a_pool_ends_in_an_error_before_any_step():
+    ended = Processes(2, BARE_DDP).wait()
+    assert ended.status == [0, 0], ended.err
+    assert ended.out == ["True\n" * 7] * 2, ended.out
+
+
+def test_a_process_that_is_alone_needs_no_group():
+    torch.manual_seed(0)
+    pool = ShardedPool(9, 4)
+    torch.manual_seed(0)
+    assert torch.equal(pool.values, distributed.ValuePool(9, 4).values)
+    model = torch.nn.ModuleList([pool])
+    assert data_parallel(model) is model
+    with pytest.raises(ValueError, match="group_size=2 must divide the number of processes, 1"):
+        ShardedPool(9, 4, group_size=2)
+
+
+# --- train.py -----------------------------------------------------------------------------------------------
+
 @pytest.fixture
 def together(facts_folder):
     """together(world, options): trains, and all goes well."""
 
     def together(world, *options, patch=""):
-        processes = Processes(world, facts_folder, options, patch).wait()
+        processes = start_training(world, facts_folder, options, patch).wait()
         assert processes.status == [0] * world, processes.err
         return processes
 
@@ -78,8 +228,7 @@ def together(facts_folder):
 
 
 def whole_pool(folder: Path) -> dict:
-    names = checkpoint.load_part(folder, next(folder.glob("pool_0*")).name)
-    return checkpoint.load_pool(folder, Group(), names)
+    return checkpoint.load_pool(folder, Group())
 
 
 def assert_equal_but_for_rounding(a: Path, b: Path):
@@ -100,8 +249,8 @@ REPLICAS_ARE_EQUAL = """
 save = train.save_checkpoint
 def check_and_save(out_dir, step, model, optimizers, meta, keep):
     pool = model.pool
-    mine = pool.sharding.columns.rank, pool.values, *optimizers[1].state[pool.values].values()
-    dense = [p.detach() for p in model.parameters() if p.requires_grad]
+    mine = columns_group(pool).rank, pool.values.detach(), *optimizers[1].state[pool.values].values()
+    dense = [p.detach() for p in model.dense_parameters()]
     same = lambda a, b: a.equal(b) if hasattr(a, "equal") else a == b
     for rank, (other, *tensors) in enumerate(gather_objects(mine)):
         assert other != mine[0] or all(map(same, tensors, mine[1:])), rank
@@ -118,6 +267,7 @@ train.save_checkpoint = check_and_save
         (2, ["--value_optimizer=adam", "--accum_steps=2", "--mem_group_size=1"]),
         (2, ["--mem_kind=peer"]),
         (2, ["--mem_kind=hash", "--mem_layers=0,1"]),
+        (2, ["--mem_query=tokens", "--mem_layers=0,1", "--value_optimizer=sgd", "--value_lr=3"]),
         pytest.param(4, ["--mem_group_size=2", "--batch_size=8", "--accum_steps=2"], marks=pytest.mark.slow),
     ],
 )
@@ -189,7 +339,7 @@ def broken(*arguments):
     return draw(*arguments)
 train.draw_batch = broken
 """
-    ended = Processes(2, facts_folder, [f"--out_dir={tmp_path / 'out'}"], patch).wait()
+    ended = start_training(2, facts_folder, [f"--out_dir={tmp_path / 'out'}"], patch).wait()
     assert all(ended.status)
     assert "ZeroDivisionError: of process 1 alone" in ended.err[1] and "Traceback" not in ended.err[0]
     assert "process 0 ends, having lost another" in ended.err[0]
@@ -198,7 +348,7 @@ train.draw_batch = broken
 
 def test_what_cannot_be_shared_out_is_refused(facts_folder, tmp_path):
     options = [f"--out_dir={tmp_path / 'out'}", "--value_blocks=1"]
-    ended = Processes(2, facts_folder, options).wait()
+    ended = start_training(2, facts_folder, options).wait()
     assert ended.status == [2, 2] and ended.err[1] == "", ended.err
     assert ended.err[0] == (
         "error: --value_blocks=1 must be a multiple of the 2 processes that share the pool's columns\n"
@@ -206,8 +356,8 @@ def test_what_cannot_be_shared_out_is_refused(facts_folder, tmp_path):
 
 
 def test_what_cannot_be_shared_out_is_refused_by_name(run, monkeypatch, capsys):
-    monkeypatch.setattr(train, "WORLD_SIZE", 3)
-    monkeypatch.setattr(checkpoint, "WORLD_SIZE", 3)
+    for module in (train, checkpoint, build):
+        monkeypatch.setattr(module, "WORLD_SIZE", 3)
     assert_fails(lambda: run("--batch_size=4"), "--batch_size=4 must be a multiple of 3: 3 processes", capsys)
     assert_fails(
         lambda: run("--batch_size=6", "--mem_group_size=2"),
@@ -215,8 +365,9 @@ def test_what_cannot_be_shared_out_is_refused_by_name(run, monkeypatch, capsys):
         capsys,
     )
     assert_fails(lambda: run("--batch_size=6"), "--n_embd=16 must be a multiple of 3", capsys)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(ValueError, match="value_dim=16 must be a multiple of the 3 processes"):
-        ValuePool(9, 16, sharding=Sharding(Group(3, 0)))
+        ShardedPool(9, 16)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""sample.py: it needs a checkpoint only, asks, traces, and names each mistake."""
+"""sample.py: it needs nothing but a checkpoint, asks, traces, and names each mistake."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 
-import checkpoint
 import sample
 import train
 
@@ -38,18 +37,14 @@ def test_questions_are_judged_as_training_judged_them(run, capsys, facts_folder)
     assert right == round(shares["all"] * (len(questions) - held_out) + shares["held_out"] * held_out)
 
 
-@pytest.mark.parametrize("kind", ["product-key", "peer"])  # whose weights may be negative
+@pytest.mark.parametrize("kind", ["product-key", "peer"])  # PEER has negative weights
 def test_trace_shows_what_each_layer_read(run, capsys, kind):
     run("--mem_layers=1,0", f"--mem_kind={kind}")
     text = printed(capsys, f"--out_dir={run.out}", "--prompt=The job of", "--max_new_tokens=3", "--trace")
-    folder = checkpoint.checkpoints(run.out)[-1]
-    meta = checkpoint.read_meta(folder)
-    model = train.GPT(train.stored_config(meta))
-    checkpoint.load_model(folder, model)
-    encoding = sample.encoding_from_json(meta["encoding"])
+    model, encoding, _ = train.load(run.out)
     reads = []
     model.pool.register_forward_pre_hook(lambda module, read: reads.append(read))
-    model.eval()(torch.tensor([encoding.encode("The job of")]))
+    model(torch.tensor([encoding.encode("The job of")]))
     lines = [line for line in text.splitlines() if "slots" in line]
     assert len(lines) % 2 == 0 and 2 <= len(lines) <= 6
     for layer, line in enumerate(lines[:2]):
@@ -61,7 +56,7 @@ def test_trace_shows_what_each_layer_read(run, capsys, kind):
         assert int(shown[0][0]) == use.argmax()
 
 
-def test_with_nothing_said_it_asks_the_newest_run(run, capsys):
+def test_without_options_it_asks_the_newest_run(run, capsys):
     run(out=run.out / "old")
     run("--mem_layers=", out=run.out / "new")
     os.utime(run.out / "old" / "step_000006", (1, 1))

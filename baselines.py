@@ -1,0 +1,121 @@
+"""
+What memory layers are compared with: other ways to have more parameters at the same cost per token.
+
+    MoE           a mixture of experts in place of the MLP
+    PEER          slots that are tiny MLPs instead of values (He 2024, arXiv 2407.04153)
+    HashedMemory  the same pool, but the slots are a fixed hash of two tokens: it measures what learning the
+                  addresses is worth
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from memory import MemoryLayer, check_pool
+from pool import ValuePool
+
+
+class MoE(nn.Module):
+    """
+    A mixture of experts: each token goes through the `top_k` of `experts` MLPs that a router scores highest,
+    and their outputs are averaged with the softmax of these scores (Shazeer et al. 2017, arXiv 1701.06538).
+    Experts have hidden / top_k hidden units and no bias. No token is ever dropped.
+
+    n_layer: blocks of the model; the output projections start smaller the more there are.
+
+    A forward pass in training leaves `balance`: the load-balancing loss of Fedus et al. 2021 (arXiv
+    2101.03961, section 2.2) over the tokens of this process. It is 1 if all experts are chosen alike, and
+    experts / top_k if always the same ones are chosen.
+    """
+
+    def __init__(self, width: int, hidden: int, experts: int, top_k: int, n_layer: int):
+        super().__init__()
+        self.top_k, self.balance = top_k, None
+        self.router = nn.Linear(width, experts, bias=False)
+        self.c_fc = nn.Parameter(torch.empty(experts, width, hidden // top_k).normal_(std=width**-0.5))
+        # an average of top_k experts, each 1/top_k as wide as an MLP, starts as large as the output of an MLP
+        std = top_k / math.sqrt(2 * n_layer * width)
+        self.c_proj = nn.Parameter(torch.empty(experts, hidden // top_k, width).normal_(std=std))
+
+    def forward(self, x):
+        shape, x = x.shape, x.flatten(0, -2)  # (N, C)
+        logits = self.router(x)  # (N, E)
+        scores, experts = logits.topk(self.top_k)  # (N, top_k)
+        weights = scores.softmax(-1)
+        # sorted by expert, the tokens of one expert stand together: one matrix product each, and no padding
+        order = experts.flatten().argsort(stable=True)  # (N * top_k,)
+        token, E = order // self.top_k, logits.size(1)
+        counts = experts.flatten().bincount(minlength=E)
+        y = torch.cat([F.gelu(part @ self.c_fc[e], approximate="tanh") @ self.c_proj[e]
+                       for e, part in enumerate(x[token].split(counts.tolist()))])
+        y = torch.zeros_like(x).index_add(0, token, y * weights.flatten()[order].unsqueeze(1))
+        if self.training:
+            self.balance = E * (counts / counts.sum() * logits.softmax(-1).mean(0)).sum()
+        return y.view(shape)
+
+    def take_balance(self) -> torch.Tensor:
+        """Returns `balance` and forgets it: a model that held on to its graph could not be copied."""
+        balance, self.balance = self.balance, None
+        return balance
+
+
+class PEER(MemoryLayer):
+    """
+    Parameter-efficient expert retrieval (He 2024): slot j is an MLP with one hidden unit, and
+
+        y = sum_j w_j * gelu(<u_j, x>) * v_j
+
+    where v_j is row j of the pool and u_j is row j + num_keys**2. As published, there is neither a gate nor
+    an output projection. The pool has 2 * num_keys**2 rows of width `width`.
+    """
+
+    def __init__(self, width: int, num_keys: int, heads: int, knn: int, key_dim: int, qk_norm: bool = True,
+                 bias: bool = True):
+        super().__init__(width, num_keys, heads, knn, key_dim, width, swilu=False, qk_norm=qk_norm, bias=bias)
+        self.out = None
+
+    def forward(self, x, pool: ValuePool, left=None, right=None):
+        check_pool(pool, 2 * self.num_keys**2, self.value_dim)
+        left, right = (x if source is None else source for source in (left, right))
+        weights, indices = self.search(left.flatten(0, -2), right.flatten(0, -2))  # (N, H*K)
+        hidden = F.gelu(pool.dot(indices + self.num_keys**2, x.flatten(0, -2)))
+        return pool(indices, weights * hidden).to(x.dtype).view(x.shape)
+
+
+class HashedMemory(nn.Module):
+    """
+    A memory whose slots are hashes of the last two tokens. No two heads or layers have the same hash. The
+    weights are a softmax as in a MemoryLayer, over scores that are linear in x, and so are the gate and the
+    projection.
+    """
+
+    def __init__(self, width: int, num_values: int, heads: int, knn: int, value_dim: int, vocab_size: int,
+                 swilu: bool = True, bias: bool = True):
+        super().__init__()
+        self.num_values, self.heads, self.knn, self.value_dim = num_values, heads, knn, value_dim
+        self.vocab_size = vocab_size
+        self.score = nn.Linear(width, heads * knn, bias=bias)
+        self.register_buffer("multipliers", 2 * torch.randint(2**62, (heads * knn,)) + 1)  # odd
+        self.gate = nn.Linear(width, value_dim, bias=bias) if swilu else None
+        self.out = nn.Linear(value_dim, width, bias=bias)
+
+    def hash(self, token: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """
+        token, previous (N,), int64 -> slots (N, H*K). Multiply-shift hashing: the product overflows, and its
+        high bits depend on all bits of the pair's number.
+        """
+        pair = previous * self.vocab_size + token + 1
+        high = pair.unsqueeze(1) * self.multipliers >> 33 & 2**31 - 1  # (N, H*K)
+        return high * self.num_values >> 31
+
+    def forward(self, x: torch.Tensor, pool: ValuePool, token: torch.Tensor, previous: torch.Tensor):
+        """x (..., C), token and previous (...): ids of this token and of the one before -> (..., C)."""
+        check_pool(pool, self.num_values, self.value_dim)
+        scores = self.score(x).flatten(0, -2).unflatten(1, (self.heads, self.knn))  # (N, H, K)
+        y = pool(self.hash(token.flatten(), previous.flatten()), scores.softmax(-1).flatten(1))
+        y = y.to(x.dtype).view(*x.shape[:-1], self.value_dim)
+        if self.gate is not None:
+            y = y * F.silu(self.gate(x))
+        return self.out(y)

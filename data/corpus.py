@@ -1,0 +1,103 @@
+"""
+Reads a corpus that data/prepare.py made: its tokens, batches of them, its questions, and text from tokens.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.prepare import CORPORA, DATA, END, encoding_from_json
+from runtime.cli import fail
+from runtime.distributed import LOCAL_RANK, RANK, WORLD_SIZE, gather_objects
+
+
+class Dataset:
+    """
+    The corpus in data/NAME: the token ids `train` and `val` (mapped, not in memory), `encoding`, `questions`.
+    A corpus that needs no download is made where there is none yet.
+    """
+
+    def __init__(self, name: str):
+        folder = DATA / name
+        if not (folder / "meta.json").exists():
+            if name not in CORPORA or name == "text":
+                fail(f"no data in {folder}; make it: python data/prepare.py text --name={name} --input ...")
+            prepare, config_class = CORPORA[name]
+            prepare(config_class())
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self.encoding_json, self.encoding = meta["encoding"], encoding_from_json(meta["encoding"])
+            self.train = np.memmap(folder / "train.bin", meta["dtype"], "r")
+            self.val = np.memmap(folder / "val.bin", meta["dtype"], "r")
+            for split, tokens in (("train", self.train), ("val", self.val)):
+                if len(tokens) != meta[f"{split}_tokens"]:
+                    raise ValueError(f"{split}.bin has {len(tokens)} tokens, not {meta[f'{split}_tokens']}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fail(f"the data in {folder} is damaged ({error}): make it again with data/prepare.py")
+        self.questions = read_questions(folder / "qa.jsonl")
+
+
+def load_dataset(name: str) -> Dataset:
+    """
+    The same corpus in all processes. If it has to be made, the first process makes it, and then the first
+    process of each machine that has another disk.
+    """
+    data = None
+    for has_turn in (RANK == 0, LOCAL_RANK == 0, True):
+        data = data or (Dataset(name) if has_turn else None)
+        gather_objects(None)
+    sizes = gather_objects((data.encoding_json, len(data.train), len(data.val), len(data.questions)))
+    if any(size != sizes[0] for size in sizes):
+        fail(f"{name} differs between machines: copy data/{name} from one to the others")
+    return data
+
+
+def read_questions(path: Path) -> list[dict]:
+    """
+    One question per line: {"prompt", "answer"}, and in facts also "exposures" and "held_out". Returns [] if
+    there is no file.
+    """
+    questions = []
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                question = json.loads(line)
+                for text in (question["prompt"], question["answer"]):
+                    if not isinstance(text, str) or not text:
+                        raise ValueError
+                questions.append(question)
+        except (ValueError, KeyError, TypeError):
+            fail(f'line {number} of {path} must be {{"prompt": "...", "answer": "..."}}')
+    return questions
+
+
+def draw_batch(tokens: np.ndarray, count: int, block_size: int, *key: int):
+    """
+    Draws `count` windows of `tokens`. The key alone decides which; each process gets its share of them.
+
+    Returns x, y (count / processes, block_size), int64. y is x moved by one token: what comes next.
+    """
+    starts = np.random.default_rng(key).integers(len(tokens) - block_size, size=count)[RANK::WORLD_SIZE]
+    windows = torch.from_numpy(np.stack([tokens[s:s + block_size + 1] for s in starts]).astype(np.int64))
+    return windows[:, :-1], windows[:, 1:]
+
+
+def decode(encoding, tokens: list[int]) -> str:
+    """The text. Ids that the encoding does not use are left out: an untrained model may produce them."""
+    parts = []
+    for token in tokens:
+        with contextlib.suppress(KeyError):
+            parts.append(encoding.decode_single_token_bytes(token))
+    return b"".join(parts).decode(errors="replace")
+
+
+def decode_answer(encoding, tokens: list[int]) -> str:
+    """The text up to the end of the line or of the document."""
+    return decode(encoding, tokens).split("\n")[0].split(END)[0].strip()

@@ -1,0 +1,85 @@
+"""
+Compiles the Triton kernels of kernel.py for GPUs that this machine does not have, and reads what they need
+there: registers, shared memory, spills. For `python -m experiments.speed kernels`.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import kernel
+
+
+def gpu_targets() -> dict:
+    from triton.backends.compiler import GPUTarget
+
+    targets = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
+    return targets | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+
+
+def kernel_sources(V: int, dtype: str):
+    """Yields (name, function, constants) of each kernel for values of `dtype`."""
+    gather = kernel.gather_settings(V, {"fp32": 4, "bf16": 2}[dtype])
+    by_row = kernel.update_settings(V, 1, 4) | {"STOCHASTIC": dtype == "bf16"}
+    by_block = by_row | kernel.update_settings(V, 8, 4)
+    yield "gather_sum", kernel.gather_sum_kernel, gather
+    yield "gather_dot", kernel.gather_dot_kernel, gather
+    yield "rowwise", kernel.update_kernel, by_block | {"exp_avg_ptr": None}
+    yield "adam", kernel.update_kernel, by_row
+    yield "sgd", kernel.update_kernel, by_row | {"v_ptr": None, "exp_avg_ptr": None}
+
+
+def argument_type(name: str, dtype: str) -> str:
+    """The type that an argument has in training: values are `dtype`, indices int64, and all else float32."""
+    if name == "values_ptr":
+        return f"*{dtype}"
+    if name in ("indices_ptr", "begin_ptr", "end_ptr", "rows_ptr", "token_ptr", "seed_ptr"):
+        return "*i64"
+    if name == "finite_ptr":
+        return "*i32"
+    return "*fp32" if name.endswith("_ptr") else "i32" if name == "bag" else "fp32"
+
+
+def compile_kernel(function, dtype: str, constants: dict, target) -> dict:
+    """What the compiled kernel needs of its GPU."""
+    import triton
+    from triton.compiler import ASTSource
+
+    constants = dict(constants)
+    num_warps = constants.pop("num_warps")
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else argument_type(name, dtype) for name in names}
+    # tensors begin at a multiple of 16 bytes, as they do in training
+    aligned = {(names.index(name),): [["tt.divisibility", 16]]
+               for name, kind in signature.items() if kind[0] == "*"}
+    source = ASTSource(function, signature, constants, aligned)
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    result = dict(num_warps=num_warps, shared=compiled.metadata.shared)
+    return result | (_amd_usage(compiled) if target.backend == "hip" else _nvidia_usage(compiled, **result))
+
+
+def _amd_usage(compiled) -> dict:
+    text = compiled.asm["amdgcn"]
+    number = {name: int(re.search(rf"\.{name}: +(\d+)", text).group(1))
+              for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")}
+    return dict(registers=number["vgpr_count"], wide_loads=len(re.findall("global_load_dwordx4", text)),
+                spilled_bytes=4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"]))
+
+
+def _nvidia_usage(compiled, num_warps: int, shared: int) -> dict:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([cuobjdump, "--dump-resource-usage", f.name], check=True, capture_output=True,
+                               text=True)
+    number = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
+    # a multiprocessor has 65,536 registers, room for 64 warps and 32 programs, and 227 KB of shared memory
+    warps = min(64, 65_536 // (32 * -(-number["REG"] // 8) * 8))
+    programs = min(32, warps // num_warps, 227_000 // max(1, shared))
+    return dict(registers=number["REG"], spilled_bytes=number["STACK"] + number["LOCAL"],
+                wide_loads=len(re.findall(r"ld\.global[\w.]*\.v4\.b32", compiled.asm["ptx"])),
+                programs=programs, occupancy=programs * num_warps / 64)

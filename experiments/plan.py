@@ -1,0 +1,141 @@
+"""
+What does a model need of each of many GPUs? Estimates memory, traffic and time. Nothing here is measured.
+
+    python -m experiments.plan             the largest memory of Berges et al. 2024 on 64 GPUs
+    python -m experiments.plan --help      the options: those of the model, and those of the machine
+
+The default model has 64M slots of 2,048 numbers beside a GPT of 1.3B parameters, with the vocabulary of
+Llama 3.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from model import GPT, GPTConfig
+from runtime.cli import build, command, parse
+
+
+@dataclass
+class PlanConfig(GPTConfig):
+    vocab_size: int = 128_256  # tokens in the vocabulary
+    block_size: int = 4096  # longest context, in tokens
+    n_layer: int = 24  # Transformer blocks
+    n_head: int = 16  # attention heads
+    n_embd: int = 2048  # width of the model
+    mem_layers: tuple[int, ...] = (4, 12, 20)  # blocks with a memory layer, from 0
+    mem_num_keys: int = 8192  # half-keys per side; the pool has the square of this number of slots
+    mem_knn: int = 32  # slots that each head reads
+    mem_key_dim: int = 1024  # width of a query, both halves
+    mem_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the pool's values
+    gpus: int = 64  # processes with one GPU each
+    mem_group_size: int = 0  # GPUs that share the pool's columns; 0: all of them
+    tokens: int = 16_384  # per step and GPU
+    value_blocks: int = 64  # second moments per row (rowwise); a multiple of mem_group_size
+    flops: float = 400e12  # FLOPs per second that matrix products reach on a GPU; an H100 promises 989e12
+    bandwidth: float = 3.35e12  # bytes per second of a GPU's memory
+    link: float = 50e9  # bytes per second that a GPU sends; 50e9: 400 Gb/s, 450e9: a DGX H100
+    gpu_memory: float = 80e9  # bytes
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("gpus", "tokens", "value_blocks", "flops", "bandwidth", "link", "gpu_memory"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be more than 0")
+        if self.mem_kind == "peer":
+            raise ValueError("mem_kind=peer cannot be planned: it reads two rows where the others read one")
+        if not self.mem_layers:
+            raise ValueError("mem_layers must have at least one layer, as in --mem_layers=4,12,20")
+        self.mem_group_size = self.mem_group_size or self.gpus
+        for name in ("gpus", "n_embd", "value_blocks"):
+            if getattr(self, name) % self.mem_group_size:
+                raise ValueError(f"mem_group_size={self.mem_group_size} must divide "
+                                 f"{name}={getattr(self, name)}")
+
+
+def bytes_sent(c: PlanConfig) -> dict[str, float]:
+    """
+    Bytes that a GPU sends for each of its tokens and each memory layer, if all activations are float32.
+
+    G GPUs share a pool. Each of them sends its bags to all others and gets the gradients of the weights back.
+    It keeps 1/G of the sums and of their gradients. GPUs that hold the same columns send each other their
+    reads.
+    """
+    G, bag, V = c.mem_group_size, c.mem_heads * c.mem_knn, c.n_embd
+    return {"bags": (G - 1) * bag * (4 + 4),
+            "sums": (G - 1) / G * V * 4,
+            "gradients of the sums": (G - 1) / G * V * 4,
+            "gradients of the weights": (G - 1) * bag * 4,
+            "reads, to replicas": (c.gpus // G - 1) * (G * bag * (4 + 4) + V * 4)}
+
+
+def memory_needed(c: PlanConfig, counts: dict, slots: int) -> tuple[dict, dict]:
+    """Bytes per GPU, without activations: ({part: bytes}, the same for each way to learn the values)."""
+    G, bag, V, layers = c.mem_group_size, c.mem_heads * c.mem_knn, c.n_embd, len(c.mem_layers)
+    size = {"float32": 4, "bfloat16": 2}[c.mem_dtype]
+    parts = {
+        "dense: weights, gradients, AdamW": counts["dense"] * 16,
+        "values": counts["memory"] * size / G,
+        "slot use": slots * 4,
+    }
+    reads = {  # these take the place of a gradient
+        "reads of a step": layers * c.tokens * (c.gpus // G) * (G * bag * (4 + 4) + V * 4),
+        # for each place where a row was read: index and weight twice, token three times, and the sort's order
+        "sorting them": layers * c.tokens * c.gpus * bag * (2 * (4 + 4) + 3 * 8 + 8),
+    }
+    return parts, {
+        "rowwise": {"state": slots * c.value_blocks * 4 / G} | reads,
+        "adam": {"state": counts["memory"] * 8 / G} | reads,
+        "adam and a dense gradient": {"state": counts["memory"] * 8 / G,
+                                      "gradient": counts["memory"] * size / G},
+    }
+
+
+def plan(c: PlanConfig) -> dict[str, float]:
+    """Prints the plan. Returns the bytes per GPU for each way to learn the values."""
+    with torch.device("meta"):
+        counts = GPT(c).count_parameters()
+    bag, V, layers = c.mem_heads * c.mem_knn, c.n_embd, len(c.mem_layers)
+    slots = counts["memory"] // V
+    print(f"{counts['dense'] / 1e9:.2f}B dense parameters; a pool of {slots:,} slots x {V:,} = "
+          f"{counts['memory'] / 1e9:.1f}B ({c.mem_dtype}), read by {layers} layers, {bag} slots per token;\n"
+          f"{c.gpus} GPUs, {c.mem_group_size} share a pool, {c.tokens:,} tokens per GPU and step\n")
+
+    parts, learners = memory_needed(c, counts, slots)
+    print("GB per GPU, without activations, for which a tenth is left:")
+    for name, part in parts.items():
+        print(f"  {name:34}{part / 1e9:9.2f}")
+    totals = {}
+    for name, extra in learners.items():
+        totals[name] = sum(parts.values()) + sum(extra.values())
+        verdict = "fits" if totals[name] < 0.9 * c.gpu_memory else f"does not fit {c.gpu_memory / 1e9:.0f} GB"
+        shown = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in extra.items())
+        print(f"  + {name}: {shown}; in all {totals[name] / 1e9:.1f}: {verdict}")
+
+    sent = bytes_sent(c)
+    print("\nbytes sent per token and memory layer:")
+    for name, part in sent.items():
+        print(f"  {name:34}{part:12,.0f}")
+    # a row is loaded for the sum and for the dot product, and loaded and stored by the update; this assumes
+    # that no row is read twice in a step
+    pool_bytes = 4 * layers * bag * V * {"float32": 4, "bfloat16": 2}[c.mem_dtype]
+    sent_bytes = layers * sum(sent.values()) + 2 * 4 * counts["dense"] / c.tokens  # and the dense gradients
+    work = {"matrix products": (6 * c.macs_per_token(), "FLOPs", c.flops),
+            "the pool's rows": (pool_bytes, "bytes", c.bandwidth),
+            "traffic": (sent_bytes, "bytes", c.link)}
+    print("\nper token of training, forward and backward:")
+    for name, (amount, unit, speed) in work.items():
+        print(f"  {name:16}{amount:18,.0f} {unit:5} {1e6 * amount / speed:8.2f} us at {speed:.3g} per second")
+    slowest = max(work, key=lambda name: work[name][0] / work[name][2])
+    print(f"the bottleneck: {slowest}. All times are estimates, and nothing is assumed to overlap.")
+    return totals
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    plan(build(PlanConfig, parse(PlanConfig, argv, description=__doc__)[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,385 @@
+"""
+The pool of values that memory layers read, its gradient and its optimiser.
+
+    ValuePool         the rows: `values` (num_values, value_dim), and a differentiable read of them
+    FactoredGradient  values.grad: the list of reads of a step, instead of a tensor as large as the pool
+    PoolOptimizer     a torch.optim.Optimizer that learns from such gradients
+    MemoryUsage       how much of the pool is in use
+ A step reads few rows of the pool. So everything that a step does to the pool costs what the step reads, and
+never what the pool holds: the backward pass keeps each *read* (indices, weights, dy), and PoolOptimizer
+computes the gradient of a few rows at a time and updates these rows at once (kernel.py).
+ `values` is an ordinary parameter, and PyTorch's own rules hold for it. zero_grad() forgets its gradient,
+backward accumulates it over micro-batches and layers, requires_grad_(False) freezes it. What needs the
+numbers of the gradient, such as clipping or another optimiser, is refused with a sentence that says what to
+do.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from kernel import (
+    check_kernel,
+    gather_dot,
+    gather_sum,
+    keep_freed_memory,
+    row_gradients,
+    scatter_update,
+    sort_reads,
+)
+
+# --- the gradient -------------------------------------------------------------------------------------------
+
+# a part of an operation's name, and what to tell the user who probably caused it; the first match counts
+_USE_POOL_OPTIMIZER = ("only PoolOptimizer can learn the values of a pool: give every other optimiser all "
+                       "parameters except the pool's values")
+_REFUSALS = {
+    "norm": "the gradient of a pool cannot be clipped: leave the pool's values out of clipping. The rowwise "
+            "and adam steps of PoolOptimizer do not depend on the scale of the gradient",
+    "clamp": "the gradient of a pool cannot be clipped: leave the pool's values out of clipping",
+    "mul.out": "DistributedDataParallel cannot average the gradient of a pool: make the pool a ShardedPool "
+               "and wrap the model with data_parallel, both from runtime/distributed.py",
+    "lerp": _USE_POOL_OPTIMIZER, "addcmul": _USE_POOL_OPTIMIZER, "fused": _USE_POOL_OPTIMIZER,
+    "add": "a dense gradient cannot be added to the gradient of a pool: a loss must not use pool.values "
+           "itself, for example to penalise their size, but only what a layer reads from the pool",
+    "mul": "the gradient of a pool cannot be scaled: scale the loss instead",
+    "div": "the gradient of a pool cannot be scaled: scale the loss instead",
+}
+
+
+class FactoredGradient(torch.Tensor):
+    """
+    The gradient of a pool's values, as a list of reads. It has the shape, dtype and device of the values, but
+    no memory of its own.
+
+    reads: [(indices (N, bag), weights (N, bag), dy (N, value_dim)), ...]. Row r of the gradient is the sum of
+    weights[n, j] * dy[n] over all reads and all (n, j) with indices[n, j] = r; `to_dense()` writes it out.
+    Nobody changes the tensors of a read.
+    """
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor, reads: list):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype,
+                                                   device=values.device)
+
+    def __init__(self, values: torch.Tensor, reads: list):
+        self.reads = reads
+
+    def __repr__(self):
+        return f"FactoredGradient({len(self.reads)} reads, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def to_dense(self) -> torch.Tensor:
+        """The gradient as an ordinary tensor, as large as the pool. For tests and for the curious."""
+        dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        if sum(indices.numel() for indices, _, _ in self.reads):
+            for rows, g in row_gradients(*sort_reads(self.reads)):
+                dense[rows] = g.to(dense.dtype)
+        return dense
+
+    def every(self, test) -> torch.Tensor:
+        """
+        One bool on the gradient's device: whether test(x) holds for all numbers of the weights and of dy.
+        """
+        tests = [test(x).all() for _, weights, dy in self.reads for x in (weights, dy)]
+        return torch.stack(tests).all() if tests else torch.ones((), dtype=torch.bool, device=self.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        """What PyTorch itself does with a gradient, as operations on the list. Everything else is refused."""
+        aten = torch.ops.aten
+        if operation is aten._amp_foreach_non_finite_check_and_unscale_.default:  # by GradScaler
+            gradients, found_inf, factor = args
+            for g in gradients:
+                found_inf.logical_or_(~g.every(torch.isfinite))
+                g.reads[:] = [(indices, weights, dy * factor) for indices, weights, dy in g.reads]
+            return None
+        if operation is aten.new_empty_strided.default:  # room for a copy: the arguments repeat the shape
+            return cls(args[0], [])
+        if not kwargs and all(isinstance(g, cls) for g in args) and len({g.shape for g in args}) == 1:
+            a, b = args[0], args[-1]
+            if operation is aten.detach.default:
+                return cls(a, a.reads)  # the same list, as other tensors share their memory
+            if operation is aten.clone.default:
+                return cls(a, list(a.reads))
+            if operation is aten.add.Tensor:
+                return cls(a, a.reads + b.reads)
+            if operation is aten.isnan.default:  # by detect_anomaly, which wants to know whether there is any
+                return ~a.every(lambda x: ~x.isnan())
+            if operation in (aten.add_.Tensor, aten.copy_.default, aten.zero_.default):
+                kept = a.reads if operation is aten.add_.Tensor else []
+                a.reads[:] = kept + (b.reads if len(args) > 1 else [])
+                return a
+        name = operation.name()
+        raise ValueError(next((sentence for part, sentence in _REFUSALS.items() if part in name), (
+            f"the gradient of a pool is a list of reads, and {name} would need a tensor as large as the "
+            "pool: leave the pool's values out, or use values.grad.to_dense()")))
+
+
+def _refuse_other_optimizers(optimizer, args, kwargs) -> None:
+    """Before the step of any optimiser, because AdamW would first decay the values and only then fail."""
+    if not isinstance(optimizer, PoolOptimizer):
+        for group in optimizer.param_groups:
+            if any(isinstance(p.grad, FactoredGradient) for p in group["params"]):
+                raise ValueError(f"{type(optimizer).__name__}: {_USE_POOL_OPTIMIZER}")
+
+
+register_optimizer_step_pre_hook(_refuse_other_optimizers)
+
+
+# --- the pool -----------------------------------------------------------------------------------------------
+
+class GatherSum(torch.autograd.Function):
+    """y[n] = sum_j weights[n, j] * values[indices[n, j]]"""
+
+    @staticmethod
+    def forward(ctx, values, indices, weights, kernel):
+        # values are saved too, so that a step between forward and backward is an error, not a wrong gradient
+        ctx.save_for_backward(values, indices, weights)
+        ctx.kernel = kernel
+        return gather_sum(values, indices, weights, kernel)  # (N, V)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        values, indices, weights = ctx.saved_tensors
+        dy, (values_learn, _, weights_learn, _) = dy.contiguous(), ctx.needs_input_grad
+        gradient = FactoredGradient(values, [(indices, weights.detach(), dy)]) if values_learn else None
+        return gradient, None, gather_dot(values, indices, dy, ctx.kernel) if weights_learn else None, None
+
+
+class GatherDot(torch.autograd.Function):
+    """dots[n, j] = <values[indices[n, j]], x[n]>, the adjoint of GatherSum"""
+
+    @staticmethod
+    def forward(ctx, values, indices, x, kernel):
+        ctx.save_for_backward(values, indices, x)
+        ctx.kernel = kernel
+        return gather_dot(values, indices, x, kernel)  # (N, bag)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_dots):
+        values, indices, x = ctx.saved_tensors
+        d_dots, (values_learn, _, x_learns, _) = d_dots.contiguous(), ctx.needs_input_grad
+        gradient = FactoredGradient(values, [(indices, d_dots, x.detach())]) if values_learn else None
+        return gradient, None, gather_sum(values, indices, d_dots, ctx.kernel) if x_learns else None, None
+
+
+class ValuePool(nn.Module):
+    """
+    The rows that memory layers read: `values` (num_values, value_dim). A layer gets the pool as an argument
+    of its forward, so that several layers can share one pool (Berges et al. 2024, section 2.2).
+
+    values.grad is a FactoredGradient, and PoolOptimizer learns from it. kernel: 'auto', 'triton' or 'torch'
+    (kernel.py). dtype: float32, float64, bfloat16 or float16.
+    """
+
+    def __init__(self, num_values: int, value_dim: int, dtype: torch.dtype = torch.float32,
+                 kernel: str = "auto", device=None):
+        super().__init__()
+        if not 1 <= num_values < 2**31:
+            raise ValueError(f"num_values={num_values} must be between 1 and {2**31 - 1}: indices are int32")
+        if value_dim < 1:
+            raise ValueError(f"value_dim={value_dim} must be at least 1")
+        if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype={dtype} must be float32, float64, bfloat16 or float16")
+        check_kernel(kernel)
+        self.num_values, self.value_dim, self.kernel = num_values, value_dim, kernel
+        self.values = nn.Parameter(torch.empty(num_values, value_dim, dtype=dtype, device=device))
+        self.usage = MemoryUsage(num_values, device)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal with the standard deviation value_dim**-0.5, drawn in float32, 4,096 rows at a time."""
+        for rows in () if self.values.is_meta else self.values.split(4096):
+            rows.copy_(torch.randn(len(rows), self.value_dim, device=rows.device) * self.value_dim**-0.5)
+
+    @torch.compiler.disable  # a compiled backward could reuse the memory of dy, which the read still needs
+    def forward(self, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """
+        indices (N, bag), weights (N, bag) -> weighted sums of rows (N, value_dim), with the dtype of weights.
+        """
+        self.count(indices, weights)
+        return GatherSum.apply(self.values, indices.int(), weights, self.kernel)
+
+    @torch.compiler.disable
+    def dot(self, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """indices (N, bag), x (N, value_dim) -> dot products of rows with x (N, bag), with the dtype of x."""
+        return GatherDot.apply(self.values, indices.int(), x, self.kernel)
+
+    def count(self, indices, weights) -> None:
+        """
+        In training, notes which slots are in use. A checkpoint that computes a block again counts it once.
+        """
+        is_recomputing = torch._C._current_graph_task_id() != -1  # a forward pass within a backward pass
+        if self.training and not is_recomputing:
+            self.usage.add(indices, weights)
+
+    def _apply(self, fn, recurse=True):
+        """to(), half(), share_memory() and the like: applied to the reads, as they are to other gradients."""
+        gradient, self.values.grad = self.values.grad, None
+        super()._apply(fn, recurse)
+        if gradient is not None:
+            reads = [(indices.to(self.values.device), fn(weights), fn(dy))
+                     for indices, weights, dy in gradient.reads]
+            self.values.grad = FactoredGradient(self.values, reads)
+        return self
+
+
+class MemoryUsage(nn.Module):
+    """How much of a pool was used since `reset`, by the measures of Lample et al. 2019, section 4.2."""
+
+    def __init__(self, num_values: int, device=None):
+        super().__init__()
+        total_weight = torch.zeros(num_values, dtype=torch.float32, device=device)
+        self.register_buffer("total_weight", total_weight, persistent=False)
+
+    def add(self, indices, weights) -> None:
+        weights = weights.detach().abs().flatten()  # PEER has negative weights too
+        self.total_weight.index_add_(0, indices.flatten(), weights.to(self.total_weight))
+
+    def reset(self) -> None:
+        self.total_weight.zero_()
+
+    def summary(self) -> tuple[float, float]:
+        """
+        Returns (share of the slots that were read, KL divergence in nats of their use from uniform use). The
+        divergence is 0 if all slots are used alike, and ln(num_values) if one slot does all the work.
+        """
+        used = self.total_weight[self.total_weight > 0].double()
+        if len(used) == 0:
+            return 0.0, 0.0
+        p = used / used.sum()
+        num_values = len(self.total_weight)
+        return len(used) / num_values, math.log(num_values) + (p * p.log()).sum().item()
+
+    def _apply(self, fn, recurse=True):
+        """Follows the model to another device, but stays float32: small numbers would be lost in bfloat16."""
+        before = self.total_weight
+        super()._apply(fn, recurse)
+        if self.total_weight.dtype != before.dtype:
+            self.total_weight = before.to(self.total_weight.device)
+        return self
+
+
+# --- the optimiser ------------------------------------------------------------------------------------------
+
+class PoolOptimizer(torch.optim.Optimizer):
+    """
+    Learns the values of pools: PoolOptimizer(pool.parameters(), lr=6e-2). Only rows that were read move,
+    there is no weight decay, and a step costs what was read. Give all other parameters to another optimiser.
+
+    kind='rowwise'  one second moment for each of `value_blocks` equal blocks of a row's columns
+    kind='adam'     as torch.optim.SparseAdam: two moments for each value
+    kind='sgd'      no state; for finetuning
+    kernel.scatter_update has the formulas. The moments are float32 for values with 16 bits.
+
+    rowwise and adam do not depend on the scale of the gradient, so there is no need to clip it. If a number
+    of any gradient is inf or nan, the whole step is skipped: no value and no moment changes, and
+    skipped_steps counts it. On a GPU the host does not wait to find out.
+
+    stochastic_rounding: for bfloat16 values. A number between two neighbours becomes either of them by
+    chance, drawn from (seed, step, row, column); without it, small changes vanish. kernel: see kernel.py.
+    """
+
+    def __init__(self, params, lr: float, kind: str = "rowwise", value_blocks: int = 8,
+                 betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-12,
+                 stochastic_rounding: bool = False, seed: int = 0, kernel: str = "auto"):
+        keep_freed_memory()
+        super().__init__(params, dict(lr=lr, kind=kind, value_blocks=value_blocks, betas=betas, eps=eps,
+                                      stochastic_rounding=stochastic_rounding, seed=seed, kernel=kernel))
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check(self, group: dict) -> None:
+        numbers = [("lr", group["lr"], math.inf), ("eps", group["eps"], math.inf),
+                   *((f"betas[{i}]", beta, 1) for i, beta in enumerate(group["betas"]))]
+        for name, value, limit in numbers:
+            if not 0 <= value < limit:
+                raise ValueError(f"{name}={value} must be at least 0 and less than {limit}")
+        if group["kind"] not in ("rowwise", "adam", "sgd"):
+            raise ValueError(f"kind={group['kind']!r} must be 'rowwise', 'adam' or 'sgd'")
+        check_kernel(group["kernel"])
+        blocks = group["value_blocks"]
+        for p in group["params"]:
+            if p.dim() != 2:
+                raise ValueError(f"PoolOptimizer is for the values of pools, not for a parameter of shape "
+                                 f"{tuple(p.shape)}")
+            if group["kind"] == "rowwise" and (blocks < 1 or p.size(1) % blocks):
+                raise ValueError(f"value_blocks={blocks} must divide the {p.size(1)} columns of the values")
+            if group["stochastic_rounding"] and p.dtype != torch.bfloat16:
+                raise ValueError(f"stochastic_rounding is for bfloat16 values, not {p.dtype}")
+
+    @staticmethod
+    def _moments(p, group: dict) -> dict[str, tuple]:
+        """The shapes of the moments of p, by name."""
+        return {"rowwise": {"v": (len(p), group["value_blocks"])}, "sgd": {},
+                "adam": {"exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}}[group["kind"]]
+
+    def _new_state(self, p, group: dict) -> dict[str, torch.Tensor]:
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        counts = {name: torch.zeros((), dtype=torch.int64, device=p.device) for name in ("step", "skipped")}
+        return counts | {name: torch.zeros(shape, dtype=dtype, device=p.device)
+                         for name, shape in self._moments(p, group).items()}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step on all pools that were read. closure: as for torch's optimisers. Returns its loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        pools = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not all(isinstance(p.grad, FactoredGradient) for p, _ in pools):
+            raise ValueError("a parameter of PoolOptimizer has an ordinary gradient: give PoolOptimizer "
+                             "pool.parameters(), and nothing else")
+        finite = [p.grad.every(torch.isfinite) for p, _ in pools]
+        for p, group in pools:
+            if p not in self.state:
+                self.state[p] = self._new_state(p, group)
+            state = self.state[p]
+            all_finite = torch.stack([flag.to(p.device) for flag in finite]).all()
+            state["step"] += all_finite
+            state["skipped"] += ~all_finite
+            seed = group["seed"] if group["stochastic_rounding"] else None
+            scatter_update(p, p.grad.reads, state, group["lr"], group["betas"], group["eps"], seed,
+                           all_finite, group["kernel"])
+        return loss
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing because a gradient was not finite."""
+        return max((int(state["skipped"]) for state in self.state.values()), default=0)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """
+        As torch's. A state that another kind of optimiser, or one of another pool, has saved is a ValueError.
+        """
+        if len(state_dict["param_groups"]) == len(self.param_groups):
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+                if saved.get("kind") != group["kind"]:
+                    raise ValueError(f"the state is from kind={saved.get('kind')!r}, not {group['kind']!r}")
+                for p, number in zip(group["params"], saved["params"], strict=False):
+                    self._check_state(p, group, state_dict["state"].get(number))
+        super().load_state_dict(state_dict)
+        # torch has cast the moments to the dtype of the values, which may have fewer bits
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for p, number in zip(group["params"], saved["params"], strict=True):
+                for name, value in state_dict["state"].get(number, {}).items():
+                    self.state[p][name] = value.to(p.device)
+
+    def _check_state(self, p, group: dict, state: dict | None) -> None:
+        expected = {"step": (), "skipped": ()} | self._moments(p, group)
+        shapes = expected if state is None else {name: tuple(x.shape) for name, x in state.items()}
+        if shapes != expected:
+            raise ValueError(f"the state has the shapes {shapes}, and this pool needs {expected}")

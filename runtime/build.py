@@ -1,0 +1,131 @@
+"""
+What a run starts from: a checkpoint or nothing, and a model, which is new or comes from the checkpoint. Its
+pool is in memory or in a file, and whole or shared out on the processes.
+"""
+
+import functools
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from model import GPT, GPTConfig
+from pool import ValuePool
+from runtime.checkpoint import checkpoints, find_checkpoint, load_part, load_pool
+from runtime.cli import fail
+from runtime.distributed import RANK, WORLD_SIZE, ShardedPool, columns_group, gather_objects
+
+# In this file, `config` is a train.TrainConfig.
+
+
+def find_start(config, checkpoint: Path | None) -> Path | None:
+    """The checkpoint to continue from, or None for a new run. Makes out_dir."""
+    out_dir = Path(config.out_dir)
+    if checkpoint is None and config.resume:
+        checkpoint = find_checkpoint(out_dir)
+    if checkpoint is None and checkpoints(out_dir):
+        refuse(checkpoints(out_dir)[-1])
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out_dir={out_dir}: {error.strerror}")
+    return checkpoint
+
+
+def refuse(checkpoint: Path) -> None:
+    fail(f"{checkpoint} is there already: continue from it with --resume, or choose another --out_dir")
+
+
+def check_same_model(config, stored) -> None:
+    """
+    stored: the TrainConfig in a checkpoint. The model and the kind of its pool's optimiser stay as they are.
+    All other options may change on resuming.
+    """
+    fixed = {field.name for field in fields(GPTConfig)} - {"dropout", "kernel"}
+    for name in sorted(fixed | {"value_optimizer", "value_blocks"}):
+        if getattr(config, name) != getattr(stored, name):
+            fail(f"--{name}={getattr(config, name)}: the model in {config.out_dir} has "
+                 f"{getattr(stored, name)}, and that cannot change; choose another --out_dir")
+
+
+def make_model(config, checkpoint: Path | None) -> GPT:
+    """
+    A new model, or the one in the checkpoint, on the CPU. Each process has its columns of the pool. The
+    weights are the same for any number of processes.
+    """
+    group_size, pool_class, file = config.mem_group_size or WORLD_SIZE, ValuePool, config.mem_file
+    if WORLD_SIZE % group_size:
+        fail(f"--mem_group_size={group_size} must divide the number of processes, {WORLD_SIZE}")
+    if config.mem_layers and config.n_embd % group_size:
+        fail(f"--n_embd={config.n_embd} must be a multiple of {group_size}, the processes that share it")
+    if WORLD_SIZE > 1:
+        pool_class = functools.partial(ShardedPool, group_size=group_size)
+        file = file and f"{file}.{RANK}of{WORLD_SIZE}"
+    is_same_run = checkpoint or config.resume and (Path(config.out_dir) / "log.jsonl").exists()
+    if any(gather_objects(bool(file) and Path(file).exists() and not is_same_run)):
+        fail(f"--mem_file={file} is there already: delete it, or choose another")
+    model, problem = None, None
+    try:
+        if checkpoint:
+            with torch.device("meta"):  # tensors without memory, until the checkpoint's take their place
+                model = GPT(config, pool_class)
+            load_model(checkpoint, model, file)
+        else:
+            torch.manual_seed(config.seed)
+            model = GPT(config, functools.partial(pool_in_file, pool_class, file) if file else pool_class)
+    except ValueError as error:
+        problem = f"--{error}"
+    except (OSError, RuntimeError) as error:
+        if not file and "alloc" not in str(error):
+            raise
+        what = f"--mem_file={file}" if file else "too large a model; --mem_file holds the pool in a file"
+        problem = f"{what}: {str(error).splitlines()[0]}"
+    if message := next(filter(None, gather_objects(problem)), None):
+        fail(message)
+    return model
+
+
+def load_model(checkpoint: Path, model: GPT, file: str = "") -> None:
+    """
+    Fills a model that was built on the meta device. Its parameters become the mapped files of the checkpoint,
+    so a pool is never in memory twice. file: copies the pool's values to this file; see values_in_file.
+    """
+    state = load_part(checkpoint, "model.pt")
+    if model.pool is not None:
+        state["pool.values"] = stored = load_pool(checkpoint, columns_group(model.pool))["values"]
+        if file:
+            state["pool.values"] = values_in_file(stored, file).copy_(stored)
+        make_usage_real(model.pool)
+    model.load_state_dict(state, assign=True)
+
+
+# --- a pool in a file ---------------------------------------------------------------------------------------
+
+def values_in_file(like: torch.Tensor, path: str) -> torch.Tensor:
+    """
+    A tensor with the shape and dtype of `like`, whose numbers are in a file, so that it may be larger than
+    memory. A file that is there already is used if it has the right size.
+    """
+    if os.path.exists(path) and os.path.getsize(path) != like.nbytes:
+        raise ValueError(f"mem_file={path} is there, and not of the size of the pool: choose another")
+    with open(path, "ab") as f:
+        if hasattr(os, "posix_fallocate"):  # notices a full disk now, not in training; macOS has none
+            os.posix_fallocate(f.fileno(), 0, like.nbytes)
+    return torch.from_file(path, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
+
+
+def pool_in_file(pool_class, path: str, *arguments, **options) -> ValuePool:
+    """pool_class(*arguments, **options), with its values drawn in a file."""
+    pool = pool_class(*arguments, **options, device="meta")
+    pool.values = nn.Parameter(values_in_file(pool.values, path))
+    make_usage_real(pool)
+    pool.reset_parameters()
+    return pool
+
+
+def make_usage_real(pool: ValuePool) -> None:
+    """For a pool that was built on the meta device: no checkpoint has the counts of its usage."""
+    pool.usage.to_empty(device="cpu")
+    pool.usage.reset()

@@ -1,0 +1,699 @@
+"""
+pool.py: the gradient of a pool against autograd's dense gradient, under everything that people do with
+gradients; the optimiser against what torch's optimisers promise.
+"""
+
+import copy
+import io
+import itertools
+import math
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from test_kernel import DEVICE, SIDES
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from memory import MemoryLayer
+from pool import FactoredGradient, MemoryUsage, PoolOptimizer, ValuePool
+
+KINDS = ["rowwise", "adam", "sgd"]
+
+
+class Model(nn.Module):
+    """Two memory layers on one pool, and an ordinary layer: what an engineer would build."""
+
+    def __init__(self, pool=None):
+        super().__init__()
+        self.pool = ValuePool(36, 8) if pool is None else pool
+        self.layers = nn.ModuleList(MemoryLayer(8, 6, 2, 3, 4, 8) for _ in range(2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x, self.pool)
+        return self.head(x)
+
+    def dense_parameters(self):
+        return [p for p in self.parameters() if p is not self.pool.values]
+
+
+class DensePool(nn.Module):
+    """The same rows as an ordinary tensor: the oracle."""
+
+    num_values, value_dim = 36, 8
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = nn.Parameter(values.detach().clone())
+
+    def forward(self, indices, weights):
+        return (weights.unsqueeze(-1) * self.values[indices]).sum(1)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model().double()
+
+
+@pytest.fixture
+def dense(model):
+    """The same model on a pool that autograd sees."""
+    dense = copy.deepcopy(model)
+    dense.pool = DensePool(model.pool.values)
+    return dense
+
+
+def batch(seed=0, n=5):
+    return torch.randn(n, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(model, seed=0):
+    return model(batch(seed)).square().mean()
+
+
+def assert_same_gradients(model, dense, times=1):
+    torch.testing.assert_close(model.pool.values.grad.to_dense(), times * dense.pool.values.grad)
+    for ours, theirs in zip(model.dense_parameters(), dense.dense_parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, times * theirs.grad)
+
+
+# --- accumulating and forgetting ----------------------------------------------------------------------------
+
+def test_two_layers_and_three_micro_batches_accumulate(model, dense):
+    for m, seed in itertools.product((model, dense), range(3)):
+        loss_of(m, seed).backward()
+    assert len(model.pool.values.grad.reads) == 6
+    assert_same_gradients(model, dense)
+
+
+def test_one_token_one_slot_and_no_token():
+    pool = ValuePool(1, 3).double()
+    pool(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1).double()).sum().backward()
+    assert torch.equal(pool.values.grad.to_dense(), torch.ones(1, 3).double())
+    pool(torch.zeros(0, 1, dtype=torch.int64), torch.ones(0, 1).double()).sum().backward()
+    assert torch.equal(pool.values.grad.to_dense(), torch.ones(1, 3).double())
+
+
+@pytest.mark.parametrize("forget", [
+    lambda m, o: m.zero_grad(),
+    lambda m, o: m.zero_grad(set_to_none=False),
+    lambda m, o: m.pool.zero_grad(),
+    lambda m, o: o.zero_grad(),
+    lambda m, o: o.zero_grad(set_to_none=False),
+    lambda m, o: setattr(m.pool.values, "grad", None),
+    lambda m, o: m.pool.values.grad.detach().zero_(),
+    lambda m, o: m.pool.values.grad.zero_(),
+])
+def test_forgetting_forgets(model, forget):
+    """Otherwise each step would repeat all earlier gradients, in silence."""
+    optimizer = PoolOptimizer(model.pool.parameters(), lr=0.1)
+    loss_of(model, 1).backward()
+    forget(model, optimizer)
+    for p in model.dense_parameters():
+        p.grad = None
+    loss_of(model, 2).backward()
+    fresh = copy.deepcopy(model)
+    loss_of(fresh, 2).backward()
+    torch.testing.assert_close(model.pool.values.grad.to_dense(), fresh.pool.values.grad.to_dense())
+    before = model.pool.values.detach().clone()
+    forget(model, optimizer)
+    optimizer.step()
+    assert torch.equal(model.pool.values, before)
+
+
+def test_the_gradient_of_the_input_alone_leaves_nothing_behind(model):
+    x = batch().requires_grad_()
+    torch.autograd.grad(model(x).sum(), x)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_autograd_grad_of_the_values_returns_a_factored_gradient(model, dense):
+    ours, = torch.autograd.grad(loss_of(model), [model.pool.values])
+    theirs, = torch.autograd.grad(loss_of(dense), [dense.pool.values])
+    assert isinstance(ours, FactoredGradient) and model.pool.values.grad is None
+    torch.testing.assert_close(ours.to_dense(), theirs)
+
+
+def test_a_frozen_pool_learns_nothing_and_keeps_nothing(model, dense):
+    model.pool.values.requires_grad_(False)
+    for seed in range(3):
+        loss_of(model, seed).backward()
+        loss_of(dense, seed).backward()
+    assert model.pool.values.grad is None
+    for ours, theirs in zip(model.dense_parameters(), dense.dense_parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    PoolOptimizer(model.pool.parameters(), lr=0.1).step()
+    with torch.no_grad():
+        assert not loss_of(model).requires_grad
+
+
+def test_the_pool_of_a_frozen_layer_learns(model, dense):
+    for m in (model, dense):
+        m.layers.requires_grad_(False)
+        loss_of(m).backward()
+        assert all(p.grad is None for p in m.layers.parameters())
+    torch.testing.assert_close(model.pool.values.grad.to_dense(), dense.pool.values.grad)
+
+
+def test_retain_graph_twice_is_exactly_twice(model, dense):
+    loss = loss_of(model)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    loss_of(dense).backward()
+    assert_same_gradients(model, dense, times=2)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputed_layers_give_the_same_gradients_and_count_their_use_once(model, dense, use_reentrant):
+    x = batch().requires_grad_()
+    for layer in model.layers:
+        x = x + checkpoint(layer, x, model.pool, use_reentrant=use_reentrant)
+    model.head(x).square().mean().backward()
+    loss_of(dense).backward()
+    assert_same_gradients(model, dense)
+    total = 2 * 5 * 2  # layers, tokens, heads: the weights of each head sum to 1
+    assert math.isclose(model.pool.usage.total_weight.sum(), total, rel_tol=1e-5)
+
+
+def test_functional_call(model, dense):
+    values = model.pool.values.detach().clone().requires_grad_()
+    torch.func.functional_call(model, {"pool.values": values}, batch()).square().mean().backward()
+    loss_of(dense).backward()
+    assert model.pool.values.grad is None
+    torch.testing.assert_close(values.grad.to_dense(), dense.pool.values.grad)
+
+
+def test_hooks_see_the_gradient_and_may_keep_it(model):
+    """A hook that keeps the gradient must not see it grow afterwards."""
+    seen, after = [], []
+    model.pool.values.register_hook(seen.append)
+    model.pool.values.register_post_accumulate_grad_hook(lambda p: after.append(len(p.grad.reads)))
+    loss_of(model).backward()
+    kept = seen[0].to_dense()
+    loss_of(model, 1).backward()
+    assert after == [2, 4] and torch.equal(seen[0].to_dense(), kept)
+
+
+def test_a_clone_is_independent_and_a_sum_is_a_sum(model, dense):
+    loss_of(model).backward()
+    loss_of(dense).backward()
+    gradient = model.pool.values.grad
+    clone = gradient.clone()
+    torch.testing.assert_close((clone + gradient).to_dense(), 2 * dense.pool.values.grad)
+    clone.zero_()
+    torch.testing.assert_close(gradient.to_dense(), dense.pool.values.grad)
+    assert "2 reads" in repr(gradient) and gradient.shape == model.pool.values.shape
+
+
+def test_a_second_derivative_is_refused(model):
+    x = batch().requires_grad_()
+    first, = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_a_read_does_not_hold_on_to_the_graph(model):
+    loss_of(model).backward()
+    for indices, weights, dy in model.pool.values.grad.reads:
+        assert not weights.requires_grad and not dy.requires_grad and indices.dtype == torch.int32
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_step_between_forward_and_backward_is_an_error(side):
+    """Otherwise the gradients of the weights would be taken from other values than the output was."""
+    pool = ValuePool(16, 8, kernel=side, device=DEVICE)
+    optimizer = PoolOptimizer(pool.parameters(), lr=0.1, kernel=side)
+    indices, weights = torch.randint(16, (3, 2), device=DEVICE), torch.rand(3, 2, device=DEVICE)
+    first, second = (pool(indices, weights.requires_grad_()) for _ in range(2))
+    first.sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.sum().backward()
+
+
+# --- what PyTorch's tools do with gradients -----------------------------------------------------------------
+
+@pytest.mark.parametrize("convert", [
+    lambda m: m.float(),
+    lambda m: m.bfloat16(),
+    lambda m: m.to("cpu"),
+    lambda m: m.to(torch.float32),
+    lambda m: m.type(torch.float32),
+    lambda m: m.share_memory(),
+    lambda m: m.to("meta"),
+])
+def test_converting_a_model_converts_its_gradient(model, convert):
+    """Module._apply with a gradient set; afterwards training goes on."""
+    loss_of(model).backward()
+    exact = model.pool.values.grad.to_dense()
+    values = convert(model).pool.values
+    assert values.grad.dtype == values.dtype and values.grad.device == values.device
+    if not values.is_meta:
+        torch.testing.assert_close(values.grad.to_dense().double(), exact, rtol=2e-2, atol=1e-3)
+        model(batch().to(values.dtype)).square().mean().backward()
+        assert len(values.grad.reads) == 4
+        PoolOptimizer(model.pool.parameters(), lr=0.1).step()
+    assert model.pool.usage.total_weight.dtype == torch.float32
+
+
+def test_grad_scaler_unscales_and_skips_the_step_of_an_overflow(model, dense):
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = PoolOptimizer(model.pool.parameters(), lr=0.1)
+    scaler.scale(loss_of(model)).backward()
+    scaler.unscale_(optimizer)
+    loss_of(dense).backward()
+    torch.testing.assert_close(model.pool.values.grad.to_dense(), dense.pool.values.grad)
+    before = model.pool.values.detach().clone()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(model.pool.values, before) and scaler.get_scale() == 8.0
+    optimizer.zero_grad()
+    before = model.pool.values.detach().clone()
+    scaler.scale(loss_of(model) * math.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(model.pool.values, before) and scaler.get_scale() == 4.0
+
+
+def test_anomaly_mode_finds_a_nan_and_nothing_else(model):
+    with torch.autograd.detect_anomaly(check_nan=True):
+        loss_of(model).backward()
+        y = model.pool(torch.zeros(1, 2, dtype=torch.int64), torch.rand(1, 2).double())
+        with pytest.raises(RuntimeError, match="nan values"):
+            (y * math.nan).sum().backward()
+
+
+@pytest.mark.parametrize("misuse, message", [
+    (lambda m: nn.utils.clip_grad_norm_(m.parameters(), 1.0), "leave the pool's values out of clipping"),
+    (lambda m: nn.utils.clip_grad_value_(m.parameters(), 1.0), "leave the pool's values out of clipping"),
+    (lambda m: torch.optim.AdamW(m.parameters()).step(), "AdamW: only PoolOptimizer"),
+    (lambda m: torch.optim.AdamW(m.parameters(), fused=True).step(), "AdamW: only PoolOptimizer"),
+    (lambda m: torch.optim.SGD(m.parameters(), weight_decay=0.1).step(), "SGD: only PoolOptimizer"),
+    (lambda m: torch.optim.RMSprop(m.pool.parameters()).step(), "RMSprop: only PoolOptimizer"),
+    (lambda m: m.pool.values.square().sum().backward(), "must not use pool.values itself"),
+    (lambda m: m.pool.values.grad.add(m.pool.values.grad, alpha=2), "ordinary|itself"),
+    (lambda m: m.pool.values.grad.add_(m.pool.values.grad, alpha=2), "ordinary|itself"),
+    (lambda m: m.pool.values.grad * 2, "scale the loss instead"),
+    (lambda m: m.pool.values.grad.div_(2), "scale the loss instead"),
+    (lambda m: m.pool.values.grad.sum(), "as large as the pool"),
+    (lambda m: torch.empty(36, 8).copy_(m.pool.values.grad), "as large as the pool"),
+    (lambda m: m.pool.values.grad.copy_(torch.ones(36, 8)), "as large as the pool"),
+])
+def test_what_needs_the_numbers_is_refused_with_a_sentence_and_changes_nothing(model, misuse, message):
+    loss_of(model).backward()
+    before = copy.deepcopy(model.state_dict())
+    gradient = model.pool.values.grad.to_dense()
+    with pytest.raises(ValueError, match=message):
+        misuse(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(model.pool.values.grad.to_dense(), gradient)
+
+
+def test_an_optimizer_of_the_other_parameters_is_not_refused(model):
+    optimizers = [torch.optim.AdamW(model.dense_parameters(), lr=1e-2),
+                  PoolOptimizer(model.pool.parameters(), lr=0.1)]
+    losses = []
+    for _ in range(30):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        losses.append(loss_of(model))
+        losses[-1].backward()
+        nn.utils.clip_grad_norm_(model.dense_parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_a_copy_has_no_gradient_and_shares_nothing(model):
+    loss_of(model).backward()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.pool.values.grad is None
+        loss_of(other, 1).backward()
+        PoolOptimizer(other.pool.parameters(), lr=0.1).step()
+        assert len(model.pool.values.grad.reads) == 2
+        assert not torch.equal(model.pool.values, other.pool.values)
+
+
+def test_averaged_model_averages_the_pool(model):
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = PoolOptimizer(model.pool.parameters(), lr=0.1, kind="sgd")
+    snapshots = []
+    for seed in range(3):
+        optimizer.zero_grad()
+        loss_of(model, seed).backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+        snapshots.append(model.pool.values.detach().clone())
+    torch.testing.assert_close(averaged.module.pool.values.detach(), sum(snapshots) / 3)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many numbers the largest new tensor has that an operation returns."""
+
+    def __init__(self, old):
+        super().__init__()
+        self.old, self.numel = {tensor.untyped_storage().data_ptr() for tensor in old}, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if (isinstance(x, torch.Tensor) and not isinstance(x, FactoredGradient) and not x.is_sparse
+                    and x.layout == torch.strided and x.untyped_storage().data_ptr() not in self.old):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_makes_no_tensor_of_the_size_of_the_pool(kind):
+    torch.manual_seed(0)
+    slots = 128**2
+    pool, layer = ValuePool(slots, 16), MemoryLayer(16, 128, 2, 4, 8, 16)
+    optimizer = PoolOptimizer(pool.parameters(), lr=0.1, kind=kind)
+
+    def step():
+        optimizer.zero_grad()
+        layer(torch.randn(20, 16), pool).square().sum().backward()
+        optimizer.step()
+
+    step()  # makes the state
+    old = [pool.values, pool.usage.total_weight, *optimizer.state[pool.values].values()]
+    with LargestTensor(old) as largest:
+        step()
+    assert 0 < largest.numel < slots
+    with largest:
+        pool.values.grad.to_dense()
+    assert largest.numel == pool.values.numel(), "the test sees such a tensor"
+
+
+# --- the optimiser ------------------------------------------------------------------------------------------
+
+def read(pool, seed, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    indices, weights = torch.randint(len(pool.values), (7, 3), generator=g), torch.rand(7, 3, generator=g)
+    dy = torch.randn(7, pool.value_dim, generator=g)
+    pool(indices, weights.to(pool.values.dtype)).backward(scale * dy.to(pool.values.dtype))
+
+
+def learn(pool, optimizer, seed, scale=1.0):
+    optimizer.zero_grad()
+    read(pool, seed, scale)
+    optimizer.step()
+
+
+def state_of(optimizer, p):
+    return {name: value.clone() for name, value in optimizer.state[p].items()}
+
+
+def test_sgd_equals_torch_s(model, dense):
+    ours = PoolOptimizer(model.pool.parameters(), lr=0.3, kind="sgd")
+    theirs = torch.optim.SGD(dense.pool.parameters(), lr=0.3)
+    for seed in range(3):
+        for m, optimizer in ((model, ours), (dense, theirs)):
+            optimizer.zero_grad()
+            loss_of(m, seed).backward()
+            optimizer.step()
+    torch.testing.assert_close(model.pool.values, dense.pool.values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_pools_in_one_optimizer_are_two_optimizers(kind):
+    torch.manual_seed(0)
+    pools = [ValuePool(25, 16), ValuePool(9, 8)]
+    alone = copy.deepcopy(pools)
+    both = PoolOptimizer([pool.values for pool in pools], lr=0.1, kind=kind)
+    each = [PoolOptimizer(pool.parameters(), lr=0.1, kind=kind) for pool in alone]
+    for seed in range(3):
+        both.zero_grad()
+        for pool, twin, optimizer in zip(pools, alone, each, strict=True):
+            learn(twin, optimizer, seed)
+            read(pool, seed)
+        both.step()
+    assert all(torch.equal(pool.values, twin.values) for pool, twin in zip(pools, alone, strict=True))
+
+
+def test_param_groups_have_their_own_options():
+    pools = [ValuePool(25, 16), ValuePool(25, 16)]
+    optimizer = PoolOptimizer(pools[0].parameters(), lr=0.1)
+    optimizer.add_param_group({"params": pools[1].values, "lr": 0.2, "kind": "adam"})
+    for pool in pools:
+        pool(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)).sum().backward()
+    optimizer.step()
+    assert "v" in optimizer.state[pools[0].values] and "exp_avg" in optimizer.state[pools[1].values]
+    with pytest.raises(ValueError, match="kind='momentum'"):
+        optimizer.add_param_group({"params": ValuePool(4, 8).values, "kind": "momentum"})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_closures_and_schedulers():
+    torch.manual_seed(0)
+    pool = ValuePool(25, 16)
+    optimizer = PoolOptimizer(pool.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = pool(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)).square().sum()
+        loss.backward()
+        return loss
+
+    losses = []
+    for _ in range(3):
+        losses.append(optimizer.step(closure).item())
+        scheduler.step()
+    assert losses == sorted(losses, reverse=True) and optimizer.param_groups[0]["lr"] == 0.0125
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_state_survives_saving_copying_and_pickling(kind, dtype):
+    """Moments keep their dtype, which has more bits than 16-bit values."""
+    torch.manual_seed(0)
+    pool = ValuePool(25, 16, dtype)
+    optimizer = PoolOptimizer(pool.parameters(), lr=0.1, kind=kind)
+    learn(pool, optimizer, 1)
+    file = io.BytesIO()
+    torch.save({"pool": pool.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    stored = torch.load(file, weights_only=True)
+    loaded = ValuePool(25, 16, dtype)
+    loaded.load_state_dict(stored["pool"])
+    of_loaded = PoolOptimizer(loaded.parameters(), lr=0.7, kind=kind)
+    of_loaded.load_state_dict(stored["optimizer"])
+    copied, of_copied = copy.deepcopy((pool, optimizer))
+    pickled, of_pickled = pickle.loads(pickle.dumps((pool, optimizer)))
+    pairs = [(pool, optimizer), (loaded, of_loaded), (copied, of_copied), (pickled, of_pickled)]
+    for p, o in pairs:
+        learn(p, o, 2)
+        state = o.state[p.values]
+        assert all(x.dtype == torch.promote_types(dtype, torch.float32) for x in state.values() if x.dim())
+        assert state["step"] == 2 and torch.equal(p.values, pool.values)
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    def state(pool, kind, **options):
+        optimizer = PoolOptimizer(pool.parameters(), lr=0.1, kind=kind, **options)
+        learn(pool, optimizer, 1)
+        return optimizer.state_dict()
+
+    pool = ValuePool(25, 16)
+    optimizer = PoolOptimizer(pool.parameters(), lr=0.1)
+    for other, message in [
+        (state(ValuePool(25, 16), "adam"), "kind='adam'"),
+        (state(ValuePool(25, 16), "sgd"), "kind='sgd'"),
+        (state(ValuePool(25, 16), "rowwise", value_blocks=4), "shapes"),
+        (state(ValuePool(25, 32), "rowwise", value_blocks=16), "shapes"),
+        (state(ValuePool(36, 16), "rowwise"), "shapes"),
+        (torch.optim.AdamW(nn.Linear(2, 2).parameters()).state_dict(), "kind=None"),
+        (PoolOptimizer([ValuePool(25, 16).values, ValuePool(25, 16).values], lr=0.1).state_dict(), "size"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(other)
+    assert not optimizer.state and optimizer.param_groups[0]["kind"] == "rowwise"
+    with pytest.raises(ValueError, match="shapes"):
+        adam = PoolOptimizer(ValuePool(25, 32).parameters(), lr=0.1, kind="adam")
+        adam.load_state_dict(state(ValuePool(25, 16), "adam"))
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(kind, bad, side):
+    """In one of two pools: neither learns, and the next step does not know of it."""
+    torch.manual_seed(0)
+    pools = [ValuePool(25, 16, device=DEVICE) for _ in range(2)]
+    optimizer = PoolOptimizer([pool.values for pool in pools], lr=0.1, kind=kind, kernel=side)
+
+    def step(scale):
+        optimizer.zero_grad()
+        for pool, s in zip(pools, (1.0, scale), strict=True):
+            y = pool(torch.arange(6, device=DEVICE).view(3, 2), torch.rand(3, 2, device=DEVICE))
+            dy = torch.ones_like(y)
+            dy[1, 3] *= s
+            y.backward(dy)
+        optimizer.step()
+
+    step(1.0)
+    before = [(pool.values.detach().clone(), state_of(optimizer, pool.values)) for pool in pools]
+    step(bad)
+    assert optimizer.skipped_steps == 1
+    for pool, (values, state) in zip(pools, before, strict=True):
+        assert torch.equal(pool.values, values)
+        after = optimizer.state[pool.values]
+        assert all(torch.equal(after[name], state[name]) for name in state if name != "skipped")
+    step(1.0)
+    assert optimizer.skipped_steps == 1 and not torch.equal(pools[1].values, before[1][0])
+
+
+def test_weights_that_are_not_finite_are_noticed_too():
+    pool = ValuePool(25, 16)
+    optimizer = PoolOptimizer(pool.parameters(), lr=0.1)
+    pool(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[1.0, math.nan]])).backward(torch.zeros(1, 16))
+    before = pool.values.detach().clone()
+    optimizer.step()
+    assert torch.equal(pool.values, before) and optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("kind", ["rowwise", "adam"])
+def test_the_scale_of_the_gradient_does_not_matter(kind):
+    results = []
+    for scale in (1.0, 1e3, 1e-5):
+        torch.manual_seed(0)
+        pool = ValuePool(25, 16)
+        optimizer = PoolOptimizer(pool.parameters(), lr=0.1, kind=kind)
+        for seed in range(3):
+            learn(pool, optimizer, seed, scale)
+        results.append(pool.values)
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(kind="momentum"), "kind='momentum' must be 'rowwise', 'adam' or 'sgd'"),
+    (dict(kernel="cuda"), "kernel='cuda'"),
+    (dict(lr=-0.1), "lr=-0.1 must be"),
+    (dict(lr=math.nan), "lr=nan must be"),
+    (dict(lr=math.inf), "lr=inf must be"),
+    (dict(betas=(0.9, 1.0)), "betas"),
+    (dict(eps=-1e-8), "eps=-1e-08 must be"),
+    (dict(value_blocks=3), "value_blocks=3 must divide"),
+    (dict(value_blocks=0), "value_blocks=0 must divide"),
+    (dict(stochastic_rounding=True), "for bfloat16 values"),
+])
+def test_the_optimizer_refuses_what_cannot_be(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        PoolOptimizer(ValuePool(16, 8).parameters(), **dict(lr=0.1) | wrong)
+
+
+def test_the_optimizer_refuses_ordinary_gradients():
+    linear = nn.Linear(4, 8, bias=False)
+    optimizer = PoolOptimizer(linear.parameters(), lr=0.1, kind="sgd")
+    linear(torch.ones(1, 4)).sum().backward()
+    with pytest.raises(ValueError, match="has an ordinary gradient"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="for the values of pools"):
+        PoolOptimizer(nn.Linear(4, 8).parameters(), lr=0.1, kind="sgd")
+
+
+# --- the pool and its use -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(num_values=0), "num_values=0"),
+    (dict(num_values=2**31), "indices are int32"),
+    (dict(value_dim=0), "value_dim=0"),
+    (dict(dtype=torch.int64), "dtype=torch.int64"),
+    (dict(kernel="fast"), "kernel='fast'"),
+])
+def test_the_pool_refuses_what_cannot_be(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ValuePool(**dict(num_values=16, value_dim=8, device="meta") | wrong)
+
+
+def test_values_start_normal_in_every_dtype():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        values = ValuePool(9000, 16, dtype).values.detach().double()
+        assert math.isclose(values.std(), 0.25, rel_tol=0.02) and abs(values.mean()) < 0.01
+        assert values[-1].any() and values[0].any()
+
+
+def test_usage_equals_the_paper_s_measures():
+    usage = MemoryUsage(10)
+    assert usage.summary() == (0.0, 0.0)
+    usage.add(torch.arange(10)[None], torch.full((1, 10), 0.1))
+    share, kl = usage.summary()
+    assert share == 1.0 and abs(kl) < 1e-6
+    usage.reset()
+    usage.add(torch.tensor([[3, 3]]), torch.tensor([[0.5, 0.5]]))
+    share, kl = usage.summary()
+    assert share == 0.1 and math.isclose(kl, math.log(10))
+    usage.add(torch.tensor([[4]]), torch.tensor([[3.0]]))
+    p = torch.tensor([0.25, 0.75])
+    expected = F.kl_div(torch.full((2,), 0.1).log(), p, reduction="sum")
+    assert math.isclose(usage.summary()[1], expected, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
+def test_counts_of_use_do_not_saturate_in_a_16_bit_model(convert):
+    """bfloat16 has no number between 256 and 258."""
+    pool = convert(ValuePool(4, 8))
+    for _ in range(1000):
+        pool(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=pool.values.dtype))
+    assert pool.usage.total_weight.tolist() == [1000, 0, 0, 0]
+    convert(pool)
+    assert pool.usage.total_weight.tolist() == [1000, 0, 0, 0]
+
+
+def test_only_training_counts_as_use(model):
+    model.eval()(batch())
+    assert not model.pool.usage.total_weight.any()
+    model.train()(batch())
+    assert model.pool.usage.total_weight.any()
+    assert "pool.usage.total_weight" not in model.state_dict()
+
+
+def test_two_layers_compiled_as_one_model_leave_the_reads_that_eager_leaves():
+    torch.manual_seed(0)
+    model = Model(ValuePool(64**2, 8))
+    model.layers = nn.ModuleList(MemoryLayer(8, 64, 2, 3, 4, 8) for _ in range(2))
+    x = torch.randn(5, 8)
+    model(x).square().mean().backward()
+    eager = model.pool.values.grad.to_dense()
+    model.zero_grad()
+    compiled = torch.compile(model)
+    for _ in range(2):
+        model.zero_grad()
+        compiled(x).square().mean().backward()
+        torch.testing.assert_close(model.pool.values.grad.to_dense(), eager)
+
+
+def test_three_files_copied_into_an_empty_folder_work(tmp_path):
+    root = Path(__file__).parents[1]
+    for name in ("memory.py", "pool.py", "kernel.py"):
+        shutil.copy(root / name, tmp_path)
+    code = """
+import torch
+from memory import MemoryLayer
+from pool import ValuePool, PoolOptimizer
+pool, layer = ValuePool(64, 8), MemoryLayer(8, 8, 2, 3, 4, 8)
+optimizers = torch.optim.AdamW(layer.parameters(), lr=1e-2), PoolOptimizer(pool.parameters(), lr=6e-2)
+x, target, losses = torch.randn(9, 8), torch.randn(9, 8), []
+for step in range(60):
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    losses.append((layer(x, pool) - target).square().mean())
+    losses[-1].backward()
+    for optimizer in optimizers:
+        optimizer.step()
+assert losses[-1] < 0.5 * losses[0], losses
+"""
+    isolated = f"import sys; sys.path[:0] = ['.']\n{code}"
+    subprocess.run([sys.executable, "-I", "-c", isolated], cwd=tmp_path, check=True)

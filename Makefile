@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-train: .venv/run  ## train on generated facts, five to eight minutes on two cores; goes on where it was stopped
+train: .venv/run  ## train on generated facts, five to eight minutes on two cores; continues a run that was stopped
 	$(BIN)/python train.py --resume
 
-evidence-quick: .venv/run  ## dense against Memory+ on facts, one run each: ten minutes on two cores
-	$(BIN)/python evidence.py facts --models dense memory+ --lrs=4e-3 --seeds=1 --results=out/evidence-quick --out=out/evidence-quick
+compare-quick: .venv/run  ## dense against Memory+ on facts, one run each: ten minutes on two cores
+	$(BIN)/python -m experiments.compare facts --models dense memory+ --lrs=4e-3 --seeds=1 \
+		--results=out/compare-quick --out=out/compare-quick
 
-test: .venv/dev  ## all tests but the slow ones
+test: .venv/dev  ## all tests except the slow ones
 	$(BIN)/python -m pytest
 
 test-slow: .venv/dev
@@ -27,4 +28,4 @@ lint: .venv/dev
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	@touch $@
 
-.PHONY: train evidence-quick test test-slow lint
+.PHONY: train compare-quick test test-slow lint

@@ -6,11 +6,13 @@ The operations of a memory layer on its pool of values: tensors in, tensors out.
     scatter_update  g[r]     = sum over (n, j) with indices[n, j] = r of weights[n, j] * dy[n]
                     then the optimiser's step on row r, for each row that was read
     top_k           x.topk(k), faster on a CPU
- The gradient of a gather is a gather. Sort the indices, and all reads of row r stand next to each other: g[r]
+
+The gradient of a gather is a gather. Sort the indices, and all reads of row r stand next to each other: g[r]
 is a weighted sum of rows of dy, just as y[n] is a weighted sum of rows of values. So the gradient is never
 written to memory: not for the whole pool, and not for all the rows that were read. A part of it lives in a
 processor's cache (PyTorch) or in registers (Triton), is used for the step, and is gone.
- Shapes: `values` (num_values, V), float16, bfloat16, float32 or float64; `indices` and `weights` (N, bag),
+
+Shapes: `values` (num_values, V), float16, bfloat16, float32 or float64; `indices` and `weights` (N, bag),
 the rows that each of N tokens reads and their weights. A *read* is the tuple (indices, weights, dy) with dy
 (N, V): all that g needs. g and the optimiser's arithmetic are float32 (float64 for float64 values), and so is
 every sum in Triton. In PyTorch the sums over 16-bit values are rounded to 16 bits. All results are
@@ -65,7 +67,7 @@ def _check_indices(indices, num_values):
 
 
 def gather_sum(values, indices, weights, kernel: str = "auto") -> torch.Tensor:
-    """y[n] = sum_j weights[n, j] * values[indices[n, j]]: (N, V), with the dtype of weights."""
+    """y[n] = sum_j weights[n, j] * values[indices[n, j]]: (N, V), in the dtype of weights."""
     _check_indices(indices, len(values))
     if resolve_kernel(kernel, values.device) == "triton":
         return _gather_sum_triton(values, indices, weights)
@@ -74,9 +76,7 @@ def gather_sum(values, indices, weights, kernel: str = "auto") -> torch.Tensor:
 
 
 def gather_dot(values, indices, dy, kernel: str = "auto") -> torch.Tensor:
-    """
-    dw[n, j] = <values[indices[n, j]], dy[n]>: (N, bag), with the dtype of dy. The adjoint of gather_sum.
-    """
+    """dw[n, j] = <values[indices[n, j]], dy[n]>: (N, bag), in the dtype of dy. The adjoint of gather_sum."""
     _check_indices(indices, len(values))
     if resolve_kernel(kernel, values.device) == "triton":
         return _gather_dot_triton(values, indices, dy)
@@ -112,8 +112,7 @@ def scatter_update(values, reads: list, state: dict, lr: float, betas: tuple[flo
     neither (sgd): values[r] -= lr * g.
     seed: only for bfloat16 values, which are then rounded up or down by chance, in proportion, drawn from
         (seed, step, row, column). Without it, changes below half of the last place are lost.
-    finite: a tensor with one bool; where it is False, nothing changes. On a GPU the host does not wait for
-    it.
+    finite: a tensor with one bool. If it is False, nothing changes. On a GPU the host does not wait for it.
     """
     if sum(indices.numel() for indices, _, _ in reads) == 0:
         return
@@ -155,10 +154,7 @@ def sort_reads(reads: list):
 
 
 def top_k(x: torch.Tensor, k: int):
-    """
-    x.topk(k) exactly, but faster on a CPU and for long rows. x (..., S) -> values, indices (..., k),
-    descending.
-    """
+    """x.topk(k), but faster on CPUs and for long rows. x (..., S) -> values, indices (..., k), descending."""
     S = x.size(-1)
     if S > 128 and S % 4 == 0 and k <= S // 4:  # the best k are in the k groups of 4 with the greatest maxima
         groups = x.unflatten(-1, (4, S // 4))  # group c has the columns c, c + S/4, c + 2*S/4, c + 3*S/4
@@ -197,9 +193,7 @@ def keep_freed_memory() -> None:
 # --- PyTorch ------------------------------------------------------------------------------------------------
 
 def row_gradients(rows, start, token, weights, dy):
-    """
-    Yields the gradients of what sort_reads returned, in chunks: (rows, g), where the caller may overwrite g.
-    """
+    """Yields (rows, g), the gradients g of some rows, from what sort_reads returned. g may be overwritten."""
     dy = dy.to(torch.promote_types(dy.dtype, torch.float32))
     weights = weights.to(dy.dtype)
     step = max(1, CHUNK // dy.size(1))
@@ -250,9 +244,7 @@ def _update_torch(values, moments, sorted_reads, lr, beta1, beta2, eps, seed, fi
 
 
 def _noise(place: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
-    """
-    32 random bits for each place (int64) and seed, as _noise_triton draws them: the mixing of MurmurHash3.
-    """
+    """32 random bits for each place (int64) and seed, equal to _noise_triton's: MurmurHash3's mixing."""
     x = (place + seed * 0x9E3779B1 & 0xFFFFFFFF) ^ ((place >> 32) * 0x85EBCA6B & 0xFFFFFFFF)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
@@ -288,9 +280,7 @@ def gather_sum_kernel(
         indices_ptr, weights_ptr,  # (places,)
         begin_ptr, end_ptr,  # (bags,): bag n has the places begin[n] ... end[n] - 1
         V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """
-    y[n] = sum over bag n of weights[place] * values[indices[place]]. One program: COLUMNS columns of one bag.
-    """
+    """y[n] = sum over bag n of weights[place] * values[indices[place]]. A program does COLUMNS of one bag."""
     bag = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     begin, end = tl.load(begin_ptr + bag), tl.load(end_ptr + bag)
@@ -312,7 +302,7 @@ def gather_dot_kernel(
         indices_ptr,  # (N, bag)
         dy_ptr,  # (N, V)
         bag, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """dw[n, j] = <values[indices[n, j]], dy[n]>. One program: ROWS rows of the bag of one token."""
+    """dw[n, j] = <values[indices[n, j]], dy[n]>. A program does ROWS rows of one token's bag."""
     token = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = tl.load(indices_ptr + token * bag + j, mask=j < bag, other=0).to(tl.int64)
@@ -346,7 +336,7 @@ def update_kernel(
         beta1, beta2, eps,
         V: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr, WIDTH_PADDED: tl.constexpr,
         ROWS: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """The formulas of scatter_update. One program: one row of the pool, with its gradient in registers."""
+    """The formulas of scatter_update. A program does one row of the pool; its gradient is in registers."""
     WIDTH: tl.constexpr = V // BLOCKS
     i = tl.program_id(0)
     row = tl.load(rows_ptr + i).to(tl.int64)
@@ -418,9 +408,7 @@ def _gather_dot_triton(values, indices, dy):
 
 
 def update_settings(V: int, blocks: int, element_size: int) -> dict:
-    """
-    As gather_settings, for ROWS places at a time. In a large pool most rows are read once or twice per step.
-    """
+    """As gather_settings, with ROWS places at a time: in a large pool few rows are read often in a step."""
     width = 1 << (V // blocks - 1).bit_length()
     padded = 1 << (blocks - 1).bit_length()
     places = max(1, min(4, 2048 // (padded * width)))

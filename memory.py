@@ -4,25 +4,21 @@ Product-key memory: a layer that looks things up in a large table of learnt valu
 Lample et al. 2019, "Large Memory Layers with Product Keys" (arXiv 1907.05242), and Berges et al. 2024,
 "Memory Layers at Scale" (arXiv 2412.09764), whose Memory+ is the default here.
 
-    N  tokens (batch * time)     S  num_keys, half-keys per side      slot  one row of the pool C  width of
-    the model        D  key_dim, width of a query         bag   the H*K slots that one token reads H  heads
-    V  value_dim, width of a value       side  the left or the right half of a query K  knn, slots per head
-    S*S  num_values, rows of the pool    read  what a layer does with the pool
+    N  tokens (batch * time)    S    num_keys, half-keys per side    slot  one row of the pool
+    C  width of the model       D    key_dim, width of a query       bag   the H*K slots that one token reads
+    H  heads                    V    value_dim, width of a value     side  left or right half of a query
+    K  knn, slots per head      S*S  num_values, rows of the pool    read  what one layer reads for N tokens
 
 The algorithm, for each token and head:
-  1. make a query q in two halves, q_left and q_right, D/2 numbers each; 2. score the S half-keys of each
-  side: left[i] = <q_left, key_left[i]>, right[j] = <q_right, key_right[j]>; 3. slot (i, j) has the score
-  left[i] + right[j]. The best K of all S*S slots are among the K*K sums of the best
-     K of each side, so this search is exact, and costs 2*S dot products instead of S*S;
-  4. a softmax over the K best scores gives weights; the weighted sum of these K rows of the pool is the
-  memory's
-     answer;
-  5. sum the answers of all heads, gate the sum (Memory+), and project it back to the width of the model.
+  1. make a query in two halves, q_left and q_right, with D/2 numbers each;
+  2. score the S half-keys of each side: left[i] = <q_left, key_left[i]>, right[j] = <q_right, key_right[j]>;
+  3. slot (i, j) has the score left[i] + right[j]. The best K of all S*S slots are among the K*K sums of the
+     best K of each side. So this search is exact, and costs 2*S dot products instead of S*S;
+  4. a softmax over the K best scores gives weights; the weighted sum of these K rows is the answer;
+  5. sum the answers of all heads, multiply the sum by a gate (Memory+), and project it back to width C.
 
 The values are learnt like any parameter, but their gradient is never a tensor as large as the pool: pool.py.
 """
-
-import functools
 
 import torch
 import torch.nn as nn
@@ -32,16 +28,15 @@ from kernel import top_k
 from pool import ValuePool
 
 
-@functools.cache
-def pruned_pairs(knn: int) -> tuple[list[int], list[int]]:
+def pruned_pairs(knn: int) -> list[list[int]]:
     """
     The pairs (i, j) of ranks, from 0, that can be among the best `knn` sums of two descending lists.
 
     Pair (i, j) has (i+1) * (j+1) - 1 other pairs at least as good. So only pairs with (i+1) * (j+1) <= knn
-    can win: 119 of the 32 * 32 pairs for knn = 32. Returns all i, and all j.
+    can win: 119 of the 32 * 32 pairs for knn = 32. Returns [every i, every j].
     """
-    pairs = [(i, j) for i in range(knn) for j in range(knn) if (i + 1) * (j + 1) <= knn]
-    return [i for i, _ in pairs], [j for _, j in pairs]
+    pairs = [(i, j) for i in range(knn) for j in range(knn // (i + 1))]
+    return [[i for i, _ in pairs], [j for _, j in pairs]]
 
 
 def product_key_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int):
@@ -69,9 +64,7 @@ def product_key_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int)
 
 
 def normalize(x: torch.Tensor) -> torch.Tensor:
-    """
-    x / |x| along the last dimension, in float32 at least. A zero vector stays zero, and gets no gradient.
-    """
+    """x / |x| over the last dimension, in float32 at least. A zero vector stays zero, without a gradient."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / norm.masked_fill(norm < 1e-6, torch.inf)
@@ -82,9 +75,9 @@ class MemoryLayer(nn.Module):
     A product-key memory in place of a Transformer's MLP. The default is Memory+ (Berges et al. 2024). With
     swilu and qk_norm off, it is the formula of Lample et al. 2019, section 3, with an output projection.
 
-    swilu    out = W_o (y * silu(W_g x)), the gate of Memory+ (Berges et al. 2024, section 2.2) qk_norm  both
-    halves of queries, and half-keys, have length 1, times a learnt scale per head. Without it, only
-             few slots may come into use
+    swilu    out = W_o (y * silu(W_g x)), the gate of Memory+ (Berges et al. 2024, section 2.2)
+    qk_norm  halves of queries, and half-keys, have length 1, times a learnt scale per head. Without it,
+             perhaps only a few slots come into use
     bias     in all projections
 
     A ValueError says which of the sizes cannot be.
@@ -112,17 +105,14 @@ class MemoryLayer(nn.Module):
         self.out = nn.Linear(value_dim, width, bias=bias)
 
     def search(self, left: torch.Tensor, right: torch.Tensor):
-        """
-        left, right (N, C): what the halves of queries are made from -> weights (N, H*K), indices (N, H*K).
-        """
+        """left, right (N, C): sources of the halves of queries -> weights (N, H*K), indices (N, H*K)."""
         halves = self.query_left(left), self.query_right(right)  # (N, H*D/2) each
         queries = torch.stack([half.unflatten(1, (self.heads, -1)) for half in halves], 2)  # (N, H, 2, D/2)
         half_keys = self.half_keys  # (H, 2, S, D/2)
         if self.scale is not None:
             queries = normalize(queries) * self.scale.view(-1, 1, 1)
             half_keys = normalize(half_keys)
-        # in bfloat16 many scores would be equal, so neither autocast nor a 16-bit layer may lower their
-        # precision
+        # many scores would be equal in 16 bits, so they are float32 in a 16-bit layer and under autocast too
         dtype = torch.promote_types(half_keys.dtype, torch.float32)
         with torch.autocast(left.device.type, enabled=False):
             scores, indices = product_key_search(queries.to(dtype), half_keys.to(dtype), self.knn)
@@ -133,8 +123,7 @@ class MemoryLayer(nn.Module):
         """
         x (..., C) -> (..., C). The pool has num_keys**2 rows of width value_dim, otherwise a ValueError.
 
-        left, right: like x, what the halves of the queries are made from. By default both are x, as
-        published.
+        left, right: like x, the sources of the halves of the queries. By default both are x, as published.
         """
         check_pool(pool, self.num_keys**2, self.value_dim)
         left, right = (x if source is None else source for source in (left, right))
@@ -146,7 +135,7 @@ class MemoryLayer(nn.Module):
 
 
 def check_pool(pool: ValuePool, num_values: int, value_dim: int) -> None:
-    """A read of a pool with fewer rows would read anything."""
+    """Refuses a pool that does not fit: an index beyond its rows would read anything."""
     if (pool.num_values, pool.value_dim) != (num_values, value_dim):
         raise ValueError(f"the pool has {pool.num_values:,} rows of width {pool.value_dim}, and this layer "
                          f"needs {num_values:,} of width {value_dim}")

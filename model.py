@@ -1,10 +1,12 @@
 """
 A GPT whose feed-forward blocks can be replaced by memory layers.
- The architecture is GPT-2 (pre-LayerNorm, GELU, the head tied to the token embedding) with rotary positions
+
+The architecture is GPT-2 (pre-LayerNorm, GELU, the head tied to the token embedding) with rotary positions
 and scaled embeddings. With mem_layers=() it is nothing else. Where the index of a block is in mem_layers, a
 MemoryLayer (memory.py) takes the place of its MLP. All memory layers read one ValuePool, which the GPT owns
 and passes to them. What memory layers are compared with (mem_kind, moe_layers) is in baselines.py.
- Why rotary positions: a position that is added to a token's state is in the memory's query too. The same name
+
+Why rotary positions: a position that is added to a token's state is in the memory's query too. The same name
 at another place of the text would then read other slots, and would hardly find what was learnt at the first
 place.
 """
@@ -254,8 +256,7 @@ class GPT(nn.Module):
             self.pool.usage = type(self.pool.usage)(slots)
 
         # GPT-2's initialisation, except that the standard deviation depends on the width: GPT-2's 0.02 is
-        # 1/sqrt(C) for C = 2,500, and too small for narrow models. With more blocks, what each adds starts
-        # smaller
+        # 1/sqrt(C) for C = 2,500, and too small for narrow models. The more blocks, the less each adds
         std = config.n_embd**-0.5
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -268,14 +269,16 @@ class GPT(nn.Module):
 
     def query_sources(self, idx):
         """
-        What the two halves of the memory layers' queries are made from, by mem_query:
-          state    this token's state, for both halves: the published layer shifted  this token's state, and
-          the state of the token before it: a slot belongs to a pair, such as a
-                   name of two tokens, from the start of training (as RWKV mixes tokens: Peng et al. 2023)
-          tokens   the normalised embeddings of this token and the one before: nothing but these two tokens
-                   decides what is read
-        Returns None where the state is meant, which each block has itself, otherwise (B, T, C), or the tokens
-        themselves for mem_kind='hash'.
+        What queries are made from, if not from the state h of each block: (B, T, C) or None. mem_query says
+        which two sources the halves of a query have:
+
+        state    h of this token, twice: the published layer
+        shifted  h of this token and of the previous one, as RWKV mixes tokens (Peng et al. 2023, arXiv
+                 2305.13048). A slot then belongs to a pair of tokens, such as a name
+        tokens   the normalised embeddings of this token and of the previous one: nothing but these two tokens
+                 decides what is read
+
+        For mem_kind='hash' it returns the tokens themselves.
         """
         c = self.config
         if c.mem_layers and c.mem_kind == "hash":

@@ -5,13 +5,14 @@ The pool of values that memory layers read, its gradient and its optimiser.
     FactoredGradient  values.grad: the list of reads of a step, instead of a tensor as large as the pool
     PoolOptimizer     a torch.optim.Optimizer that learns from such gradients
     MemoryUsage       how much of the pool is in use
- A step reads few rows of the pool. So everything that a step does to the pool costs what the step reads, and
+
+A step reads few rows of the pool. So everything that a step does to the pool costs what the step reads, and
 never what the pool holds: the backward pass keeps each *read* (indices, weights, dy), and PoolOptimizer
 computes the gradient of a few rows at a time and updates these rows at once (kernel.py).
- `values` is an ordinary parameter, and PyTorch's own rules hold for it. zero_grad() forgets its gradient,
+
+`values` is an ordinary parameter, and PyTorch's own rules hold for it. zero_grad() forgets its gradient,
 backward accumulates it over micro-batches and layers, requires_grad_(False) freezes it. What needs the
-numbers of the gradient, such as clipping or another optimiser, is refused with a sentence that says what to
-do.
+numbers of the gradient, such as clipping or another optimiser, is refused in a sentence that says what to do.
 """
 
 import math
@@ -200,21 +201,17 @@ class ValuePool(nn.Module):
 
     @torch.compiler.disable  # a compiled backward could reuse the memory of dy, which the read still needs
     def forward(self, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """
-        indices (N, bag), weights (N, bag) -> weighted sums of rows (N, value_dim), with the dtype of weights.
-        """
+        """indices (N, bag), weights (N, bag) -> weighted sums of rows (N, value_dim), in weights' dtype."""
         self.count(indices, weights)
         return GatherSum.apply(self.values, indices.int(), weights, self.kernel)
 
     @torch.compiler.disable
     def dot(self, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """indices (N, bag), x (N, value_dim) -> dot products of rows with x (N, bag), with the dtype of x."""
+        """indices (N, bag), x (N, value_dim) -> dot products of rows with x (N, bag), in x's dtype."""
         return GatherDot.apply(self.values, indices.int(), x, self.kernel)
 
     def count(self, indices, weights) -> None:
-        """
-        In training, notes which slots are in use. A checkpoint that computes a block again counts it once.
-        """
+        """Notes which slots are in use, in training. torch.utils.checkpoint's second pass does not count."""
         is_recomputing = torch._C._current_graph_task_id() != -1  # a forward pass within a backward pass
         if self.training and not is_recomputing:
             self.usage.add(indices, weights)
@@ -362,9 +359,7 @@ class PoolOptimizer(torch.optim.Optimizer):
         return max((int(state["skipped"]) for state in self.state.values()), default=0)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """
-        As torch's. A state that another kind of optimiser, or one of another pool, has saved is a ValueError.
-        """
+        """A state from another kind of optimiser, or from a pool of another size, is a ValueError."""
         if len(state_dict["param_groups"]) == len(self.param_groups):
             for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
                 if saved.get("kind") != group["kind"]:

@@ -1,14 +1,15 @@
 """
-Many processes: who this process is, a pool whose columns are shared out, and DistributedDataParallel around
-it.
- torchrun starts the processes and tells each who it is, and torch.distributed connects them: NCCL between
+Many processes: who this process is, a pool that they share, and DistributedDataParallel around it.
+
+torchrun starts the processes and tells each who it is, and torch.distributed connects them: NCCL between
 GPUs, gloo between CPUs. A process that was started without torchrun is alone: a group of size 1, whose
 collectives return what they were given.
 
     pool = ShardedPool(num_values, value_dim)       # in every process, after torch.distributed is initialised
     model = data_parallel(MyModel(pool))            # in place of DistributedDataParallel(MyModel(pool))
     optimizer = PoolOptimizer(pool.parameters(), lr=6e-2, value_blocks=8 // columns_group(pool).size)
- The processes must bring equally many tokens to each read, and each process's loss must be the mean over
+
+The processes must bring equally many tokens to each read, and each process's loss must be the mean over
 equally many targets: as always with DDP, the gradient is the mean over the processes. FSDP around a pool is
 not supported.
 """

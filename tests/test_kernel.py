@@ -361,7 +361,7 @@ def test_a_16_bit_pool_keeps_its_moments_in_float32_and_rounds_once(dtype, last_
 
 
 def test_stochastic_rounding_keeps_small_steps_on_average_and_both_sides_draw_alike():
-    """64 steps of 1/20 of a last place: rounding to nearest loses all, stochastic rounding none on average."""
+    """64 steps of 1/20 of a last place: rounding to nearest loses all of them, stochastic rounding none."""
     V, lr = 16, 2**-7 / 20
 
     def run(seed, steps, side="torch", first_step=0, num_values=50):

@@ -3,8 +3,8 @@ What memory layers are compared with: other ways to have more parameters at the 
 
     MoE           a mixture of experts in place of the MLP
     PEER          slots that are tiny MLPs instead of values (He 2024, arXiv 2407.04153)
-    HashedMemory  the same pool, but the slots are a fixed hash of two tokens: it measures what learning the
-                  addresses is worth
+    HashedMemory  the same pool, but a fixed hash of two tokens chooses the slots: it measures what the learnt
+                  search is worth
 """
 
 import math
@@ -19,20 +19,20 @@ from pool import ValuePool
 
 class MoE(nn.Module):
     """
-    A mixture of experts: each token goes through the `top_k` of `experts` MLPs that a router scores highest,
-    and their outputs are averaged with the softmax of these scores (Shazeer et al. 2017, arXiv 1701.06538).
-    Experts have hidden / top_k hidden units and no bias. No token is ever dropped.
+    A mixture of experts: each token goes through the `top_k` of `experts` MLPs that a router scores highest.
+    Their outputs are summed, weighted by the softmax of these scores (Shazeer et al. 2017, arXiv 1701.06538).
+    Experts have hidden / top_k hidden units and no bias. No token is ever dropped. n_layer: blocks of the
+    model; with more blocks, the output projections start smaller.
 
-    n_layer: blocks of the model; the output projections start smaller the more there are.
-
-    A forward pass in training leaves `balance`: the load-balancing loss of Fedus et al. 2021 (arXiv
-    2101.03961, section 2.2) over the tokens of this process. It is 1 if all experts are chosen alike, and
+    A forward pass in training sets `balance`: the load-balancing loss of Fedus et al. 2021 (arXiv 2101.03961,
+    section 2.2) over the tokens of this process. It is 1 if all experts are chosen equally often, and
     experts / top_k if always the same ones are chosen.
     """
 
     def __init__(self, width: int, hidden: int, experts: int, top_k: int, n_layer: int):
         super().__init__()
-        self.top_k, self.balance = top_k, None
+        self.top_k = top_k
+        self.balance = None
         self.router = nn.Linear(width, experts, bias=False)
         self.c_fc = nn.Parameter(torch.empty(experts, width, hidden // top_k).normal_(std=width**-0.5))
         # an average of top_k experts, each 1/top_k as wide as an MLP, starts as large as the output of an MLP
@@ -44,19 +44,20 @@ class MoE(nn.Module):
         logits = self.router(x)  # (N, E)
         scores, experts = logits.topk(self.top_k)  # (N, top_k)
         weights = scores.softmax(-1)
-        # sorted by expert, the tokens of one expert stand together: one matrix product each, and no padding
+        # sorted by expert: two matrix products per expert, and no padding
         order = experts.flatten().argsort(stable=True)  # (N * top_k,)
         token, E = order // self.top_k, logits.size(1)
         counts = experts.flatten().bincount(minlength=E)
         y = torch.cat([F.gelu(part @ self.c_fc[e], approximate="tanh") @ self.c_proj[e]
                        for e, part in enumerate(x[token].split(counts.tolist()))])
-        y = torch.zeros_like(x).index_add(0, token, y * weights.flatten()[order].unsqueeze(1))
+        y = torch.zeros_like(x).index_add(
+            0, token, (y * weights.flatten()[order].unsqueeze(1)).to(x.dtype))
         if self.training:
             self.balance = E * (counts / counts.sum() * logits.softmax(-1).mean(0)).sum()
         return y.view(shape)
 
-    def take_balance(self) -> torch.Tensor:
-        """Returns `balance` and forgets it: a model that held on to its graph could not be copied."""
+    def take_balance(self) -> torch.Tensor | None:
+        """Returns `balance` and clears it: copy.deepcopy fails on a model that holds an autograd graph."""
         balance, self.balance = self.balance, None
         return balance
 
@@ -78,17 +79,16 @@ class PEER(MemoryLayer):
 
     def forward(self, x, pool: ValuePool, left=None, right=None):
         check_pool(pool, 2 * self.num_keys**2, self.value_dim)
-        left, right = (x if source is None else source for source in (left, right))
-        weights, indices = self.search(left.flatten(0, -2), right.flatten(0, -2))  # (N, H*K)
-        hidden = F.gelu(pool.dot(indices + self.num_keys**2, x.flatten(0, -2)))
+        weights, indices = self.search(x, left, right)  # (N, H*K)
+        hidden = F.gelu(pool.dot(indices + self.num_keys**2, x.reshape(-1, self.value_dim)))
         return pool(indices, weights * hidden).to(x.dtype).view(x.shape)
 
 
 class HashedMemory(nn.Module):
     """
-    A memory whose slots are hashes of the last two tokens. No two heads or layers have the same hash. The
-    weights are a softmax as in a MemoryLayer, over scores that are linear in x, and so are the gate and the
-    projection.
+    A memory whose slots are hashes of the last two tokens. Each of the heads * knn slots of each layer has
+    its own random hash function. The scores are a linear function of x; softmax, gate and output projection
+    are as in a MemoryLayer.
     """
 
     def __init__(self, width: int, num_values: int, heads: int, knn: int, value_dim: int, vocab_size: int,
@@ -106,9 +106,9 @@ class HashedMemory(nn.Module):
         token, previous (N,), int64 -> slots (N, H*K). Multiply-shift hashing: the product overflows, and its
         high bits depend on all bits of the pair's number.
         """
-        pair = previous * self.vocab_size + token + 1
-        high = pair.unsqueeze(1) * self.multipliers >> 33 & 2**31 - 1  # (N, H*K)
-        return high * self.num_values >> 31
+        pair = previous * self.vocab_size + token + 1  # 0 would always get slot 0
+        high = ((pair.unsqueeze(1) * self.multipliers) >> 33) & (2**31 - 1)  # (N, H*K)
+        return (high * self.num_values) >> 31
 
     def forward(self, x: torch.Tensor, pool: ValuePool, token: torch.Tensor, previous: torch.Tensor):
         """x (..., C), token and previous (...): ids of this token and of the one before -> (..., C)."""

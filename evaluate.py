@@ -15,8 +15,8 @@ from runtime.distributed import RANK, WORLD_SIZE, all_reduce_sum, gather_objects
 
 def evaluate(model: GPT, compiled, data: Dataset, config, all_questions: bool) -> dict:
     """
-    Loss and recall, and how much of the pool training has read since the last call. compiled: the same model,
-    compiled or not, for the loss. config: a train.TrainConfig.
+    Loss and recall, and how much of the pool training has read since the last call. compiled: the model or
+    its compiled version, used for the loss. config: a train.TrainConfig.
     """
     measured = {"val_loss": validation_loss(compiled, data.val, config, model.wte.weight.device)}
     if questions := data.questions:
@@ -39,7 +39,8 @@ def validation_loss(model, tokens, config, device) -> float:
     losses = []
     with eval_mode(model):
         for i in range(config.eval_batches):
-            x, y = draw_batch(tokens, config.batch_size, config.block_size, config.seed, 1, i)
+            key = config.seed, 1, i  # 0: training, 1: evaluation
+            x, y = draw_batch(tokens, config.batch_size, config.block_size, *key)
             for part_x, part_y in zip(x.chunk(config.accum_steps), y.chunk(config.accum_steps), strict=True):
                 losses.append(model(part_x.to(device), part_y.to(device))[1].item())
     return all_reduce_sum(torch.tensor(sum(losses) / len(losses), device=device)).item() / WORLD_SIZE
@@ -52,8 +53,8 @@ def answer(model: GPT, encoding, questions: list[dict], batch_size: int = 64) ->
     """
     device, newline = model.wte.weight.device, encoding.encode("\n")[0]
     prompts = [encoding.encode(question["prompt"], disallowed_special=()) for question in questions]
-    answers = [encoding.encode(" " + question["answer"], disallowed_special=()) for question in questions]
-    longest = max((len(tokens) for tokens in answers), default=0)
+    longest = max((len(encoding.encode(" " + question["answer"], disallowed_special=()))
+                   for question in questions), default=0)
     # Processes that share a pool read it together. So they all make the same number of passes over batches of
     # the same size: short groups are padded with their last question, and none stops before the others.
     stop = newline if WORLD_SIZE == 1 else None
@@ -66,23 +67,23 @@ def answer(model: GPT, encoding, questions: list[dict], batch_size: int = 64) ->
             group = group[RANK::WORLD_SIZE]
             for batch in (group[i:i + batch_size] for i in range(0, len(group), batch_size)):
                 idx = torch.tensor([prompts[i] for i in batch], device=device)
-                new = model.generate(idx, longest + 1, temperature=0, stop=stop)[:, length:].tolist()
-                for i, tokens in zip(batch, new, strict=True):
+                idx = model.generate(idx, longest + 1, temperature=0, stop=stop)  # + 1: the newline
+                for i, tokens in zip(batch, idx[:, length:].tolist(), strict=True):
                     own_answers[i] = tokens[:tokens.index(newline)] if newline in tokens else tokens
     all_answers = {i: tokens for part in gather_objects(own_answers) for i, tokens in part.items()}
     return [all_answers[i] for i in range(len(prompts))]
 
 
 def exposure_bin(question: dict) -> str:
-    """Bins double in width: '8' stands for 8 to 15 exposures."""
+    """Bins double in width: 8 stands for 8 to 15 exposures, as a string, because it is a key in JSON."""
     return str(1 << max(1, question.get("exposures", 1)).bit_length() - 1)
 
 
 def recall(model: GPT, encoding, questions: list[dict]) -> dict:
     """
     The share of questions answered with exactly the right words: {"all": ..., "held_out": ..., "by_exposure":
-    {"8": ...}}. "all" counts people who were asked about in training, "held_out" people who were not. The
-    keys of "by_exposure" come from exposure_bin.
+    {"8": ...}}. "all": people asked about in training (not held_out). "held_out": people never asked about.
+    The keys of "by_exposure" come from exposure_bin.
     """
     right = {"all": [], "held_out": []}
     by_exposure = {}

@@ -5,18 +5,19 @@ The operations of a memory layer on its pool of values: tensors in, tensors out.
     gather_dot      dw[n, j] = <values[indices[n, j]], dy[n]>                      gradient of the weights
     scatter_update  g[r]     = sum over (n, j) with indices[n, j] = r of weights[n, j] * dy[n]
                     then the optimiser's step on row r, for each row that was read
-    top_k           x.topk(k), faster on a CPU
+    top_k           x.topk(k), faster on CPUs and for long rows
 
 The gradient of a gather is a gather. Sort the indices, and all reads of row r stand next to each other: g[r]
 is a weighted sum of rows of dy, just as y[n] is a weighted sum of rows of values. So the gradient is never
 written to memory: not for the whole pool, and not for all the rows that were read. A part of it lives in a
 processor's cache (PyTorch) or in registers (Triton), is used for the step, and is gone.
 
-Shapes: `values` (num_values, V), float16, bfloat16, float32 or float64; `indices` and `weights` (N, bag),
-the rows that each of N tokens reads and their weights. A *read* is the tuple (indices, weights, dy) with dy
-(N, V): all that g needs. g and the optimiser's arithmetic are float32 (float64 for float64 values), and so is
-every sum in Triton. In PyTorch the sums over 16-bit values are rounded to 16 bits. All results are
-deterministic: the sort is stable, sums have a fixed order, and there are no atomics.
+Shapes: `values` (num_values, V), float16, bfloat16, float32 or float64; `indices` and `weights` (N, bag), the
+rows that each of N tokens reads and their weights. A *read* is the tuple (indices, weights, dy). dy (N, V) is
+the gradient of the loss by y; a read has all that g needs. g and the optimiser's arithmetic are float32
+(float64 for float64 values), and so is every sum in Triton. In PyTorch the sums over 16-bit values are
+rounded to 16 bits. All results are deterministic: the sort is stable, sums have a fixed order, and there are
+no atomics.
 
 Each operation exists twice: in plain PyTorch, which is also the fast version on CPUs, and in Triton for GPUs.
 kernel='auto' uses Triton for tensors on a GPU; 'triton' and 'torch' choose one.
@@ -37,7 +38,7 @@ try:
 except ImportError:  # Triton does not exist for this system; PyTorch is enough
     triton = None
 
-CHECK_INDICES = os.environ.get("NANOPKM_CHECK") == "1"  # an index out of range would read or write anything
+CHECK_INDICES = os.environ.get("NANOPKM_CHECK") == "1"  # slow; a wrong index would use foreign memory
 CHUNK = 2**19  # numbers in a chunk of row gradients: 2 MiB of float32, about a core's cache
 
 
@@ -76,13 +77,13 @@ def gather_sum(values, indices, weights, kernel: str = "auto") -> torch.Tensor:
 
 
 def gather_dot(values, indices, dy, kernel: str = "auto") -> torch.Tensor:
-    """dw[n, j] = <values[indices[n, j]], dy[n]>: (N, bag), in the dtype of dy. The adjoint of gather_sum."""
+    """dw[n, j] = <values[indices[n, j]], dy[n]>: (N, bag), in the dtype of dy."""
     _check_indices(indices, len(values))
     if resolve_kernel(kernel, values.device) == "triton":
         return _gather_dot_triton(values, indices, dy)
     N, bag = indices.size()
     if values.is_cpu and values.dtype in (torch.float32, torch.float64) and bag <= len(values):
-        # dw has some of the numbers of dy @ values.T, as a sparse matrix: one column for each row of the pool
+        # dw[n, j] is entry (n, indices[n, j]) of dy @ values.T: sampled_addmm computes these entries only
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta"
             places = torch.sparse_csr_tensor(torch.arange(N + 1) * bag, indices.reshape(-1).long(),
@@ -111,7 +112,7 @@ def scatter_update(values, reads: list, state: dict, lr: float, betas: tuple[flo
         torch.optim.SparseAdam defines it.
     neither (sgd): values[r] -= lr * g.
     seed: only for bfloat16 values, which are then rounded up or down by chance, in proportion, drawn from
-        (seed, step, row, column). Without it, changes below half of the last place are lost.
+        (seed, step, row, column). Without it, changes below half of the gap to the next number are lost.
     finite: a tensor with one bool. If it is False, nothing changes. On a GPU the host does not wait for it.
     """
     if sum(indices.numel() for indices, _, _ in reads) == 0:
@@ -137,7 +138,8 @@ def sort_reads(reads: list):
 
     Returns rows (R,), start (R + 1,), token (places,), weights (places,), dy (tokens of all reads, V). Row
     rows[i] was read at the places start[i] ... start[i + 1] - 1, and its gradient is the sum over these
-    places of weights[place] * dy[token[place]]. The tokens of all reads are numbered consecutively.
+    places of weights[place] * dy[token[place]]. The tokens of all reads are numbered consecutively. A
+    place is a position in the sorted list.
     """
     indices = torch.cat([indices.reshape(-1) for indices, _, _ in reads])
     weights = torch.cat([weights.reshape(-1) for _, weights, _ in reads])
@@ -154,9 +156,9 @@ def sort_reads(reads: list):
 
 
 def top_k(x: torch.Tensor, k: int):
-    """x.topk(k), but faster on CPUs and for long rows. x (..., S) -> values, indices (..., k), descending."""
+    """x.topk(k) for finite x, faster on CPUs and for long rows. x (..., S) -> values, indices (..., k)."""
     S = x.size(-1)
-    if S > 128 and S % 4 == 0 and k <= S // 4:  # the best k are in the k groups of 4 with the greatest maxima
+    if S > 128 and S % 4 == 0 and 4 * k < S:  # the best k are in the k groups of 4 with the greatest maxima
         groups = x.unflatten(-1, (4, S // 4))  # group c has the columns c, c + S/4, c + 2*S/4, c + 3*S/4
         best = top_k(groups.amax(-2), k)[1].unsqueeze(-2)  # (..., 1, k)
         values, place = top_k(groups.gather(-1, best.expand(*best.shape[:-2], 4, k)).flatten(-2), k)  # of 4*k
@@ -193,13 +195,11 @@ def keep_freed_memory() -> None:
 # --- PyTorch ------------------------------------------------------------------------------------------------
 
 def row_gradients(rows, start, token, weights, dy):
-    """Yields (rows, g), the gradients g of some rows, from what sort_reads returned. g may be overwritten."""
+    """Yields (rows, g), the gradients g of some rows, from what sort_reads returned. You may overwrite g."""
     dy = dy.to(torch.promote_types(dy.dtype, torch.float32))
     weights = weights.to(dy.dtype)
     step = max(1, CHUNK // dy.size(1))
-    edges = start[::step].tolist()
-    if len(rows) % step:
-        edges.append(len(token))
+    edges = [*start[:-1:step].tolist(), len(token)]
     for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
         chunk = slice(i * step, min((i + 1) * step, len(rows)))
         g = F.embedding_bag(token[a:b], dy, start[chunk] - a, per_sample_weights=weights[a:b], mode="sum")
@@ -235,12 +235,16 @@ def _update_torch(values, moments, sorted_reads, lr, beta1, beta2, eps, seed, fi
             add(values, rows, g, alpha=-lr)
             continue
         new = values[rows].to(g.dtype).sub_(g, alpha=lr)
-        if seed is not None:
-            columns = torch.arange(values.size(1), device=values.device)
-            noise = _noise(rows.unsqueeze(1) * values.size(1) + columns, seed)
-            bits = new.view(torch.int32) + (noise & 0xFFFF).to(torch.int32)
-            new = (bits & -0x10000).view(torch.float32)
-        values[rows] = new.to(values.dtype)
+        values[rows] = (new if seed is None else _round_by_chance(new, rows, seed)).to(values.dtype)
+
+
+def _round_by_chance(x, rows, seed):
+    """
+    x (rows, V), float32, rounded to bfloat16: random bits are added to the 16 bits that are then cut off.
+    """
+    columns = torch.arange(x.size(1), device=x.device)
+    noise = _noise(rows.unsqueeze(1) * x.size(1) + columns, seed) & 0xFFFF
+    return (x.view(torch.int32) + noise.to(torch.int32) & -0x10000).view(torch.float32)
 
 
 def _noise(place: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
@@ -256,8 +260,8 @@ def _noise(place: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
 # The speed depends on how many bytes are being loaded at once. An H100 needs 3.35 TB/s * 0.7 us = 2.3 MB, or
 # 18 KB for each of its 132 multiprocessors. A program loads a tile of ROWS rows * COLUMNS columns at a time:
 # about 2,048 numbers (8 KB of float32), with four loads of 16 bytes per thread. At 40 registers per thread,
-# 12 such programs fit on a multiprocessor, which is five times the bytes needed. So there is nothing to tune,
-# and V is the only constant that a user can change: another batch or pool compiles no kernel again.
+# 12 such programs fit on a multiprocessor, which is five times the bytes needed. So there is nothing to tune.
+# A kernel is compiled for each V, dtype and kind of optimiser, and not again for another batch or pool size.
 #
 # Loads are 16 bytes wide where the bytes of a row are a multiple of 16. A row's index is int64 before it is
 # multiplied by V, because a pool may hold more than 2**31 numbers.
@@ -281,9 +285,9 @@ def gather_sum_kernel(
         begin_ptr, end_ptr,  # (bags,): bag n has the places begin[n] ... end[n] - 1
         V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """y[n] = sum over bag n of weights[place] * values[indices[place]]. A program does COLUMNS of one bag."""
-    bag = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    begin, end = tl.load(begin_ptr + bag), tl.load(end_ptr + bag)
+    begin, end = tl.load(begin_ptr + n), tl.load(end_ptr + n)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(begin, end, ROWS):
         place = first + tl.arange(0, ROWS)
@@ -292,7 +296,7 @@ def gather_sum_kernel(
         mask = (place < end)[:, None] & (column < V)[None, :]
         tile = tl.load(values_ptr + row[:, None] * V + column[None, :], mask=mask, other=0.0)
         total += weight[:, None] * tile.to(tl.float32)
-    tl.store(y_ptr + bag * V + column, tl.sum(total, 0).to(y_ptr.dtype.element_ty), mask=column < V)
+    tl.store(y_ptr + n * V + column, tl.sum(total, 0).to(y_ptr.dtype.element_ty), mask=column < V)
 
 
 @_jit
@@ -346,7 +350,7 @@ def update_kernel(
     column = block[:, None] * WIDTH + within[None, :]  # (blocks, width): the row's columns, block by block
     mask = (block < BLOCKS)[:, None] & (within < WIDTH)[None, :]
     place_in_pool = row * V + column
-    # requested early, needed late
+    # loaded now, so that they arrive while g is summed
     values = tl.load(values_ptr + place_in_pool, mask=mask, other=0.0).to(tl.float32)
 
     g = tl.zeros((BLOCKS_PADDED, WIDTH_PADDED), tl.float32)
@@ -437,10 +441,9 @@ def _update_triton(values, moments, sorted_reads, lr, beta1, beta2, eps, seed, f
         weights = torch.cat((weights, weights.new_ones(len(parent))))
         dy = torch.cat((dy.float(), sums))
     blocks = moments[0].size(1) if len(moments) == 1 else 1
-    exp_avg, v = (None, None, *moments)[-2:]
+    exp_avg, v = (None, None, *moments)[-2:]  # rowwise has only v, sgd neither
     lr = torch.as_tensor(lr, dtype=torch.float32, device=dy.device)
     finite = torch.ones((), device=dy.device) if finite is None else finite
     update_kernel[(len(rows),)](
-        values, v, exp_avg, rows, begin, end, token, weights, dy, lr, lr.long() if seed is None else seed,
-        finite.int(), beta1, beta2, eps, STOCHASTIC=seed is not None,
-        **update_settings(values.size(1), blocks, dy.element_size()))
+        values, v, exp_avg, rows, begin, end, token, weights, dy, lr, seed, finite.int(), beta1, beta2, eps,
+        STOCHASTIC=seed is not None, **update_settings(values.size(1), blocks, dy.element_size()))

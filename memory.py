@@ -5,15 +5,16 @@ Lample et al. 2019, "Large Memory Layers with Product Keys" (arXiv 1907.05242), 
 "Memory Layers at Scale" (arXiv 2412.09764), whose Memory+ is the default here.
 
     N  tokens (batch * time)    S    num_keys, half-keys per side    slot  one row of the pool
-    C  width of the model       D    key_dim, width of a query       bag   the H*K slots that one token reads
+    C  width of the model       D    key_dim, width of a query       bag   the H*K slots of a token, or
     H  heads                    V    value_dim, width of a value     side  left or right half of a query
-    K  knn, slots per head      S*S  num_values, rows of the pool    read  what one layer reads for N tokens
+    K  knn, slots per head      S*S  num_values, rows of the pool          their number
 
 The algorithm, for each token and head:
   1. make a query in two halves, q_left and q_right, with D/2 numbers each;
   2. score the S half-keys of each side: left[i] = <q_left, key_left[i]>, right[j] = <q_right, key_right[j]>;
-  3. slot (i, j) has the score left[i] + right[j]. The best K of all S*S slots are among the K*K sums of the
-     best K of each side. So this search is exact, and costs 2*S dot products instead of S*S;
+  3. slot (i, j) has the score left[i] + right[j]. A half-key that is not among the K best of its side cannot
+     win, because K better ones make better slots with the same partner. So the best K of all S*S slots are
+     among the K*K sums of the best K of each side: exact, for 2*S dot products instead of S*S;
   4. a softmax over the K best scores gives weights; the weighted sum of these K rows is the answer;
   5. sum the answers of all heads, multiply the sum by a gate (Memory+), and project it back to width C.
 
@@ -50,7 +51,7 @@ def product_key_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int)
     """
     S = half_keys.size(2)
     half_scores = torch.einsum("nhpd,hpsd->nhps", queries, half_keys)  # (N, H, 2, S), p: the side
-    # choosing slots has no gradient ...
+    # choosing the slots has no gradient
     with torch.no_grad():
         best, best_half_keys = top_k(half_scores, knn)  # (N, H, 2, K): the best of each side
         ranks = torch.tensor(pruned_pairs(knn), device=best.device)  # (2, pairs)
@@ -58,13 +59,13 @@ def product_key_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int)
         left, right = best.gather(-1, ranks).unbind(2)  # (N, H, pairs)
         winners = top_k(left + right, knn)[1].unsqueeze(2).expand(-1, -1, 2, -1)  # (N, H, 2, K): which pairs
         chosen = best_half_keys.gather(-1, ranks.gather(-1, winners))  # (N, H, 2, K): half-keys of K slots
-    # ... but the scores of the chosen slots have one
+    # the same scores again, now with a gradient
     scores = half_scores.gather(-1, chosen).sum(2)
     return scores, chosen[:, :, 0] * S + chosen[:, :, 1]
 
 
 def normalize(x: torch.Tensor) -> torch.Tensor:
-    """x / |x| over the last dimension, in float32 at least. A zero vector stays zero, without a gradient."""
+    """x / |x| over the last dimension, in float32 at least. Where |x| < 1e-6: 0, without a gradient."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / norm.masked_fill(norm < 1e-6, torch.inf)
@@ -76,11 +77,11 @@ class MemoryLayer(nn.Module):
     swilu and qk_norm off, it is the formula of Lample et al. 2019, section 3, with an output projection.
 
     swilu    out = W_o (y * silu(W_g x)), the gate of Memory+ (Berges et al. 2024, section 2.2)
-    qk_norm  halves of queries, and half-keys, have length 1, times a learnt scale per head. Without it,
-             perhaps only a few slots come into use
+    qk_norm  halves of queries, and half-keys, get length 1; queries then get a learnt scale per head. Without
+             it, perhaps only a few slots come into use
     bias     in all projections
 
-    A ValueError says which of the sizes cannot be.
+    Raises a ValueError for impossible sizes.
     """
 
     def __init__(self, width: int, num_keys: int, heads: int, knn: int, key_dim: int, value_dim: int,
@@ -99,13 +100,15 @@ class MemoryLayer(nn.Module):
         self.query_right = nn.Linear(width, heads * key_dim // 2, bias=bias)
         self.half_keys = nn.Parameter(torch.empty(heads, 2, num_keys, key_dim // 2))
         nn.init.uniform_(self.half_keys, -(key_dim**-0.5), key_dim**-0.5)
-        # cosines of random vectors have the variance 2/D; this makes the variance of scores 1
+        # the cosine of two random halves has the variance 2/D: half-scores start with the variance 1
         self.scale = nn.Parameter(torch.full((heads,), (key_dim / 2) ** 0.5)) if qk_norm else None
         self.gate = nn.Linear(width, value_dim, bias=bias) if swilu else None
         self.out = nn.Linear(value_dim, width, bias=bias)
 
-    def search(self, left: torch.Tensor, right: torch.Tensor):
-        """left, right (N, C): sources of the halves of queries -> weights (N, H*K), indices (N, H*K)."""
+    def search(self, x: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None):
+        """As forward, but without a pool -> weights (N, H*K), indices (N, H*K)."""
+        left, right = ((x if source is None else source).reshape(-1, x.size(-1))
+                       for source in (left, right))  # (N, C) each
         halves = self.query_left(left), self.query_right(right)  # (N, H*D/2) each
         queries = torch.stack([half.unflatten(1, (self.heads, -1)) for half in halves], 2)  # (N, H, 2, D/2)
         half_keys = self.half_keys  # (H, 2, S, D/2)
@@ -114,7 +117,7 @@ class MemoryLayer(nn.Module):
             half_keys = normalize(half_keys)
         # many scores would be equal in 16 bits, so they are float32 in a 16-bit layer and under autocast too
         dtype = torch.promote_types(half_keys.dtype, torch.float32)
-        with torch.autocast(left.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             scores, indices = product_key_search(queries.to(dtype), half_keys.to(dtype), self.knn)
         return scores.softmax(-1).flatten(1), indices.flatten(1)
 
@@ -126,8 +129,7 @@ class MemoryLayer(nn.Module):
         left, right: like x, the sources of the halves of the queries. By default both are x, as published.
         """
         check_pool(pool, self.num_keys**2, self.value_dim)
-        left, right = (x if source is None else source for source in (left, right))
-        weights, indices = self.search(left.flatten(0, -2), right.flatten(0, -2))
+        weights, indices = self.search(x, left, right)
         y = pool(indices, weights).to(x.dtype).view(*x.shape[:-1], self.value_dim)
         if self.gate is not None:
             y = y * F.silu(self.gate(x))
@@ -135,7 +137,7 @@ class MemoryLayer(nn.Module):
 
 
 def check_pool(pool: ValuePool, num_values: int, value_dim: int) -> None:
-    """Refuses a pool that does not fit: an index beyond its rows would read anything."""
+    """Refuses a pool that does not fit: an index beyond its last row would read foreign memory."""
     if (pool.num_values, pool.value_dim) != (num_values, value_dim):
         raise ValueError(f"the pool has {pool.num_values:,} rows of width {pool.value_dim}, and this layer "
                          f"needs {num_values:,} of width {value_dim}")

@@ -28,7 +28,7 @@ from runtime.cli import at_least, check_choices
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 0  # tokens in the vocabulary; 0 is for train.py: as many as the corpus has
+    vocab_size: int = 0  # tokens in the vocabulary; 0: train.py takes the number that the corpus has
     block_size: int = 128  # longest context, in tokens
     n_layer: int = 3  # Transformer blocks
     n_head: int = 4  # attention heads, each with an even width
@@ -77,7 +77,8 @@ class GPTConfig:
         if self.mem_layers and self.mem_knn > self.mem_num_keys:
             raise ValueError(f"mem_knn={self.mem_knn} must be at most mem_num_keys={self.mem_num_keys}")
         if self.mem_layers and self.mem_num_keys > 32_767:
-            raise ValueError(f"mem_num_keys={self.mem_num_keys} must be at most 32767: indices are int32")
+            raise ValueError(f"mem_num_keys={self.mem_num_keys} must be at most 32767: peer has two rows "
+                             "per slot, and indices are int32")
         if self.mem_layers and self.mem_key_dim % 2:
             raise ValueError(f"mem_key_dim={self.mem_key_dim} must be even: a query has two halves")
         if self.mem_kind == "peer" and self.mem_mode == "add":
@@ -118,7 +119,7 @@ def rotation(first: int, T: int, width: int, device) -> tuple[torch.Tensor, torc
     radians.
 
     Returns the cosines and sines for `rotate` at positions first ... first + T - 1, (T, width) each. The
-    sines of the first half have the minus sign that the formula of a rotation has there.
+    first half of the sines is negated: (a, b) turns into (a cos - b sin, b cos + a sin).
     """
     frequency = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)  # radians per token
     angle = torch.arange(first, first + T, device=device).unsqueeze(1) * frequency  # (T, width/2)
@@ -126,7 +127,7 @@ def rotation(first: int, T: int, width: int, device) -> tuple[torch.Tensor, torc
 
 
 def rotate(x, cos, sin):
-    """Turns x (..., T, width). How well a query and a key match then depends on their distance alone."""
+    """Turns x (..., T, width). The positions of a query and a key then matter only by their distance."""
     return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
 
 
@@ -148,7 +149,7 @@ class CausalSelfAttention(nn.Module):
         q, k = rotate(q, *turn), rotate(k, *turn)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        # with P past and T new tokens, new token i sees P + i + 1
+        # with P past and T new tokens, new token i (from 0) sees the first P + i + 1 tokens
         P = k.size(2) - T
         mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P) if P and T > 1 else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not P and T > 1,
@@ -215,7 +216,8 @@ class Block(nn.Module):
             left = right = None  # as published: both halves of a query come from h
             if self.uses_previous:
                 left = h if tokens is None else tokens
-                left, right, previous = left, shift(left, previous), left[:, -1:]
+                right = shift(left, previous)
+                previous = left[:, -1:]
             x = x + F.dropout(self.memory(h, pool, left, right), self.dropout, self.training)
         return x, (*keys_values, previous)
 
@@ -253,10 +255,11 @@ class GPT(nn.Module):
             slots, rows_per_slot = config.mem_num_keys**2, 2 if config.mem_kind == "peer" else 1
             self.pool = pool_class(slots * rows_per_slot, config.n_embd,
                                    dtype=getattr(torch, config.mem_dtype), kernel=config.kernel)
-            self.pool.usage = type(self.pool.usage)(slots)
+            self.pool.usage = type(self.pool.usage)(slots)  # PEER has two rows per slot
 
         # GPT-2's initialisation, except that the standard deviation depends on the width: GPT-2's 0.02 is
-        # 1/sqrt(C) for C = 2,500, and too small for narrow models. The more blocks, the less each adds
+        # 1/sqrt(C) for C = 2,500, and too small for narrow models. With many blocks, each
+        # adds less at first
         std = config.n_embd**-0.5
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -265,16 +268,16 @@ class GPT(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
                 if name.endswith("memory.out") and config.mem_mode == "add":
-                    nn.init.zeros_(module.weight)  # the GPT starts as the function it was without memory
+                    nn.init.zeros_(module.weight)  # at first the memory adds nothing
 
     def query_sources(self, idx):
         """
-        What queries are made from, if not from the state h of each block: (B, T, C) or None. mem_query says
-        which two sources the halves of a query have:
+        The source of queries, if it is the same in all blocks: (B, T, C). None: each block uses its own state
+        h, the output of its ln_2. mem_query says which two sources the halves of a query have:
 
         state    h of this token, twice: the published layer
         shifted  h of this token and of the previous one, as RWKV mixes tokens (Peng et al. 2023, arXiv
-                 2305.13048). A slot then belongs to a pair of tokens, such as a name
+                 2305.13048). A slot can then stand for two tokens, such as a first and a last name
         tokens   the normalised embeddings of this token and of the previous one: nothing but these two tokens
                  decides what is read
 
@@ -291,18 +294,18 @@ class GPT(nn.Module):
         """
         idx (B, T), token ids -> logits, loss, past.
 
-        With targets (B, T), where -1 asks for nothing: logits (B, T, vocab_size), and the mean cross-entropy
-        in nats. Without: logits of the last position (B, 1, vocab_size), and loss None.
+        With targets (B, T), -1 for no loss at a position: logits (B, T, vocab_size), and the mean
+        cross-entropy in nats. Without: logits of the last position (B, 1, vocab_size), and loss None.
 
         past: None, or what an earlier call returned; idx then continues the text of that call. It has one
-        tuple per block: keys, values, and from what the next token's query takes its right half, (B, 1, ...)
-        or None.
+        tuple per block: keys, values, and the last token's source of queries, (B, 1, ...) or None, from which
+        the next token's query takes its right half.
         """
         P, T = 0 if past is None else past[0][0].size(2), idx.size(1)
         if P + T > self.config.block_size:
             raise ValueError(f"{P + T} tokens do not fit block_size={self.config.block_size}")
         x = self.wte(idx)  # (B, T, C)
-        if self.config.scale_embeddings:  # tied to the head, they are small
+        if self.config.scale_embeddings:  # the head uses the same matrix, so its numbers are small
             x = x * self.config.n_embd**0.5
         x = F.dropout(x, self.config.dropout, self.training)
         turn = rotation(P, T, self.config.n_embd // self.config.n_head, idx.device)
@@ -310,15 +313,14 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             x, past_of_block = block(x, turn, self.pool, tokens, None if past is None else past[layer])
             new_past.append(past_of_block)
+        balances = [block.mlp.take_balance() for block in self.blocks if isinstance(block.mlp, MoE)]
         if targets is None:
             return F.linear(self.ln_f(x[:, -1:]), self.wte.weight), None, new_past
         logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, vocab_size)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        for block in self.blocks:
-            if self.training and isinstance(block.mlp, MoE):
-                # only its gradient: the value of the loss stays comparable between models
-                balance = block.mlp.take_balance()
-                loss = loss + self.config.moe_balance * (balance - balance.detach())
+        for balance in filter(torch.is_tensor, balances):  # None in evaluation mode
+            # adds the gradient of balance, but not its value: losses stay comparable between models
+            loss = loss + self.config.moe_balance * (balance - balance.detach())
         return logits, loss, new_past
 
     @torch.no_grad()
@@ -348,7 +350,7 @@ class GPT(nn.Module):
         stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         past, new = None, idx
         for _ in range(max_new_tokens):
-            # past has seen the tokens that are dropped, so a window that moves is computed from its start
+            # the context is full: past contains tokens that are dropped now, so it is computed again
             if past is None or past[0][0].size(2) == self.config.block_size:
                 past, new = None, idx[:, -self.config.block_size:]
             logits, _, past = self(new, past=past)
@@ -376,7 +378,8 @@ class GPT(nn.Module):
                    **pool_options) -> list[torch.optim.Optimizer]:
         """
         AdamW for the dense parameters, with weight decay for matrices, and PoolOptimizer if there is a pool.
-        pool_options: arguments of PoolOptimizer. value_blocks counts the blocks of a whole row.
+        pool_options: arguments of PoolOptimizer. value_blocks counts the blocks of a whole row, of which each
+        process with a ShardedPool has its share.
         """
         dense = self.dense_parameters()
         groups = [{"params": [p for p in dense if p.dim() >= 2], "weight_decay": weight_decay},
@@ -385,11 +388,11 @@ class GPT(nn.Module):
         if self.pool is not None:
             parts = self.pool.value_dim // self.pool.values.size(1)  # a ShardedPool has a part of the columns
             blocks = pool_options.pop("value_blocks", 8)
-            if blocks % parts:
+            if blocks % parts and pool_options.get("kind", "rowwise") == "rowwise":
                 raise ValueError(f"value_blocks={blocks} must be a multiple of the {parts} processes that "
                                  "share the pool's columns")
-            optimizers.append(PoolOptimizer(self.pool.parameters(), value_lr, value_blocks=blocks // parts,
-                                            kernel=self.config.kernel, **pool_options))
+            pool_options |= dict(value_blocks=max(1, blocks // parts), kernel=self.config.kernel)
+            optimizers.append(PoolOptimizer(self.pool.parameters(), value_lr, **pool_options))
         return optimizers
 
     def count_parameters(self) -> dict[str, int]:

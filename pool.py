@@ -1,18 +1,19 @@
 """
 The pool of values that memory layers read, its gradient and its optimiser.
 
-    ValuePool         the rows: `values` (num_values, value_dim), and a differentiable read of them
+    ValuePool         the rows: `values` (num_values, value_dim), and differentiable sums of them
     FactoredGradient  values.grad: the list of reads of a step, instead of a tensor as large as the pool
     PoolOptimizer     a torch.optim.Optimizer that learns from such gradients
     MemoryUsage       how much of the pool is in use
 
-A step reads few rows of the pool. So everything that a step does to the pool costs what the step reads, and
-never what the pool holds: the backward pass keeps each *read* (indices, weights, dy), and PoolOptimizer
-computes the gradient of a few rows at a time and updates these rows at once (kernel.py).
+A step reads few rows of the pool, so its time and memory grow with the rows that it reads, not with the size
+of the pool. The backward pass keeps each *read*: (indices, weights, dy), where dy is the gradient of the loss
+by what the read returned. PoolOptimizer computes the gradient of a few rows at a time from the reads, and
+updates these rows at once (kernel.py).
 
 `values` is an ordinary parameter, and PyTorch's own rules hold for it. zero_grad() forgets its gradient,
-backward accumulates it over micro-batches and layers, requires_grad_(False) freezes it. What needs the
-numbers of the gradient, such as clipping or another optimiser, is refused in a sentence that says what to do.
+backward accumulates it over micro-batches and layers, requires_grad_(False) freezes it. Clipping and other
+optimisers would need the whole gradient: they get a ValueError that says what to do instead.
 """
 
 import math
@@ -34,20 +35,25 @@ from kernel import (
 
 # --- the gradient -------------------------------------------------------------------------------------------
 
-# a part of an operation's name, and what to tell the user who probably caused it; the first match counts
 _USE_POOL_OPTIMIZER = ("only PoolOptimizer can learn the values of a pool: give every other optimiser all "
                        "parameters except the pool's values")
-_REFUSALS = {
-    "norm": "the gradient of a pool cannot be clipped: leave the pool's values out of clipping. The rowwise "
-            "and adam steps of PoolOptimizer do not depend on the scale of the gradient",
-    "clamp": "the gradient of a pool cannot be clipped: leave the pool's values out of clipping",
-    "mul.out": "DistributedDataParallel cannot average the gradient of a pool: make the pool a ShardedPool "
-               "and wrap the model with data_parallel, both from runtime/distributed.py",
-    "lerp": _USE_POOL_OPTIMIZER, "addcmul": _USE_POOL_OPTIMIZER, "fused": _USE_POOL_OPTIMIZER,
-    "add": "a dense gradient cannot be added to the gradient of a pool: a loss must not use pool.values "
-           "itself, for example to penalise their size, but only what a layer reads from the pool",
-    "mul": "the gradient of a pool cannot be scaled: scale the loss instead",
-    "div": "the gradient of a pool cannot be scaled: scale the loss instead",
+_NO_CLIPPING = ("the gradient of a pool cannot be clipped: leave the pool's values out of clipping. The "
+                "rowwise and adam steps of PoolOptimizer do not depend on the scale of the gradient")
+_NO_SCALING = "the gradient of a pool cannot be scaled: scale the loss instead"
+_REFUSALS = {  # part of the name of a PyTorch operation -> what to do instead; the first match counts
+    "norm": _NO_CLIPPING,
+    "clamp": _NO_CLIPPING,
+    "mul.out":  # DistributedDataParallel multiplies each gradient by 1 / processes
+        "DistributedDataParallel cannot average the gradient of a pool: make the pool a ShardedPool and wrap "
+        "the model with data_parallel, both from runtime/distributed.py",
+    "lerp": _USE_POOL_OPTIMIZER,
+    "addcmul": _USE_POOL_OPTIMIZER,
+    "fused": _USE_POOL_OPTIMIZER,
+    "add":
+        "a dense gradient cannot be added to the gradient of a pool: a loss must not use pool.values itself, "
+        "for example to penalise their size, but only what a layer reads from the pool",
+    "mul": _NO_SCALING,
+    "div": _NO_SCALING,
 }
 
 
@@ -58,15 +64,14 @@ class FactoredGradient(torch.Tensor):
 
     reads: [(indices (N, bag), weights (N, bag), dy (N, value_dim)), ...]. Row r of the gradient is the sum of
     weights[n, j] * dy[n] over all reads and all (n, j) with indices[n, j] = r; `to_dense()` writes it out.
-    Nobody changes the tensors of a read.
+    Do not change the tensors of a read in place.
     """
 
     @staticmethod
-    def __new__(cls, values: torch.Tensor, reads: list):
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype,
-                                                   device=values.device)
+    def __new__(cls, like: torch.Tensor, reads: list):
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
 
-    def __init__(self, values: torch.Tensor, reads: list):
+    def __init__(self, like: torch.Tensor, reads: list):
         self.reads = reads
 
     def __repr__(self):
@@ -80,39 +85,38 @@ class FactoredGradient(torch.Tensor):
                 dense[rows] = g.to(dense.dtype)
         return dense
 
-    def every(self, test) -> torch.Tensor:
-        """
-        One bool on the gradient's device: whether test(x) holds for all numbers of the weights and of dy.
-        """
-        tests = [test(x).all() for _, weights, dy in self.reads for x in (weights, dy)]
-        return torch.stack(tests).all() if tests else torch.ones((), dtype=torch.bool, device=self.device)
+    def bound(self) -> torch.Tensor:
+        """An upper bound of the gradient's absolute numbers, on its device; inf or nan if a read has one."""
+        bounds = [weights.abs().amax().float() * dy.abs().amax() * indices.numel()
+                  for indices, weights, dy in self.reads if indices.numel()]
+        return sum(bounds, torch.zeros((), device=self.device))
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        """What PyTorch itself does with a gradient, as operations on the list. Everything else is refused."""
+        """Does on the list of reads what PyTorch does with gradients: copy, add, zero. Refuses the rest."""
         aten = torch.ops.aten
         if operation is aten._amp_foreach_non_finite_check_and_unscale_.default:  # by GradScaler
             gradients, found_inf, factor = args
             for g in gradients:
-                found_inf.logical_or_(~g.every(torch.isfinite))
+                found_inf.logical_or_(~g.bound().isfinite())
                 g.reads[:] = [(indices, weights, dy * factor) for indices, weights, dy in g.reads]
             return None
-        if operation is aten.new_empty_strided.default:  # room for a copy: the arguments repeat the shape
+        if operation is aten.new_empty_strided.default:  # backward may copy a gradient into an empty one
             return cls(args[0], [])
-        if not kwargs and all(isinstance(g, cls) for g in args) and len({g.shape for g in args}) == 1:
+        if not kwargs and all(isinstance(x, cls) for x in args) and len({x.shape for x in args}) == 1:
             a, b = args[0], args[-1]
-            if operation is aten.detach.default:
-                return cls(a, a.reads)  # the same list, as other tensors share their memory
-            if operation is aten.clone.default:
-                return cls(a, list(a.reads))
-            if operation is aten.add.Tensor:
-                return cls(a, a.reads + b.reads)
-            if operation is aten.isnan.default:  # by detect_anomaly, which wants to know whether there is any
-                return ~a.every(lambda x: ~x.isnan())
-            if operation in (aten.add_.Tensor, aten.copy_.default, aten.zero_.default):
-                kept = a.reads if operation is aten.add_.Tensor else []
-                a.reads[:] = kept + (b.reads if len(args) > 1 else [])
+            new_reads = {aten.detach.default: a.reads,  # the same list, as other tensors share their memory
+                         aten.clone.default: list(a.reads),
+                         aten.add.Tensor: a.reads + b.reads}
+            if operation in new_reads:
+                return cls(a, new_reads[operation])
+            reads_in_place = {aten.add_.Tensor: a.reads + b.reads, aten.copy_.default: b.reads,
+                              aten.zero_.default: []}
+            if operation in reads_in_place:
+                a.reads[:] = reads_in_place[operation]
                 return a
+            if operation is aten.isnan.default:  # by detect_anomaly, which only needs one bool
+                return a.bound().isnan()
         name = operation.name()
         raise ValueError(next((sentence for part, sentence in _REFUSALS.items() if part in name), (
             f"the gradient of a pool is a list of reads, and {name} would need a tensor as large as the "
@@ -146,13 +150,17 @@ class GatherSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         values, indices, weights = ctx.saved_tensors
-        dy, (values_learn, _, weights_learn, _) = dy.contiguous(), ctx.needs_input_grad
-        gradient = FactoredGradient(values, [(indices, weights.detach(), dy)]) if values_learn else None
-        return gradient, None, gather_dot(values, indices, dy, ctx.kernel) if weights_learn else None, None
+        dy = dy.contiguous()
+        values_need_grad, _, weights_need_grad, _ = ctx.needs_input_grad
+        gradient = FactoredGradient(values, [(indices, weights.detach(), dy)]) if values_need_grad else None
+        dw = gather_dot(values, indices, dy, ctx.kernel) if weights_need_grad else None
+        return gradient, None, dw, None
 
 
 class GatherDot(torch.autograd.Function):
-    """dots[n, j] = <values[indices[n, j]], x[n]>, the adjoint of GatherSum"""
+    """
+    dots[n, j] = <values[indices[n, j]], x[n]>. Its backward pass is a GatherSum, and the other way round.
+    """
 
     @staticmethod
     def forward(ctx, values, indices, x, kernel):
@@ -164,9 +172,16 @@ class GatherDot(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_dots):
         values, indices, x = ctx.saved_tensors
-        d_dots, (values_learn, _, x_learns, _) = d_dots.contiguous(), ctx.needs_input_grad
-        gradient = FactoredGradient(values, [(indices, d_dots, x.detach())]) if values_learn else None
-        return gradient, None, gather_sum(values, indices, d_dots, ctx.kernel) if x_learns else None, None
+        d_dots = d_dots.contiguous()
+        values_need_grad, _, x_needs_grad, _ = ctx.needs_input_grad
+        gradient = FactoredGradient(values, [(indices, d_dots, x.detach())]) if values_need_grad else None
+        dx = gather_sum(values, indices, d_dots, ctx.kernel) if x_needs_grad else None
+        return gradient, None, dx, None
+
+
+def is_in_backward() -> bool:
+    """True in a forward pass within a backward pass: torch.utils.checkpoint computes a block again there."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class ValuePool(nn.Module):
@@ -196,7 +211,9 @@ class ValuePool(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Normal with the standard deviation value_dim**-0.5, drawn in float32, 4,096 rows at a time."""
-        for rows in () if self.values.is_meta else self.values.split(4096):
+        if self.values.is_meta:
+            return
+        for rows in self.values.split(4096):
             rows.copy_(torch.randn(len(rows), self.value_dim, device=rows.device) * self.value_dim**-0.5)
 
     @torch.compiler.disable  # a compiled backward could reuse the memory of dy, which the read still needs
@@ -207,17 +224,19 @@ class ValuePool(nn.Module):
 
     @torch.compiler.disable
     def dot(self, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """indices (N, bag), x (N, value_dim) -> dot products of rows with x (N, bag), in x's dtype."""
+        """
+        indices (N, bag), x (N, value_dim) -> dot products of rows with x (N, bag), in x's dtype. Not counted
+        as use: PEER reads the same slots with forward too.
+        """
         return GatherDot.apply(self.values, indices.int(), x, self.kernel)
 
     def count(self, indices, weights) -> None:
         """Notes which slots are in use, in training. torch.utils.checkpoint's second pass does not count."""
-        is_recomputing = torch._C._current_graph_task_id() != -1  # a forward pass within a backward pass
-        if self.training and not is_recomputing:
+        if self.training and not is_in_backward():
             self.usage.add(indices, weights)
 
     def _apply(self, fn, recurse=True):
-        """to(), half(), share_memory() and the like: applied to the reads, as they are to other gradients."""
+        """to(), half() and the like also move and cast the reads, as PyTorch does with other gradients."""
         gradient, self.values.grad = self.values.grad, None
         super()._apply(fn, recurse)
         if gradient is not None:
@@ -245,7 +264,8 @@ class MemoryUsage(nn.Module):
     def summary(self) -> tuple[float, float]:
         """
         Returns (share of the slots that were read, KL divergence in nats of their use from uniform use). The
-        divergence is 0 if all slots are used alike, and ln(num_values) if one slot does all the work.
+        divergence is 0 if all slots are used alike, and ln(num_values) if one slot does all the work. Returns
+        (0, 0) if nothing was read.
         """
         used = self.total_weight[self.total_weight > 0].double()
         if len(used) == 0:
@@ -275,12 +295,13 @@ class PoolOptimizer(torch.optim.Optimizer):
     kind='sgd'      no state; for finetuning
     kernel.scatter_update has the formulas. The moments are float32 for values with 16 bits.
 
-    rowwise and adam do not depend on the scale of the gradient, so there is no need to clip it. If a number
-    of any gradient is inf or nan, the whole step is skipped: no value and no moment changes, and
-    skipped_steps counts it. On a GPU the host does not wait to find out.
+    rowwise and adam do not depend on the scale of the gradient, so there is no need to clip it. If a read has
+    an inf or nan, or is so large that a gradient or its square could overflow, the whole step is skipped: no
+    value and no moment changes, and skipped_steps counts it. On a GPU the CPU does not wait for this test.
 
-    stochastic_rounding: for bfloat16 values. A number between two neighbours becomes either of them by
-    chance, drawn from (seed, step, row, column); without it, small changes vanish. kernel: see kernel.py.
+    stochastic_rounding: for bfloat16 values. A number between two neighbours is rounded to one of them
+    by chance, to the nearer one more often, drawn from (seed, step, row, column). Without it, small changes
+    vanish. kernel: see kernel.py.
     """
 
     def __init__(self, params, lr: float, kind: str = "rowwise", value_blocks: int = 8,
@@ -336,21 +357,21 @@ class PoolOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        pools = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not all(isinstance(p.grad, FactoredGradient) for p, _ in pools):
+        params = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not all(isinstance(p.grad, FactoredGradient) for p, _ in params):
             raise ValueError("a parameter of PoolOptimizer has an ordinary gradient: give PoolOptimizer "
                              "pool.parameters(), and nothing else")
-        finite = [p.grad.every(torch.isfinite) for p, _ in pools]
-        for p, group in pools:
+        bounds = [p.grad.bound() for p, _ in params]
+        for p, group in params:
             if p not in self.state:
                 self.state[p] = self._new_state(p, group)
             state = self.state[p]
-            all_finite = torch.stack([flag.to(p.device) for flag in finite]).all()
-            state["step"] += all_finite
-            state["skipped"] += ~all_finite
+            finite = torch.stack([bound.to(p.device) for bound in bounds]).amax().square().isfinite()
+            state["step"] += finite
+            state["skipped"] += ~finite
             seed = group["seed"] if group["stochastic_rounding"] else None
-            scatter_update(p, p.grad.reads, state, group["lr"], group["betas"], group["eps"], seed,
-                           all_finite, group["kernel"])
+            scatter_update(p, p.grad.reads, state, group["lr"], group["betas"], group["eps"], seed, finite,
+                           group["kernel"])
         return loss
 
     @property

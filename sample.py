@@ -28,7 +28,7 @@ SLOTS_SHOWN = 4  # per token and memory layer, in a trace
 @dataclass
 class SampleConfig:
     out_dir: str = "out"  # a run, or a folder of runs: then the one that was saved last
-    prompt: str = ""  # text to continue; none: a new line
+    prompt: str = ""  # text to continue; empty: start at a new line
     num_samples: int = 1  # continuations of the prompt
     max_new_tokens: int = 200  # most tokens per continuation
     temperature: float = 0.8  # 0 always takes the likeliest token; 1 draws with the model's probabilities
@@ -52,7 +52,7 @@ class SampleConfig:
 
 def newest_run(out_dir: Path) -> Path:
     runs = {path.parent for path in out_dir.glob("**/step_*")}
-    newest = [checkpoints(run)[-1] for run in runs if checkpoints(run)]
+    newest = [existing[-1] for run in runs if (existing := checkpoints(run))]
     if not newest:
         fail(f"no checkpoint in {out_dir}: train one with python train.py, or name the folder with --out_dir")
     return max(newest, key=lambda folder: folder.stat().st_mtime).parent
@@ -90,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     model.to(device)
 
     path = DATA / trained.dataset / "qa.jsonl"
+    # no question and no prompt: show some questions
     if options.keys() <= {"out_dir", "device", "seed"} and path.exists():
         config.questions, config.trace = 5, bool(trained.mem_layers)
     if config.trace and not trained.mem_layers:

@@ -28,7 +28,7 @@ from evaluate import evaluate
 from kernel import resolve_kernel
 from model import GPT, GPTConfig
 from runtime import distributed
-from runtime.build import check_same_model, find_start, make_model, refuse
+from runtime.build import check_same_model, make_model, prepare_out_dir, refuse_existing_run
 from runtime.checkpoint import find_checkpoint, load_optimizers, read_meta, save_checkpoint, step_of
 from runtime.cli import at_least, build, command, fail, parse
 from runtime.distributed import RANK, WORLD_SIZE, all_reduce_sum, columns_group, data_parallel, gather_objects
@@ -51,12 +51,12 @@ class TrainConfig(GPTConfig):
     accum_steps: int = 1  # parts of a batch, one after the other; the same result except with dropout or MoE
     max_steps: int = 3000  # steps in all
     lr: float = 3e-3  # highest learning rate of the dense parameters
-    value_lr: float = 6e-2  # highest learning rate of the pool; decisive. Good with adam: 2e-2
+    value_lr: float = 6e-2  # highest learning rate of the pool; tune this first. With adam, try 2e-2
     value_optimizer: Literal["rowwise", "adam", "sgd"] = "rowwise"  # of the pool; sgd is for finetuning
     value_blocks: int = 8  # rowwise: second moments per row
     value_stochastic_rounding: bool = False  # for a bfloat16 pool: small changes are not rounded away
     warmup_steps: int = 100  # steps over which the learning rates rise
-    min_lr: float = 0.1  # share of its highest learning rate at which each ends, after a cosine
+    min_lr: float = 0.1  # final learning rate, as a share of the highest; the decay is a cosine
     weight_decay: float = 0.1  # of dense matrices; the pool has none
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.99  # of AdamW
@@ -65,7 +65,7 @@ class TrainConfig(GPTConfig):
     log_interval: int = 50  # steps between log lines
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
     eval_batches: int = 20  # batches of val.bin per evaluation
-    eval_questions: int = 1000  # questions per evaluation, if there is qa.jsonl; the last one asks all
+    eval_questions: int = 1000  # questions per evaluation, if there is qa.jsonl; the last evaluation asks all
     keep: int = 2  # checkpoints to keep
 
     def __post_init__(self):
@@ -104,10 +104,7 @@ def find_device(name: str) -> str:
 
 def check_fit(config: TrainConfig, device: str) -> None:
     """Checks what TrainConfig does not know: the device and the number of processes."""
-    try:
-        resolve_kernel(config.kernel, device)
-    except ValueError as error:
-        fail(f"--{error}")
+    build(resolve_kernel, dict(kernel=config.kernel, device=device))  # fails if the kernel cannot run there
     if config.mem_file and device != "cpu":
         fail("--mem_file is for --device=cpu: a GPU holds the pool in its own memory")
     if config.mem_file and not config.mem_layers:
@@ -121,7 +118,7 @@ def check_fit(config: TrainConfig, device: str) -> None:
 def load_data(config: TrainConfig, checkpoint: Path | None) -> Dataset:
     data = load_dataset(config.dataset)
     if checkpoint and read_meta(checkpoint)["encoding"] != data.encoding_json:
-        fail(f"{config.dataset} has other tokens than {checkpoint} was trained on; choose another --out_dir")
+        fail(f"the tokenizer of {config.dataset} is not the one of {checkpoint}; choose another --out_dir")
     if 0 < config.vocab_size < (needed := data.encoding.n_vocab):
         fail(f"--vocab_size={config.vocab_size} is too small: {config.dataset} has {needed} tokens")
     for split, tokens in (("train", data.train), ("val", data.val)):
@@ -132,15 +129,11 @@ def load_data(config: TrainConfig, checkpoint: Path | None) -> Dataset:
 
 def make_optimizers(config: TrainConfig, model: GPT, checkpoint: Path | None) -> list[torch.optim.Optimizer]:
     # each process rounds its own columns, with its own random numbers
-    shard = 0 if model.pool is None else columns_group(model.pool).rank
-    try:
-        optimizers = model.optimizers(
-            lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
-            value_lr=config.value_lr, kind=config.value_optimizer, value_blocks=config.value_blocks,
-            stochastic_rounding=config.value_stochastic_rounding,
-            seed=config.seed * 1_000_003 + shard * 0x5BD1E995)
-    except ValueError as error:
-        fail(f"--{error}")
+    seed = config.seed * 1_000_003 + columns_group(model.pool).rank * 0x5BD1E995
+    optimizers = build(model.optimizers, dict(
+        lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
+        value_lr=config.value_lr, kind=config.value_optimizer, value_blocks=config.value_blocks,
+        stochastic_rounding=config.value_stochastic_rounding, seed=seed))
     if checkpoint:
         load_optimizers(checkpoint, model, optimizers)
     return optimizers
@@ -171,17 +164,19 @@ def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dic
     device = find_device(config.device)
     distributed.start(device)
     check_fit(config, device)
-    checkpoint = find_start(config, checkpoint)
+    checkpoint = prepare_out_dir(config, checkpoint)
     data = load_data(config, checkpoint)
     config = replace(config, vocab_size=config.vocab_size or data.encoding.n_vocab)
     if checkpoint:
         check_same_model(config, stored_config(checkpoint))
     start, measured = (step_of(checkpoint), read_meta(checkpoint)["measured"]) if checkpoint else (0, {})
 
-    model = make_model(config, checkpoint).to(device).train()  # stays at hand for saving and answering
+    # not compiled, not in DDP: for saving and questions
+    model = make_model(config, checkpoint).to(device).train()
     optimizers = make_optimizers(config, model, checkpoint)
     compiled = torch.compile(model) if config.compile else model
-    parallel = data_parallel(compiled, init_sync=False, gradient_as_bucket_view=True)  # equal from the start
+    # init_sync=False: the weights are already equal
+    parallel = data_parallel(compiled, init_sync=False, gradient_as_bucket_view=True)
     autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
     print_start(config, device, data, model, checkpoint)
 
@@ -191,11 +186,11 @@ def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dic
             last_step = step == config.max_steps
             is_due = last_step or step % config.eval_interval == 0
 
-            if is_due and (step > start or not checkpoint):
+            if is_due and (step > start or not checkpoint):  # a checkpoint brings its evaluation
                 with autocast:
                     measured = evaluate(model, compiled, data, config, all_questions=last_step)
                 check_finite(measured["val_loss"], step)  # before a checkpoint replaces a good one
-                log.evaluated(step, measured)
+                log.log_evaluation(step, measured)
             if (is_due or stopping) and step > start:
                 meta = {"config": asdict(config), "encoding": data.encoding_json, "measured": measured}
                 save_checkpoint(Path(config.out_dir), step, model, optimizers, meta, config.keep)
@@ -207,7 +202,8 @@ def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dic
                 torch.cuda.synchronize()
             began = time.perf_counter()
             torch.manual_seed(config.seed * 1_000_003 + step * WORLD_SIZE + RANK)  # for dropout
-            batch = draw_batch(data.train, config.batch_size, config.block_size, config.seed, 0, step)
+            key = config.seed, 0, step  # 0: training, 1: evaluation
+            batch = draw_batch(data.train, config.batch_size, config.block_size, *key)
             x, y = (part.to(device).chunk(config.accum_steps) for part in batch)
             totals = torch.zeros(2, device=device)  # the loss, and the number of signals to stop
             for i in range(config.accum_steps):
@@ -229,13 +225,14 @@ def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dic
             seconds = time.perf_counter() - began
             # --- end of the timed part
 
-            check_finite(loss / WORLD_SIZE, step)
-            log.trained(step + 1, loss / WORLD_SIZE, config.lr * schedule(step, config), seconds)
+            loss /= WORLD_SIZE
+            check_finite(loss, step)
+            log.log_step(step + 1, loss, config.lr * schedule(step, config), seconds)
 
         if stopping and step < config.max_steps:
             print_once(f"stopped after step {step}, saved in {config.out_dir}; --resume continues from there")
         elif start < config.max_steps:
-            log.finished(device, measured)
+            log.print_end(device, measured)
     return model.eval(), measured
 
 
@@ -245,17 +242,18 @@ def stored_config(checkpoint: Path) -> TrainConfig:
     try:
         return TrainConfig(**read_meta(checkpoint)["config"])
     except (TypeError, ValueError) as error:
-        fail(f"the checkpoint is of another version of nanoPKM: {error}")
+        fail(f"the checkpoint comes from another version of nanoPKM: {error}")
 
 
 def load(out_dir: Path | str):
-    """Of the newest checkpoint: the model, on the CPU and in evaluation mode, its encoding and its config."""
+    """Loads the newest checkpoint: returns the model (on the CPU, evaluation mode), encoding and config."""
     checkpoint = find_checkpoint(Path(out_dir))
     if checkpoint is None:
         fail(f"no checkpoint in {out_dir}: train a model with python train.py, or name another --out_dir")
-    config = replace(stored_config(checkpoint), kernel="auto", mem_file="", mem_group_size=0)  # any machine
+    # so that any machine can load it
+    config = replace(stored_config(checkpoint), kernel="auto", mem_file="", mem_group_size=0)
     encoding = encoding_from_json(read_meta(checkpoint)["encoding"])
-    print_once(f"from {checkpoint}")
+    print_once(f"loaded {checkpoint}")
     return make_model(config, checkpoint).eval(), encoding, config
 
 
@@ -265,14 +263,16 @@ def main(argv: list[str] | None = None) -> None:
     config = build(TrainConfig, preset | options)
     with one_line_errors(config.out_dir):
         distributed.start(find_device(config.device))
-        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun --max-restarts
+        # torchrun may have restarted us without --resume: continue only from a run with these same options
+        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         resume = any(gather_objects(config.resume or is_restart))
         checkpoint = find_checkpoint(Path(config.out_dir)) if resume else None
         if checkpoint:
-            stored = asdict(stored_config(checkpoint)) | {"resume": False}
-            if not config.resume and stored | {"vocab_size": config.vocab_size} != asdict(config):
-                refuse(checkpoint)  # a restart, in the folder of another run
-            config = build(TrainConfig, stored | options | {"out_dir": config.out_dir})
+            stored = stored_config(checkpoint)
+            is_same_run = config == replace(stored, resume=False, vocab_size=config.vocab_size)
+            if not config.resume and not is_same_run:
+                refuse_existing_run(checkpoint)
+            config = build(TrainConfig, asdict(stored) | options | {"out_dir": config.out_dir})
         train(replace(config, resume=resume), checkpoint)
 
 

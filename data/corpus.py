@@ -17,7 +17,7 @@ from runtime.distributed import LOCAL_RANK, RANK, WORLD_SIZE, gather_objects
 class Dataset:
     """
     The corpus in data/NAME: the token ids `train` and `val` (mapped, not in memory), `encoding`, `questions`.
-    A corpus that needs no download is made where there is none yet.
+    If the folder is missing, a corpus that needs no download is made.
     """
 
     def __init__(self, name: str):
@@ -48,7 +48,7 @@ def load_dataset(name: str) -> Dataset:
     data = None
     for has_turn in (RANK == 0, LOCAL_RANK == 0, True):
         data = data or (Dataset(name) if has_turn else None)
-        gather_objects(None)
+        gather_objects(None)  # waits for all processes
     sizes = gather_objects((data.encoding_json, len(data.train), len(data.val), len(data.questions)))
     if any(size != sizes[0] for size in sizes):
         fail(f"{name} differs between machines: copy data/{name} from one to the others")
@@ -80,7 +80,8 @@ def read_questions(path: Path) -> list[dict]:
 
 def draw_batch(tokens: np.ndarray, count: int, block_size: int, *key: int):
     """
-    Draws `count` windows of `tokens`. The key alone decides which; each process gets its share of them.
+    Draws `count` windows of `tokens`. The random numbers depend on `key` only. Each process gets its share of
+    the windows.
 
     Returns x, y (count / processes, block_size), int64. y is x moved by one token: what comes next.
     """

@@ -1,6 +1,6 @@
 """
-What a run starts from: a checkpoint or nothing, and a model, which is new or comes from the checkpoint. Its
-pool is in memory or in a file, and whole or shared out on the processes.
+Prepares a run: finds the checkpoint to continue from, and makes or loads the model. The pool is in memory or
+in a file, whole or split over the processes.
 """
 
 import functools
@@ -20,13 +20,13 @@ from runtime.distributed import RANK, WORLD_SIZE, ShardedPool, columns_group, ga
 # In this file, `config` is a train.TrainConfig.
 
 
-def find_start(config, checkpoint: Path | None) -> Path | None:
-    """The checkpoint to continue from, or None for a new run. Makes out_dir."""
+def prepare_out_dir(config, checkpoint: Path | None) -> Path | None:
+    """Makes out_dir. Returns the checkpoint to continue from, or None for a new run."""
     out_dir = Path(config.out_dir)
     if checkpoint is None and config.resume:
         checkpoint = find_checkpoint(out_dir)
-    if checkpoint is None and checkpoints(out_dir):
-        refuse(checkpoints(out_dir)[-1])
+    if checkpoint is None and (existing := checkpoints(out_dir)):
+        refuse_existing_run(existing[-1])
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -34,8 +34,8 @@ def find_start(config, checkpoint: Path | None) -> Path | None:
     return checkpoint
 
 
-def refuse(checkpoint: Path) -> None:
-    fail(f"{checkpoint} is there already: continue from it with --resume, or choose another --out_dir")
+def refuse_existing_run(checkpoint: Path) -> None:
+    fail(f"{checkpoint} already exists: continue from it with --resume, or choose another --out_dir")
 
 
 def check_same_model(config, stored) -> None:
@@ -55,17 +55,7 @@ def make_model(config, checkpoint: Path | None) -> GPT:
     A new model, or the one in the checkpoint, on the CPU. Each process has its columns of the pool. The
     weights are the same for any number of processes.
     """
-    group_size, pool_class, file = config.mem_group_size or WORLD_SIZE, ValuePool, config.mem_file
-    if WORLD_SIZE % group_size:
-        fail(f"--mem_group_size={group_size} must divide the number of processes, {WORLD_SIZE}")
-    if config.mem_layers and config.n_embd % group_size:
-        fail(f"--n_embd={config.n_embd} must be a multiple of {group_size}, the processes that share it")
-    if WORLD_SIZE > 1:
-        pool_class = functools.partial(ShardedPool, group_size=group_size)
-        file = file and f"{file}.{RANK}of{WORLD_SIZE}"
-    is_same_run = checkpoint or config.resume and (Path(config.out_dir) / "log.jsonl").exists()
-    if any(gather_objects(bool(file) and Path(file).exists() and not is_same_run)):
-        fail(f"--mem_file={file} is there already: delete it, or choose another")
+    pool_class, file = choose_pool_class(config), choose_pool_file(config, checkpoint)
     model, problem = None, None
     try:
         if checkpoint:
@@ -73,24 +63,51 @@ def make_model(config, checkpoint: Path | None) -> GPT:
                 model = GPT(config, pool_class)
             load_model(checkpoint, model, file)
         else:
+            if file:
+                pool_class = functools.partial(pool_in_file, pool_class, file)
             torch.manual_seed(config.seed)
-            model = GPT(config, functools.partial(pool_in_file, pool_class, file) if file else pool_class)
+            model = GPT(config, pool_class)
     except ValueError as error:
         problem = f"--{error}"
     except (OSError, RuntimeError) as error:
-        if not file and "alloc" not in str(error):
+        if not file and "alloc" not in str(error):  # torch reports a lack of memory as a RuntimeError
             raise
-        what = f"--mem_file={file}" if file else "too large a model; --mem_file holds the pool in a file"
-        problem = f"{what}: {str(error).splitlines()[0]}"
+        cause = (f"--mem_file={file}" if file else
+                 "the model does not fit into memory; --mem_file keeps the pool in a file")
+        problem = f"{cause}: {str(error).splitlines()[0]}"
     if message := next(filter(None, gather_objects(problem)), None):
-        fail(message)
+        fail(message)  # in all processes, although only one may have the problem
     return model
+
+
+def choose_pool_class(config):
+    """ValuePool for one process; for many, a ShardedPool whose columns they share."""
+    group_size = config.mem_group_size or WORLD_SIZE
+    if WORLD_SIZE % group_size:
+        fail(f"--mem_group_size={group_size} must divide the number of processes, {WORLD_SIZE}")
+    if config.mem_layers and config.n_embd % group_size:
+        fail(f"--n_embd={config.n_embd} must be a multiple of {group_size}, the processes that share the "
+             "pool's columns")
+    return functools.partial(ShardedPool, group_size=group_size) if WORLD_SIZE > 1 else ValuePool
+
+
+def choose_pool_file(config, checkpoint: Path | None) -> str:
+    """This process's file for the values of the pool; "" for a pool in memory."""
+    file = config.mem_file
+    if file and WORLD_SIZE > 1:
+        file = f"{file}.{RANK}of{WORLD_SIZE}"
+    # this run made the file if it has a checkpoint, or if it is resumed and ended before its first checkpoint
+    is_same_run = checkpoint or config.resume and (Path(config.out_dir) / "log.jsonl").exists()
+    if any(gather_objects(bool(file) and Path(file).exists() and not is_same_run)):
+        fail(f"--mem_file={file} already exists: delete it, or choose another")
+    return file
 
 
 def load_model(checkpoint: Path, model: GPT, file: str = "") -> None:
     """
-    Fills a model that was built on the meta device. Its parameters become the mapped files of the checkpoint,
-    so a pool is never in memory twice. file: copies the pool's values to this file; see values_in_file.
+    Fills a model that was built on the meta device. Its parameters are the checkpoint's files, mapped into
+    memory, so a pool is never in memory twice. file: copies the pool's values to this file; see
+    values_in_file.
     """
     state = load_part(checkpoint, "model.pt")
     if model.pool is not None:
@@ -106,10 +123,11 @@ def load_model(checkpoint: Path, model: GPT, file: str = "") -> None:
 def values_in_file(like: torch.Tensor, path: str) -> torch.Tensor:
     """
     A tensor with the shape and dtype of `like`, whose numbers are in a file, so that it may be larger than
-    memory. A file that is there already is used if it has the right size.
+    memory. A file that already exists is used if it has the right size.
     """
     if os.path.exists(path) and os.path.getsize(path) != like.nbytes:
-        raise ValueError(f"mem_file={path} is there, and not of the size of the pool: choose another")
+        raise ValueError(f"mem_file={path} already exists, but does not have the size of the pool: choose "
+                         "another")
     with open(path, "ab") as f:
         if hasattr(os, "posix_fallocate"):  # notices a full disk now, not in training; macOS has none
             os.posix_fallocate(f.fileno(), 0, like.nbytes)
@@ -126,6 +144,8 @@ def pool_in_file(pool_class, path: str, *arguments, **options) -> ValuePool:
 
 
 def make_usage_real(pool: ValuePool) -> None:
-    """For a pool that was built on the meta device: no checkpoint has the counts of its usage."""
+    """
+    Gives memory to the counts of a pool that was built on the meta device; checkpoints do not hold them.
+    """
     pool.usage.to_empty(device="cpu")
     pool.usage.reset()

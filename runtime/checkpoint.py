@@ -1,5 +1,5 @@
 """
-Checkpoints. One is a folder OUT/step_000500 with
+A checkpoint is a folder OUT/step_000500 with
 
     model.pt          all parameters except the pool's values
     optimizer.pt      AdamW's state
@@ -24,7 +24,7 @@ from model import GPT
 from runtime.cli import fail
 from runtime.distributed import RANK, WORLD_SIZE, Group, columns_group, gather_objects, replicas_group
 
-FORMAT = 5
+FORMAT = 5  # add 1 when the files change
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
@@ -90,16 +90,16 @@ def remove(folder: Path) -> None:
 
 
 def cannot_go_on(out_dir: Path, problem: str, alone: bool = False) -> NoReturn:
-    """Raises a UserError that also names the checkpoint to go on from."""
+    """Raises a UserError that also names the checkpoint to continue from."""
     last = checkpoints(out_dir)[-1:]
-    fail(problem + (f"; once this is mended, --resume goes on from {last[0]}" if last else ""), alone)
+    fail(problem + (f"; after you fix this, --resume continues from {last[0]}" if last else ""), alone)
 
 
-def together(do) -> list:
-    """Calls do() and returns what each process got from it. An OSError in any process is raised in all."""
+def together(function) -> list:
+    """Calls function() and returns the results of all processes. An OSError in one is raised in all."""
     result, problem = None, None
     try:
-        result = do() if do else None
+        result = function() if function else None
     except OSError as error:
         problem = error.errno, error.strerror
     outcomes = gather_objects((result, problem))
@@ -116,9 +116,10 @@ def parts_of_process(model: GPT, optimizers: list) -> dict[str, dict]:
         state = {name: part for name, part in model.state_dict().items() if name != "pool.values"}
         parts = {"model.pt": state, "optimizer.pt": optimizers[0].state_dict()}
     if model.pool is not None and replicas_group(model.pool).rank == 0:
-        columns, values = columns_group(model.pool), model.pool.values
+        # one process per block of columns writes it
+        group, values = columns_group(model.pool), model.pool.values
         state = optimizers[1].state.get(values, {})
-        parts[f"pool_{columns.rank}of{columns.size}.pt"] = {"values": values.detach(), **state}
+        parts[f"pool_{group.rank}of{group.size}.pt"] = {"values": values.detach(), **state}
     return parts
 
 
@@ -150,7 +151,10 @@ def sync_folder(folder: Path) -> None:
 # --- reading ------------------------------------------------------------------------------------------------
 
 def find_checkpoint(out_dir: Path) -> Path | None:
-    """The newest undamaged checkpoint, or None if there is none at all. Called by all processes."""
+    """
+    The newest undamaged checkpoint; None if there are no checkpoints; an error if all are damaged. Called by
+    all processes.
+    """
     folders = gather_objects(checkpoints(out_dir))[0]
     for folder in reversed(folders):
         problem = next(filter(None, gather_objects(damage(folder))), None)
@@ -171,21 +175,22 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, if anything. Each process looks at its share of the files."""
     try:
         meta = read_meta(folder)
-        found, digest = meta["format"], meta.pop("sha256", None)  # other formats may have no digest
-        if digest != digest_of(meta) and (digest or found == FORMAT):
-            return "meta.json is not as it was written"
-        for name, digest in list(meta["files"].items())[RANK::WORLD_SIZE] if found == FORMAT else ():
-            with open(folder / name, "rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest() != digest:
-                    return f"{name} is not as it was written"
+        stored_format, digest = meta["format"], meta.pop("sha256", None)  # other formats may have no digest
+        if digest != digest_of(meta) and (digest or stored_format == FORMAT):
+            return "meta.json has changed since it was written"
+        if stored_format == FORMAT:
+            for name, digest in list(meta["files"].items())[RANK::WORLD_SIZE]:
+                with open(folder / name, "rb") as f:
+                    if hashlib.file_digest(f, "sha256").hexdigest() != digest:
+                        return f"{name} has changed since it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return str(error)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"meta.json: {error}"
-    if found != FORMAT:
-        fail(f"{folder} has the format {found}, and this version of nanoPKM reads {FORMAT}: "
+    if stored_format != FORMAT:  # after the try: fail raises a ValueError
+        fail(f"{folder} has the format {stored_format}, and this version of nanoPKM reads {FORMAT}: "
              "choose another --out_dir")
     return None
 
@@ -194,21 +199,21 @@ def load_part(folder: Path, name: str) -> dict:
     return torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
 
 
-def load_pool(folder: Path, columns: Group) -> dict[str, torch.Tensor]:
-    """What the files of the pool hold, by name. This process gets its columns of each matrix."""
+def load_pool(folder: Path, group: Group) -> dict[str, torch.Tensor]:
+    """Loads values and optimiser state of the pool, {name: tensor}, with this process's columns only."""
     number = sum(name.startswith("pool_") for name in read_meta(folder)["files"])
     parts = [load_part(folder, f"pool_{i}of{number}.pt") for i in range(number)]
-    return {name: take_columns([part[name] for part in parts], columns) if part.dim() else part
+    return {name: take_columns([part[name] for part in parts], group) if part.dim() else part
             for name, part in parts[0].items()}  # counts, which have no columns, are the same in every file
 
 
-def take_columns(parts: list[torch.Tensor], columns: Group) -> torch.Tensor:
+def take_columns(parts: list[torch.Tensor], group: Group) -> torch.Tensor:
     """
     parts: equal blocks of columns of a matrix. Returns the block of this process. If that is one of the
     parts, no copy is made: a mapped file stays one.
     """
     width = parts[0].size(1)
-    first, last = (width * len(parts) * rank // columns.size for rank in (columns.rank, columns.rank + 1))
+    first, last = (width * len(parts) * rank // group.size for rank in (group.rank, group.rank + 1))
     pieces = [part[:, max(0, first - i * width):min(width, last - i * width)] for i, part in enumerate(parts)
               if first < (i + 1) * width and last > i * width]
     return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=1)
@@ -219,7 +224,7 @@ def load_optimizers(folder: Path, model: GPT, optimizers: list) -> None:
     if model.pool is not None:
         pool_state = load_pool(folder, columns_group(model.pool))
         del pool_state["values"]
-        stored.append({0: pool_state} if pool_state else {})
+        stored.append({0: pool_state} if pool_state else {})  # 0: the number of the only parameter
     for optimizer, state in zip(optimizers, stored, strict=True):
         # learning rate, betas, weight decay and the like come from the options, not from the checkpoint
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -77,14 +77,14 @@ def _option(kind, name: str) -> dict:
     return dict(type=kind, metavar=kind.__name__.upper())
 
 
-def first_word(argv: list[str] | None, words, doc: str, what: str) -> tuple[str, list[str]]:
+def first_word(argv: list[str] | None, words, doc: str, kind: str) -> tuple[str, list[str]]:
     """(the command line's first word, the rest), where the word is one of `words`; --help prints `doc`."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["-h"], ["--help"]):
         print(doc.strip())
         raise SystemExit
     if not argv or argv[0] not in words:
-        fail(f"name {what}: {'|'.join(words)}, and then its options; --help explains them")
+        fail(f"name {kind}: {'|'.join(words)}, and then its options; --help explains them")
     return argv[0], argv[1:]
 
 
@@ -102,7 +102,7 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
                      formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter,
                                                        max_help_position=34, width=120))
     preset = {}
-    if presets:
+    if presets:  # the preset comes first: --help shows its values as defaults
         first = _Parser(add_help=False, allow_abbrev=False)
         for p in (first, parser):
             p.add_argument("--preset", choices=presets, default=next(iter(presets)),
@@ -119,23 +119,23 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
         text = f"{comments[name]} (default: {default if default != '' else 'none'})"
         parser.add_argument(f"--{name}", help=text.replace("%", "%%"), **_option(kind, name))
 
-    given, unknown = parser.parse_known_args(argv)
+    options, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        options = [f"--{known}" for known in (*kinds, "preset", "help")]
-        close = difflib.get_close_matches(name, options, n=1)
+        known = [f"--{field}" for field in (*kinds, "preset", "help")]
+        close = difflib.get_close_matches(name, known, n=1)
         fail(f"unknown option {name}: " + (f"did you mean {close[0]}?" if close else "--help lists them all"))
-    given = vars(given)
-    given.pop("preset", None)
-    for name, value in given.items():
+    options = vars(options)
+    options.pop("preset", None)
+    for name, value in options.items():
         if isinstance(value, list):
             element = typing.get_args(kinds[name])[0]
             items = value if element is str else [item for text in value for item in text.split(",") if item]
             try:
-                given[name] = tuple(element(item) for item in items)
+                options[name] = tuple(element(item) for item in items)
             except ValueError:
                 fail(f"--{name}: {','.join(value)!r} must be {element.__name__}s with commas between them")
-    return preset, given
+    return preset, options
 
 
 def at_least(low: float, config, *names: str) -> None:
@@ -154,9 +154,11 @@ def check_choices(config) -> None:
             raise ValueError(f"{name}={getattr(config, name)} must be one of {choices}")
 
 
-def build(cls, values: dict):
-    """cls(**values). What its __post_init__ refuses is a mistake of the user."""
+def build(function, values: dict):
+    """
+    function(**values). A ValueError becomes a UserError. Its message must start with the name of an option.
+    """
     try:
-        return cls(**values)
+        return function(**values)
     except ValueError as error:
         fail(f"--{error}")

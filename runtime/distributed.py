@@ -3,15 +3,15 @@ Many processes: who this process is, a pool that they share, and DistributedData
 
 torchrun starts the processes and tells each who it is, and torch.distributed connects them: NCCL between
 GPUs, gloo between CPUs. A process that was started without torchrun is alone: a group of size 1, whose
-collectives return what they were given.
+exchanges return their input.
 
     pool = ShardedPool(num_values, value_dim)       # in every process, after torch.distributed is initialised
     model = data_parallel(MyModel(pool))            # in place of DistributedDataParallel(MyModel(pool))
     optimizer = PoolOptimizer(pool.parameters(), lr=6e-2, value_blocks=8 // columns_group(pool).size)
 
-The processes must bring equally many tokens to each read, and each process's loss must be the mean over
-equally many targets: as always with DDP, the gradient is the mean over the processes. FSDP around a pool is
-not supported.
+In each call of a pool, all processes must have the same number of tokens, and each process's loss must be the
+mean over the same number of targets: as always with DDP, the gradient is the mean over the processes. FSDP
+around a pool is not supported.
 """
 
 import atexit
@@ -45,9 +45,8 @@ def start(device: str) -> None:
         torch.cuda.set_device(LOCAL_RANK)
     store = next(dist.rendezvous("env://"))[0]
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        # on one machine torchrun may keep its store when it restarts the processes, with the addresses of
-        # those that died in it. On several machines it makes a new store, and they may count restarts
-        # differently
+        # on one machine a restart may get the old store, with addresses of dead processes: use a new prefix.
+        # On several machines the store is new, and their restart counts may differ
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
@@ -55,18 +54,19 @@ def start(device: str) -> None:
 
 
 def world_size() -> int:
+    """Connected processes. WORLD_SIZE is the number that torchrun announced."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
-    """In place, over all processes."""
+    """Sums x over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def gather_objects(x) -> list:
-    """x of every process, in the order of the ranks. For small things, now and then."""
+    """x of every process, in the order of the ranks. Slow: for small objects only."""
     result = [x]
     if world_size() > 1:
         result = [None] * world_size()
@@ -77,8 +77,8 @@ def gather_objects(x) -> list:
 @dataclass(frozen=True)
 class Group:
     """
-    G = size processes, of which this is number `rank`. N tokens per process. All processes of a group
-    exchange blocks of equal size, and results are in the order of the ranks.
+    Processes that exchange tensors: G = size of them, and this one is number `rank`, each with N tokens. All
+    of them exchange blocks of equal size, and results are in the order of the ranks.
     """
 
     size: int = 1
@@ -94,7 +94,7 @@ class Group:
         return Group, (self.size, self.rank)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, k) -> that of all processes (G*N, k)."""
+        """x (N, k) of each process -> all of them (G*N, k)."""
         if self.size == 1:
             return x
         result = x.new_empty(self.size, *x.shape)
@@ -103,46 +103,43 @@ class Group:
 
     def _all_to_all(self, x):
         """x (G, ...), block i for process i -> (G, ...), block i from process i."""
+        if self.size == 1:
+            return x
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
         dist.all_to_all_single(result, x.contiguous(), group=self.handle)
         return result
 
     def tokens_to_columns(self, x: torch.Tensor) -> torch.Tensor:
         """All columns of this process's tokens (N, V) -> this process's columns of all tokens (G*N, V/G)."""
-        if self.size == 1:
-            return x
         return self._all_to_all(x.unflatten(1, (self.size, -1)).transpose(0, 1)).flatten(0, 1)
 
     def columns_to_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """The inverse: (G*N, V/G) -> (N, V)."""
-        if self.size == 1:
-            return x
         return self._all_to_all(x.unflatten(0, (self.size, -1))).transpose(0, 1).flatten(1)
 
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
         """Every process has a part of a sum for all tokens (G*N, k) -> the sum for its own tokens (N, k)."""
-        if self.size == 1:
-            return x
         return self._all_to_all(x.unflatten(0, (self.size, -1))).sum(0)
 
 
 @functools.cache
 def make_groups(group_size: int) -> tuple[Group, Group]:
     """
-    Neighbouring ranks, group_size of them, share a pool out. Returns this process's group of these, and the
-    group of processes that have the same columns as this one. All processes must call this in the same order.
+    Each group_size neighbouring ranks share the columns of a pool. Returns this process's group of these, and
+    the group of all processes that hold the same columns as this one. All processes must call this in the
+    same order.
     """
     if world_size() == 1:
         return Group(), Group()
     world, rank = dist.get_world_size(), dist.get_rank()
     columns = [list(range(i, i + group_size)) for i in range(0, world, group_size)]
     replicas = [list(range(i, world, group_size)) for i in range(group_size)]
-    own = []
+    groups_of_rank = []
     for ranks in columns + replicas:
-        handle = dist.new_group(ranks)
+        handle = dist.new_group(ranks)  # all processes must make all groups
         if rank in ranks:
-            own.append(Group(len(ranks), ranks.index(rank), handle))
-    return own[0], own[1]
+            groups_of_rank.append(Group(len(ranks), ranks.index(rank), handle))
+    return tuple(groups_of_rank)
 
 
 # --- a pool on many processes -------------------------------------------------------------------------------
@@ -153,17 +150,17 @@ def make_groups(group_size: int) -> tuple[Group, Group]:
 # tokens.
 
 class _Exchange(torch.autograd.Function):
-    """y = there(x), with the gradient back(dy): two exchanges that are the adjoint of each other."""
+    """y = exchange(x), and dx = inverse(dy): two exchanges, each the backward pass of the other."""
 
     @staticmethod
-    def forward(ctx, x, there, back):
-        ctx.back = back
-        return there(x)
+    def forward(ctx, x, exchange, inverse):
+        ctx.inverse = inverse
+        return exchange(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return ctx.back(dy), None, None
+        return ctx.inverse(dy), None, None
 
 
 class ShardedPool(ValuePool):
@@ -174,7 +171,7 @@ class ShardedPool(ValuePool):
 
     group_size: G, neighbouring ranks that share one pool; 0: all processes. If there are more processes, each
     group has a copy of the pool, and all copies get the same updates. All processes must make their pools in
-    the same order. The other arguments are those of ValuePool. A ValueError says what does not divide.
+    the same order. The other arguments are those of ValuePool. Raises a ValueError if sizes do not divide.
     """
 
     def __init__(self, num_values: int, value_dim: int, dtype: torch.dtype = torch.float32,
@@ -186,7 +183,7 @@ class ShardedPool(ValuePool):
             raise ValueError(f"value_dim={value_dim} must be a multiple of the {group_size} processes that "
                              "share the pool's columns")
         super().__init__(num_values, value_dim // group_size, dtype, kernel, device="meta")  # no values yet
-        self.columns, self.replicas = make_groups(group_size)
+        self.columns_group, self.replicas_group = make_groups(group_size)
         self.value_dim = value_dim
         self.usage = ShardedUsage(num_values, device)
         self.values = nn.Parameter(torch.empty_like(self.values, device=device or torch.get_default_device()))
@@ -195,40 +192,41 @@ class ShardedPool(ValuePool):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws all columns, as a ValuePool does, and keeps this process's own."""
-        for rows in () if self.values.is_meta else self.values.split(4096):
+        if self.values.is_meta:
+            return
+        for rows in self.values.split(4096):
             whole = torch.randn(len(rows), self.value_dim, device=rows.device) * self.value_dim**-0.5
-            rows.copy_(whole.chunk(self.columns.size, dim=1)[self.columns.rank])
+            rows.copy_(whole.chunk(self.columns_group.size, dim=1)[self.columns_group.rank])
 
     @torch.compiler.disable
     def forward(self, indices, weights):
+        group = self.columns_group
         self.count(indices, weights)
-        indices = self.columns.all_gather(indices.int())  # (G*N, bag)
-        weights = _Exchange.apply(weights, self.columns.all_gather, self.columns.reduce_scatter)
+        indices = group.all_gather(indices.int())  # (G*N, bag)
+        weights = _Exchange.apply(weights, group.all_gather, group.reduce_scatter)  # (G*N, bag)
         y = GatherSum.apply(self._shared_values(), indices, weights, self.kernel)  # (G*N, V/G)
-        return _Exchange.apply(y, self.columns.columns_to_tokens, self._tokens_to_columns)  # (N, V)
+        return _Exchange.apply(y, group.columns_to_tokens, self._tokens_to_columns)  # (N, V)
 
     @torch.compiler.disable
     def dot(self, indices, x):
-        indices = self.columns.all_gather(indices.int())  # (G*N, bag)
-        x = _Exchange.apply(x, self.columns.tokens_to_columns, self.columns.columns_to_tokens)  # (G*N, V/G)
-        dots = GatherDot.apply(self._shared_values(), indices, x, self.kernel)  # (G*N, bag): of own columns
-        return _Exchange.apply(dots, self.columns.reduce_scatter, self.columns.all_gather)  # (N, bag)
+        group = self.columns_group
+        indices = group.all_gather(indices.int())  # (G*N, bag)
+        x = _Exchange.apply(x, group.tokens_to_columns, group.columns_to_tokens)  # (G*N, V/G)
+        dots = GatherDot.apply(self._shared_values(), indices, x, self.kernel)  # (G*N, bag): of these columns
+        return _Exchange.apply(dots, group.reduce_scatter, group.all_gather)  # (N, bag)
 
     def _tokens_to_columns(self, dy):
-        # a number that is not finite reaches all columns of its token, so that all processes skip the step
-        return self.columns.tokens_to_columns(dy + 0 * dy.sum(1, keepdim=True))
+        # 0 * inf is nan, and reaches all columns of the token: so all processes skip the step
+        return self.columns_group.tokens_to_columns(dy + 0 * dy.sum(1, keepdim=True))
 
     def _shared_values(self):
-        """
-        The values. Their gradient also gets the reads of the processes that hold a copy of these columns.
-        """
+        """The values. Their gradient holds the reads of all processes that have these columns."""
         return _Exchange.apply(self.values, lambda values: values, self._share_reads)
 
     def _share_reads(self, gradient: FactoredGradient) -> FactoredGradient:
-        # each process differentiates the mean over its own tokens, and the loss is the mean over all
-        # processes
+        # divided, because the loss is the mean over all processes
         return FactoredGradient(gradient, [
-            tuple(map(self.replicas.all_gather, (indices, weights, dy / world_size())))
+            tuple(map(self.replicas_group.all_gather, (indices, weights, dy / world_size())))
             for indices, weights, dy in gradient.reads])
 
 
@@ -238,21 +236,22 @@ class ShardedUsage(MemoryUsage):
     """
 
     def summary(self) -> tuple[float, float]:
-        own, self.total_weight = self.total_weight, all_reduce_sum(self.total_weight.clone())
+        own_weight = self.total_weight
+        self.total_weight = all_reduce_sum(own_weight.clone())
         try:
             return super().summary()
         finally:
-            self.total_weight = own
+            self.total_weight = own_weight
 
 
 def columns_group(pool: ValuePool) -> Group:
     """The processes that share the columns of the pool."""
-    return pool.columns if isinstance(pool, ShardedPool) else Group()
+    return pool.columns_group if isinstance(pool, ShardedPool) else Group()
 
 
 def replicas_group(pool: ValuePool) -> Group:
     """The processes that hold the same columns of the pool as this one."""
-    return pool.replicas if isinstance(pool, ShardedPool) else Group()
+    return pool.replicas_group if isinstance(pool, ShardedPool) else Group()
 
 
 def data_parallel(model: nn.Module, **options) -> nn.Module:

@@ -21,6 +21,8 @@ from runtime.checkpoint import cannot_go_on, step_of
 from runtime.cli import fail
 from runtime.distributed import RANK, WORLD_SIZE
 
+LABELS = {"all": "people asked about in training", "held_out": "people never asked about"}
+
 
 def print_once(line: str) -> None:
     """Only the first process prints."""
@@ -53,32 +55,32 @@ def stop_signals():
         yield received
         return
 
-    def note(number, frame):
+    def on_signal(number, frame):
         if not received and RANK == 0:
             os.write(1, b"\nasked to stop: saving after this step\n")
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: a handler that is not Python's
+            signal.signal(number, handler or signal.SIG_DFL)  # None: the old handler was not set by Python
 
 
 @contextlib.contextmanager
 def one_line_errors(out_dir: str):
-    """For the command line: what can end a run that is no mistake in the options and no bug."""
+    """Turns Ctrl-C, a full disk or a lost process into one line, without a traceback."""
     try:
         yield
-    except KeyboardInterrupt:  # outside of the steps, where stop_signals waits for it
+    except KeyboardInterrupt:  # before or after training; during it, stop_signals handles Ctrl-C
         print_once("\nstopped")
         raise SystemExit(130) from None
     except OSError as error:  # such as a full disk
         where = error.filename or out_dir
         cannot_go_on(Path(out_dir), f"{where}: {error.strerror or error}", alone=True)
     except RuntimeError as error:
-        # this process has lost another one, which says itself why it ended
+        # another process has ended, and prints the reason
         if WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             print(f"process {RANK} ends, having lost another", file=sys.stderr)
             os._exit(1)
@@ -99,7 +101,9 @@ class RunLog:
         self.config, self.start, self.pool = config, start, model.pool
         self.pool_optimizers = optimizers[1:]
         self.skipped_steps = self.count_skipped_steps()
-        self.began, self.seconds, self.steps, self.evaluation = time.perf_counter(), 0.0, 0, ""
+        self.began = time.perf_counter()
+        self.seconds, self.steps = 0.0, 0  # since the last printed line
+        self.evaluation = ""
         path = Path(config.out_dir) / "log.jsonl"
         if start and RANK == 0:
             trim_log(path, start)
@@ -117,13 +121,13 @@ class RunLog:
     def count_skipped_steps(self) -> int:
         return sum(optimizer.skipped_steps for optimizer in self.pool_optimizers)
 
-    def evaluated(self, step: int, measured: dict) -> None:
+    def log_evaluation(self, step: int, measured: dict) -> None:
         self.evaluation = f"  val {measured['val_loss']:.3f}"
         if "recall" in measured:
             self.evaluation += f"  recall {measured['recall'].get('all', math.nan):.3f}"
         self.write(step=step, seconds=time.perf_counter() - self.began, **measured)
 
-    def trained(self, done: int, loss: float, lr: float, seconds: float) -> None:
+    def log_step(self, done: int, loss: float, lr: float, seconds: float) -> None:
         """After each step. done: steps done so far. seconds: the time of this step."""
         config = self.config
         self.seconds, self.steps = self.seconds + seconds, self.steps + 1
@@ -131,8 +135,10 @@ class RunLog:
             return
         speed = config.batch_size * config.block_size * self.steps / self.seconds
         self.seconds, self.steps = 0.0, 0
-        line, slots = {"step": done, "loss": loss, "lr": lr, "tokens_per_second": speed}, ""
+        line = {"step": done, "loss": loss, "lr": lr, "tokens_per_second": speed}
+        slots = ""
         if self.pool is not None:
+            # since the last evaluation
             line["slots_used"], line["kl_from_uniform"] = self.pool.usage.summary()
             slots = f"  slots {line['slots_used']:.3f}"
         skipped_before, self.skipped_steps = self.skipped_steps, self.count_skipped_steps()
@@ -147,8 +153,8 @@ class RunLog:
         print_once(f"step {done:{width}}/{config.max_steps}  loss {loss:.3f}{self.evaluation}{slots}  "
                    f"{speed / 1000:.1f}k tokens/s  {duration(left)} left")
 
-    def finished(self, device: str, measured: dict) -> None:
-        """Prints the results, draws the figure, and says what the run took."""
+    def print_end(self, device: str, measured: dict) -> None:
+        """Prints the results, draws the figure, and prints the time and the memory that the run took."""
         if RANK > 0:
             return
         out_dir = self.config.out_dir
@@ -167,8 +173,9 @@ class RunLog:
 
 def trim_log(path: Path, step: int) -> None:
     """Removes the lines after `step`, which the run will write again, and a line that was cut short."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     kept = []
-    for line in open(path, encoding="utf-8") if path.exists() else ():
+    for line in lines:
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
                 kept.append(line)
@@ -198,8 +205,8 @@ def print_result(measured: dict) -> None:
     if "recall" in measured:
         print("recall, the share of questions answered with exactly the right words:")
         shares = measured["recall"]
-        first = "people asked about in training" if "held_out" in shares else "all questions"
-        rows = {first: shares.get("all"), "people only stated in training": shares.get("held_out")}
+        first = LABELS["all"] if "held_out" in shares else "all questions"
+        rows = {first: shares.get("all"), LABELS["held_out"]: shares.get("held_out")}
         for low, share in shares["by_exposure"].items():
             rows[f"  told {low} to {2 * int(low) - 1} times"] = share
         for label, share in rows.items():
@@ -233,16 +240,16 @@ def plot_run(out_dir: Path) -> None:
         axis.legend()
         if has_recall:
             axis = next(axes)
-            for name, label, style in (("all", "people asked about in training", "o-"),
-                                       ("held_out", "people only stated in training", "s--")):
+            for name, marker in (("all", "o-"), ("held_out", "s--")):
                 if name in evaluated[-1]["recall"]:
                     shares = [line.get("recall", {}).get(name) for line in evaluated]
-                    axis.plot(steps, shares, style, label=label)
+                    axis.plot(steps, shares, marker, label=LABELS[name])
             axis.set(xlabel="step", ylabel="recall (exact match)", ylim=(0, 1.02))
             if "held_out" in evaluated[-1]["recall"]:
                 axis.legend()
         if has_memory:
             axis = next(axes)
+            # [1:]: before step 0 nothing was read
             axis.plot(steps[1:], [line["slots_used"] for line in evaluated[1:]], "o-")
             axis.set(xlabel="step", ylabel="share of slots read since last evaluation", ylim=(0, 1.02))
         figure.savefig(out_dir / "loss.png", dpi=120)

@@ -216,9 +216,9 @@ def test_a_pool_in_a_file_equals_one_in_memory(run, capsys, tmp_path):
     assert_same_checkpoint(run.out / "step_000006", whole / "step_000006")
     letter = tmp_path / "letter"
     letter.write_text("Dear pool")
-    assert_fails(lambda: run("--resume", f"--mem_file={letter}", out=whole), "not of the size", capsys)
+    assert_fails(lambda: run("--resume", f"--mem_file={letter}", out=whole), "does not have the size", capsys)
     assert letter.read_text() == "Dear pool"
     again = run.out.with_name("again")
-    assert_fails(lambda: run(f"--mem_file={file}", out=again), "is there already", capsys)
-    assert_fails(lambda: run(f"--mem_file={file}", "--resume", out=again), "is there already", capsys)
+    assert_fails(lambda: run(f"--mem_file={file}", out=again), "already exists", capsys)
+    assert_fails(lambda: run(f"--mem_file={file}", "--resume", out=again), "already exists", capsys)
     assert_fails(lambda: run(f"--mem_file={tmp_path / 'no' / 'pool'}", out=again), "--mem_file=", capsys)

@@ -95,7 +95,7 @@ def make(pool_class, **options):
 
 alone, model = make(ValuePool), make(ShardedPool, group_size=group_size)
 parallel = data_parallel(model)
-columns = model.pool.columns
+columns = model.pool.columns_group
 mine = lambda x: x.chunk(columns.size, 1)[columns.rank]
 pools = lambda m: [m.pool, m.expert_pool]
 optimizers = [PoolOptimizer([p.values for p in pools(m)], lr=0.1, kind=kind, value_blocks=blocks)
@@ -135,7 +135,7 @@ for step in range(4):
     torch.testing.assert_close(torch.tensor(shares[0]), torch.tensor(shares[1]))
 
 twin = copy.deepcopy(model)
-assert twin.pool.columns is model.pool.columns and twin.pool.values is not model.pool.values
+assert twin.pool.columns_group is model.pool.columns_group and twin.pool.values is not model.pool.values
 torch.testing.assert_close(twin(x), model(x))
 try:
     pickle.dumps(model)

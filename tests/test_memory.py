@@ -81,7 +81,7 @@ def test_the_pruned_grid_has_the_pairs_that_can_win_and_no_others():
 # --- the layer against its formula --------------------------------------------------------------------------
 
 def formula(layer, pool, x, left, right):
-    """The layer as the papers define it, one token and one head at a time, over all slots: (N, C) -> (N, C)."""
+    """The layer as the papers define it, one token and one head at a time, over all slots. x (N, C)."""
     S, H, bias = layer.num_keys, layer.heads, layer.out.bias is not None
     tokens = []
     for n in range(len(x)):
@@ -182,6 +182,26 @@ def test_autocast_leaves_the_search_exact():
     (_, weights), = searched
     assert weights.dtype == torch.float32
     assert all(len(head.unique()) == 8 for head in weights.view(-1, 8)), "two weights of a head are equal"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_16_bit_layer_searches_in_float32(dtype, qk_norm):
+    """Its queries and half-keys have 16 bits, but the scores of the slots must not."""
+    layer = make_layer(32, 16, 2, 8, 32, 32, qk_norm=qk_norm)[0].to(dtype)
+    x = torch.randn(50, 32).to(dtype)
+    with torch.no_grad():
+        weights, indices = layer.search(x, None, None)
+        halves = (linear(x).view(50, 2, 16) for linear in (layer.query_left, layer.query_right))
+        queries = torch.stack(tuple(halves), dim=2).double()  # (N, H, 2, D/2)
+        half_keys = layer.half_keys.double()  # (H, 2, S, D/2)
+        if qk_norm:
+            queries = F.normalize(queries, dim=-1) * layer.scale.double().view(2, 1, 1)
+            half_keys = F.normalize(half_keys, dim=-1)
+        best = brute_force(queries, half_keys, 8)[0].topk(8)
+    assert weights.dtype == torch.float32
+    assert torch.equal(indices.view(50, 2, 8), best.indices)
+    torch.testing.assert_close(weights.view(50, 2, 8).double(), best.values.softmax(-1), rtol=1e-5, atol=1e-6)
 
 
 def test_autocast_trains():

@@ -234,7 +234,7 @@ def test_a_model_too_large_is_a_mistake_and_a_bug_is_a_bug(run, monkeypatch, cap
         return make
 
     monkeypatch.setattr(build, "GPT", raising("DefaultCPUAllocator: can't allocate memory"))
-    assert_fails(run, "too large a model; --mem_file holds the pool in a file: Default", capsys)
+    assert_fails(run, "the model does not fit into memory; --mem_file keeps the pool in a file: D", capsys)
     monkeypatch.setattr(build, "GPT", raising("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
         run()
@@ -276,7 +276,7 @@ def test_a_restart_by_torchrun_resumes_only_its_own_run(run, monkeypatch, capsys
     run("--max_steps=3")
     assert "step_000003 is the end of this run" in capsys.readouterr().out
     for options in ([], ["--max_steps=3", "--lr=1e-4"]):
-        assert_fails(lambda options=options: run(*options), "step_000003 is there already", capsys)
+        assert_fails(lambda options=options: run(*options), "step_000003 already exists", capsys)
     run("--resume")
     assert log(run.out)[-1]["step"] == 6
 
@@ -315,7 +315,7 @@ def test_resuming_on_other_data_is_refused(run, monkeypatch, tmp_path, capsys):
     for module in (prepare, corpus):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
     prepare.main(["facts", "--people=8", "--exposures=9", "--seed=5"])
-    assert_fails(lambda: run("--resume"), "facts has other tokens than", capsys)
+    assert_fails(lambda: run("--resume"), "the tokenizer of facts is not the one of", capsys)
 
 
 def test_a_log_line_cut_short_does_not_stop_a_run(run):
@@ -414,7 +414,7 @@ def test_resuming_from_python(run, small):
         assert measured == measured_again and torch.equal(logits(whole), logits(resumed))
     with pytest.raises(ValueError, match="--n_layer=3: the model in"):
         train.train(small("--resume", "--n_layer=3"))
-    with pytest.raises(ValueError, match="step_000006 is there already"):
+    with pytest.raises(ValueError, match="step_000006 already exists"):
         train.train(small())
 
 

@@ -60,8 +60,9 @@ def resolve_kernel(kernel: str, device: torch.device | str) -> str:
     return kernel
 
 
-def _check_indices(indices, num_values):
-    if CHECK_INDICES and indices.numel():
+def check_indices(indices, num_values: int) -> None:
+    """An IndexError for an index that is not a row. On a GPU only with NANOPKM_CHECK=1, because it waits."""
+    if indices.numel() and (CHECK_INDICES or indices.is_cpu):
         low, high = (bound.item() for bound in indices.aminmax())
         if low < 0 or high >= num_values:
             raise IndexError(f"indices from {low} to {high} in a pool of {num_values} rows")
@@ -69,7 +70,7 @@ def _check_indices(indices, num_values):
 
 def gather_sum(values, indices, weights, kernel: str = "auto") -> torch.Tensor:
     """y[n] = sum_j weights[n, j] * values[indices[n, j]]: (N, V), in the dtype of weights."""
-    _check_indices(indices, len(values))
+    check_indices(indices, len(values))
     if resolve_kernel(kernel, values.device) == "triton":
         return _gather_sum_triton(values, indices, weights)
     y = F.embedding_bag(indices, values, per_sample_weights=weights.to(values.dtype), mode="sum")
@@ -78,7 +79,7 @@ def gather_sum(values, indices, weights, kernel: str = "auto") -> torch.Tensor:
 
 def gather_dot(values, indices, dy, kernel: str = "auto") -> torch.Tensor:
     """dw[n, j] = <values[indices[n, j]], dy[n]>: (N, bag), in the dtype of dy."""
-    _check_indices(indices, len(values))
+    check_indices(indices, len(values))
     if resolve_kernel(kernel, values.device) == "triton":
         return _gather_dot_triton(values, indices, dy)
     N, bag = indices.size()
@@ -126,7 +127,7 @@ def scatter_update(values, reads: list, state: dict, lr: float, betas: tuple[flo
         step = state["step"].double()
         lr = lr * (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
     sorted_reads = sort_reads(reads)
-    _check_indices(sorted_reads[0], len(values))
+    check_indices(sorted_reads[0], len(values))
     update = _update_triton if resolve_kernel(kernel, values.device) == "triton" else _update_torch
     update(values, moments, sorted_reads, lr, *betas, eps, seed, finite)
     torch.autograd.graph.increment_version(values)  # autograd does not see what Triton writes
@@ -163,7 +164,7 @@ def top_k(x: torch.Tensor, k: int):
         best = top_k(groups.amax(-2), k)[1].unsqueeze(-2)  # (..., 1, k)
         values, place = top_k(groups.gather(-1, best.expand(*best.shape[:-2], 4, k)).flatten(-2), k)  # of 4*k
         return values, best.squeeze(-2).gather(-1, place % k) + place // k * (S // 4)
-    if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling():
+    if not x.is_cpu or x.dtype != torch.float32 or k > S or torch.compiler.is_compiling():
         return x.topk(k)
     return _top_k_by_numpy(x, k)
 
@@ -184,19 +185,11 @@ def _top_k_by_numpy(x, k):
     return best.float(), best.view(torch.int64) & (2**28 - 1)
 
 
-def keep_freed_memory() -> None:
-    """
-    Makes glibc keep freed blocks up to this size instead of returning them to the system. The update works in
-    chunks, and without this each chunk would fault in its pages again: a step then takes 1.3 times as long.
-    """
-    torch.empty(31 * 2**18)
-
-
 # --- PyTorch ------------------------------------------------------------------------------------------------
 
-def row_gradients(rows, start, token, weights, dy):
+def row_gradients(rows, start, token, weights, dy, dtype=None):
     """Yields (rows, g), the gradients g of some rows, from what sort_reads returned. You may overwrite g."""
-    dy = dy.to(torch.promote_types(dy.dtype, torch.float32))
+    dy = dy.to(dtype or torch.promote_types(dy.dtype, torch.float32))
     weights = weights.to(dy.dtype)
     step = max(1, CHUNK // dy.size(1))
     edges = [*start[:-1:step].tolist(), len(token)]
@@ -211,11 +204,12 @@ def _update_torch(values, moments, sorted_reads, lr, beta1, beta2, eps, seed, fi
         return
     lr = float(lr)
 
-    def add(to, rows, change, alpha=1.0):  # to[rows] += alpha * change on all cores: index_add_ uses only one
-        to.add_(torch.sparse_coo_tensor(rows.unsqueeze(0), change, to.shape, is_coalesced=True,
-                                        check_invariants=False), alpha=alpha)
+    def add(matrix, rows, change, alpha=1.0):  # matrix[rows] += alpha * change, on all cores
+        matrix.add_(torch.sparse_coo_tensor(rows.unsqueeze(0), change, matrix.shape, is_coalesced=True,
+                                            check_invariants=False), alpha=alpha)
 
-    for rows, g in row_gradients(*sorted_reads):
+    dtype = moments[0].dtype if moments else torch.promote_types(values.dtype, torch.float32)
+    for rows, g in row_gradients(*sorted_reads, dtype):
         if len(moments) == 1:  # rowwise
             v = moments[0]
             blocks = g.view(len(rows), v.size(1), -1)  # (rows, blocks, V/blocks)

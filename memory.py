@@ -99,11 +99,17 @@ class MemoryLayer(nn.Module):
         self.query_left = nn.Linear(width, heads * key_dim // 2, bias=bias)
         self.query_right = nn.Linear(width, heads * key_dim // 2, bias=bias)
         self.half_keys = nn.Parameter(torch.empty(heads, 2, num_keys, key_dim // 2))
-        nn.init.uniform_(self.half_keys, -(key_dim**-0.5), key_dim**-0.5)
-        # the cosine of two random halves has the variance 2/D: half-scores start with the variance 1
-        self.scale = nn.Parameter(torch.full((heads,), (key_dim / 2) ** 0.5)) if qk_norm else None
+        self.scale = nn.Parameter(torch.empty(heads)) if qk_norm else None
         self.gate = nn.Linear(width, value_dim, bias=bias) if swilu else None
         self.out = nn.Linear(value_dim, width, bias=bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises half-keys and scale; the Linears have initialised themselves."""
+        D = 2 * self.half_keys.size(3)
+        nn.init.uniform_(self.half_keys, -(D**-0.5), D**-0.5)
+        if self.scale is not None:  # a cosine of random halves has the variance 2/D: half-scores then have 1
+            nn.init.constant_(self.scale, (D / 2) ** 0.5)
 
     def search(self, x: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None):
         """As forward, but without a pool -> weights (N, H*K), indices (N, H*K)."""
@@ -129,6 +135,8 @@ class MemoryLayer(nn.Module):
         left, right: like x, the sources of the halves of the queries. By default both are x, as published.
         """
         check_pool(pool, self.num_keys**2, self.value_dim)
+        if any(source is not None and source.shape != x.shape for source in (left, right)):
+            raise ValueError(f"left and right must have the shape of x, {tuple(x.shape)}")
         weights, indices = self.search(x, left, right)
         y = pool(indices, weights).to(x.dtype).view(*x.shape[:-1], self.value_dim)
         if self.gate is not None:

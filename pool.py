@@ -24,165 +24,16 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kernel import (
+    check_indices,
     check_kernel,
     gather_dot,
     gather_sum,
-    keep_freed_memory,
     row_gradients,
     scatter_update,
     sort_reads,
 )
 
-# --- the gradient -------------------------------------------------------------------------------------------
-
-_USE_POOL_OPTIMIZER = ("only PoolOptimizer can learn the values of a pool: give every other optimiser all "
-                       "parameters except the pool's values")
-_NO_CLIPPING = ("the gradient of a pool cannot be clipped: leave the pool's values out of clipping. The "
-                "rowwise and adam steps of PoolOptimizer do not depend on the scale of the gradient")
-_NO_SCALING = "the gradient of a pool cannot be scaled: scale the loss instead"
-_REFUSALS = {  # part of the name of a PyTorch operation -> what to do instead; the first match counts
-    "norm": _NO_CLIPPING,
-    "clamp": _NO_CLIPPING,
-    "mul.out":  # DistributedDataParallel multiplies each gradient by 1 / processes
-        "DistributedDataParallel cannot average the gradient of a pool: make the pool a ShardedPool and wrap "
-        "the model with data_parallel, both from runtime/distributed.py",
-    "lerp": _USE_POOL_OPTIMIZER,
-    "addcmul": _USE_POOL_OPTIMIZER,
-    "fused": _USE_POOL_OPTIMIZER,
-    "add":
-        "a dense gradient cannot be added to the gradient of a pool: a loss must not use pool.values itself, "
-        "for example to penalise their size, but only what a layer reads from the pool",
-    "mul": _NO_SCALING,
-    "div": _NO_SCALING,
-}
-
-
-class FactoredGradient(torch.Tensor):
-    """
-    The gradient of a pool's values, as a list of reads. It has the shape, dtype and device of the values, but
-    no memory of its own.
-
-    reads: [(indices (N, bag), weights (N, bag), dy (N, value_dim)), ...]. Row r of the gradient is the sum of
-    weights[n, j] * dy[n] over all reads and all (n, j) with indices[n, j] = r; `to_dense()` writes it out.
-    Do not change the tensors of a read in place.
-    """
-
-    @staticmethod
-    def __new__(cls, like: torch.Tensor, reads: list):
-        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
-
-    def __init__(self, like: torch.Tensor, reads: list):
-        self.reads = reads
-
-    def __repr__(self):
-        return f"FactoredGradient({len(self.reads)} reads, shape={tuple(self.shape)}, dtype={self.dtype})"
-
-    def to_dense(self) -> torch.Tensor:
-        """The gradient as an ordinary tensor, as large as the pool. For tests and for the curious."""
-        dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        if sum(indices.numel() for indices, _, _ in self.reads):
-            for rows, g in row_gradients(*sort_reads(self.reads)):
-                dense[rows] = g.to(dense.dtype)
-        return dense
-
-    def bound(self) -> torch.Tensor:
-        """An upper bound of the gradient's absolute numbers, on its device; inf or nan if a read has one."""
-        bounds = [weights.abs().amax().float() * dy.abs().amax() * indices.numel()
-                  for indices, weights, dy in self.reads if indices.numel()]
-        return sum(bounds, torch.zeros((), device=self.device))
-
-    @classmethod
-    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        """Does on the list of reads what PyTorch does with gradients: copy, add, zero. Refuses the rest."""
-        aten = torch.ops.aten
-        if operation is aten._amp_foreach_non_finite_check_and_unscale_.default:  # by GradScaler
-            gradients, found_inf, factor = args
-            for g in gradients:
-                found_inf.logical_or_(~g.bound().isfinite())
-                g.reads[:] = [(indices, weights, dy * factor) for indices, weights, dy in g.reads]
-            return None
-        if operation is aten.new_empty_strided.default:  # backward may copy a gradient into an empty one
-            return cls(args[0], [])
-        if not kwargs and all(isinstance(x, cls) for x in args) and len({x.shape for x in args}) == 1:
-            a, b = args[0], args[-1]
-            new_reads = {aten.detach.default: a.reads,  # the same list, as other tensors share their memory
-                         aten.clone.default: list(a.reads),
-                         aten.add.Tensor: a.reads + b.reads}
-            if operation in new_reads:
-                return cls(a, new_reads[operation])
-            reads_in_place = {aten.add_.Tensor: a.reads + b.reads, aten.copy_.default: b.reads,
-                              aten.zero_.default: []}
-            if operation in reads_in_place:
-                a.reads[:] = reads_in_place[operation]
-                return a
-            if operation is aten.isnan.default:  # by detect_anomaly, which only needs one bool
-                return a.bound().isnan()
-        name = operation.name()
-        raise ValueError(next((sentence for part, sentence in _REFUSALS.items() if part in name), (
-            f"the gradient of a pool is a list of reads, and {name} would need a tensor as large as the "
-            "pool: leave the pool's values out, or use values.grad.to_dense()")))
-
-
-def _refuse_other_optimizers(optimizer, args, kwargs) -> None:
-    """Before the step of any optimiser, because AdamW would first decay the values and only then fail."""
-    if not isinstance(optimizer, PoolOptimizer):
-        for group in optimizer.param_groups:
-            if any(isinstance(p.grad, FactoredGradient) for p in group["params"]):
-                raise ValueError(f"{type(optimizer).__name__}: {_USE_POOL_OPTIMIZER}")
-
-
-register_optimizer_step_pre_hook(_refuse_other_optimizers)
-
-
-# --- the pool -----------------------------------------------------------------------------------------------
-
-class GatherSum(torch.autograd.Function):
-    """y[n] = sum_j weights[n, j] * values[indices[n, j]]"""
-
-    @staticmethod
-    def forward(ctx, values, indices, weights, kernel):
-        # values are saved too, so that a step between forward and backward is an error, not a wrong gradient
-        ctx.save_for_backward(values, indices, weights)
-        ctx.kernel = kernel
-        return gather_sum(values, indices, weights, kernel)  # (N, V)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        values, indices, weights = ctx.saved_tensors
-        dy = dy.contiguous()
-        values_need_grad, _, weights_need_grad, _ = ctx.needs_input_grad
-        gradient = FactoredGradient(values, [(indices, weights.detach(), dy)]) if values_need_grad else None
-        dw = gather_dot(values, indices, dy, ctx.kernel) if weights_need_grad else None
-        return gradient, None, dw, None
-
-
-class GatherDot(torch.autograd.Function):
-    """
-    dots[n, j] = <values[indices[n, j]], x[n]>. Its backward pass is a GatherSum, and the other way round.
-    """
-
-    @staticmethod
-    def forward(ctx, values, indices, x, kernel):
-        ctx.save_for_backward(values, indices, x)
-        ctx.kernel = kernel
-        return gather_dot(values, indices, x, kernel)  # (N, bag)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_dots):
-        values, indices, x = ctx.saved_tensors
-        d_dots = d_dots.contiguous()
-        values_need_grad, _, x_needs_grad, _ = ctx.needs_input_grad
-        gradient = FactoredGradient(values, [(indices, d_dots, x.detach())]) if values_need_grad else None
-        dx = gather_sum(values, indices, d_dots, ctx.kernel) if x_needs_grad else None
-        return gradient, None, dx, None
-
-
-def is_in_backward() -> bool:
-    """True in a forward pass within a backward pass: torch.utils.checkpoint computes a block again there."""
-    return torch._C._current_graph_task_id() != -1
-
+# --- the rows -----------------------------------------------------------------------------------------------
 
 class ValuePool(nn.Module):
     """
@@ -219,8 +70,9 @@ class ValuePool(nn.Module):
     @torch.compiler.disable  # a compiled backward could reuse the memory of dy, which the read still needs
     def forward(self, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """indices (N, bag), weights (N, bag) -> weighted sums of rows (N, value_dim), in weights' dtype."""
+        indices = self.check(indices, weights, weights.shape)
         self.count(indices, weights)
-        return GatherSum.apply(self.values, indices.int(), weights, self.kernel)
+        return GatherSum.apply(self.values, indices, weights, self.kernel)
 
     @torch.compiler.disable
     def dot(self, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -228,7 +80,19 @@ class ValuePool(nn.Module):
         indices (N, bag), x (N, value_dim) -> dot products of rows with x (N, bag), in x's dtype. Not counted
         as use: PEER reads the same slots with forward too.
         """
-        return GatherDot.apply(self.values, indices.int(), x, self.kernel)
+        indices = self.check(indices, x, (len(x), indices.size(-1)))
+        return GatherDot.apply(self.values, indices, x, self.kernel)
+
+    def check(self, indices, other, shape) -> torch.Tensor:
+        """Returns the indices as int32. On a GPU their range is only checked with NANOPKM_CHECK=1."""
+        if indices.dim() != 2 or indices.shape != shape or not indices.size(1):
+            raise ValueError(f"indices {tuple(indices.shape)} must be (N, bag) with bag >= 1 and fit the "
+                             f"other argument, {tuple(other.shape)}")
+        if indices.dtype not in (torch.int32, torch.int64) or not other.is_floating_point():
+            raise ValueError(f"indices must be int32 or int64 and the other argument floating point, not "
+                             f"{indices.dtype} and {other.dtype}")
+        check_indices(indices, self.num_values)
+        return indices.int()
 
     def count(self, indices, weights) -> None:
         """Notes which slots are in use, in training. torch.utils.checkpoint's second pass does not count."""
@@ -236,51 +100,147 @@ class ValuePool(nn.Module):
             self.usage.add(indices, weights)
 
     def _apply(self, fn, recurse=True):
-        """to(), half() and the like also move and cast the reads, as PyTorch does with other gradients."""
+        """to(), half() and the like also convert the gradient, as PyTorch does with other gradients."""
         gradient, self.values.grad = self.values.grad, None
-        super()._apply(fn, recurse)
-        if gradient is not None:
-            reads = [(indices.to(self.values.device), fn(weights), fn(dy))
-                     for indices, weights, dy in gradient.reads]
-            self.values.grad = FactoredGradient(self.values, reads)
-        return self
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            if isinstance(gradient, FactoredGradient):
+                self.values.grad = FactoredGradient(self.values, gradient.reads)
+            elif gradient is not None:
+                self.values.grad = gradient.to(self.values)
 
 
-class MemoryUsage(nn.Module):
-    """How much of a pool was used since `reset`, by the measures of Lample et al. 2019, section 4.2."""
+class GatherSum(torch.autograd.Function):
+    """y[n] = sum_j weights[n, j] * values[indices[n, j]]"""
 
-    def __init__(self, num_values: int, device=None):
-        super().__init__()
-        total_weight = torch.zeros(num_values, dtype=torch.float32, device=device)
-        self.register_buffer("total_weight", total_weight, persistent=False)
+    @staticmethod
+    def forward(ctx, values, indices, weights, kernel):
+        # values are saved too, so that a step between forward and backward is an error, not a wrong gradient
+        ctx.save_for_backward(values, indices, weights)
+        ctx.kernel = kernel
+        return gather_sum(values, indices, weights, kernel)  # (N, V)
 
-    def add(self, indices, weights) -> None:
-        weights = weights.detach().abs().flatten()  # PEER has negative weights too
-        self.total_weight.index_add_(0, indices.flatten(), weights.to(self.total_weight))
+    @staticmethod
+    @torch.compiler.disable
+    @once_differentiable
+    def backward(ctx, dy):
+        values, indices, weights = ctx.saved_tensors
+        dy = dy.contiguous()
+        values_need_grad, _, weights_need_grad, _ = ctx.needs_input_grad
+        gradient = FactoredGradient(values, [_make_read(indices, weights, dy)]) if values_need_grad else None
+        dw = gather_dot(values, indices, dy, ctx.kernel) if weights_need_grad else None
+        return gradient, None, dw, None
 
-    def reset(self) -> None:
-        self.total_weight.zero_()
 
-    def summary(self) -> tuple[float, float]:
-        """
-        Returns (share of the slots that were read, KL divergence in nats of their use from uniform use). The
-        divergence is 0 if all slots are used alike, and ln(num_values) if one slot does all the work. Returns
-        (0, 0) if nothing was read.
-        """
-        used = self.total_weight[self.total_weight > 0].double()
-        if len(used) == 0:
-            return 0.0, 0.0
-        p = used / used.sum()
-        num_values = len(self.total_weight)
-        return len(used) / num_values, math.log(num_values) + (p * p.log()).sum().item()
+class GatherDot(torch.autograd.Function):
+    """dots[n, j] = <values[indices[n, j]], x[n]>. Its backward pass is a GatherSum, and vice versa."""
 
-    def _apply(self, fn, recurse=True):
-        """Follows the model to another device, but stays float32: small numbers would be lost in bfloat16."""
-        before = self.total_weight
-        super()._apply(fn, recurse)
-        if self.total_weight.dtype != before.dtype:
-            self.total_weight = before.to(self.total_weight.device)
-        return self
+    @staticmethod
+    def forward(ctx, values, indices, x, kernel):
+        ctx.save_for_backward(values, indices, x)
+        ctx.kernel = kernel
+        return gather_dot(values, indices, x, kernel)  # (N, bag)
+
+    @staticmethod
+    @torch.compiler.disable
+    @once_differentiable
+    def backward(ctx, d_dots):
+        values, indices, x = ctx.saved_tensors
+        d_dots = d_dots.contiguous()
+        values_need_grad, _, x_needs_grad, _ = ctx.needs_input_grad
+        gradient = FactoredGradient(values, [_make_read(indices, d_dots, x)]) if values_need_grad else None
+        dx = gather_sum(values, indices, d_dots, ctx.kernel) if x_needs_grad else None
+        return gradient, None, dx, None
+
+
+def _make_read(*tensors) -> tuple:
+    """Copies, because autograd may add to dy in place, and the user may change weights or indices."""
+    return tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in tensors)
+
+
+def is_in_backward() -> bool:
+    """True in a forward pass within a backward pass: torch.utils.checkpoint computes a block again there."""
+    return torch._C._current_graph_task_id() != -1
+
+
+# --- the gradient -------------------------------------------------------------------------------------------
+
+class FactoredGradient(torch.Tensor):
+    """
+    The gradient of a pool's values, as a list of reads. It has the shape, dtype and device of the values, but
+    no memory of its own.
+
+    reads: [(indices (N, bag), weights (N, bag), dy (N, value_dim)), ...]. Row r of the gradient is the sum of
+    weights[n, j] * dy[n] over all reads and all (n, j) with indices[n, j] = r; `to_dense()` writes it out. A
+    read owns its tensors, and nobody changes them.
+    """
+
+    @staticmethod
+    def __new__(cls, like: torch.Tensor, reads: list, dtype=None, device=None):
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=dtype or like.dtype,
+                                                   device=device or like.device)
+
+    def __init__(self, like: torch.Tensor, reads: list, dtype=None, device=None):
+        self.reads = [tuple(x.to(self.device) for x in read) for read in reads]
+
+    def __repr__(self):
+        return f"FactoredGradient({len(self.reads)} reads, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def to_dense(self) -> torch.Tensor:
+        """The gradient as an ordinary tensor, as large as the pool. For tests and for the curious."""
+        dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        if sum(indices.numel() for indices, _, _ in self.reads):
+            for rows, g in row_gradients(*sort_reads(self.reads)):
+                dense[rows] = g.to(dense.dtype)
+        return dense
+
+    def bound(self) -> torch.Tensor:
+        """An upper bound of the gradient's absolute numbers, on its device; inf or nan if a read has one."""
+        bounds = [weights.abs().amax().float() * dy.abs().amax() * indices.numel()
+                  for indices, weights, dy in self.reads if indices.numel()]
+        return sum(bounds, torch.zeros((), device=self.device))
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        """Does on the list of reads what PyTorch does with gradients: copy, add, zero. Refuses the rest."""
+        aten = torch.ops.aten
+        if operation is aten._amp_foreach_non_finite_check_and_unscale_.default:  # by GradScaler
+            gradients, found_inf, factor = args
+            if not all(isinstance(g, cls) for g in gradients):
+                raise ValueError(_USE_POOL_OPTIMIZER)
+            for g in gradients:
+                found_inf.logical_or_(~g.bound().isfinite())
+                g.reads[:] = [(indices, weights, dy * factor) for indices, weights, dy in g.reads]
+            return None
+        if operation is aten.new_empty_strided.default:  # backward may copy a gradient into an empty one
+            return cls(args[0], [])
+        if operation is aten._to_copy.default:  # the reads keep their dtype
+            return cls(args[0], args[0].reads, kwargs.get("dtype"), kwargs.get("device"))
+        if operation is aten.clone.default:
+            return cls(args[0], args[0].reads)
+        if operation is aten.detach.default:
+            detached = cls(args[0], [])
+            detached.reads = args[0].reads  # the same list, as other tensors share their memory
+            return detached
+        if not kwargs and all(isinstance(x, cls) for x in args) and len({x.shape for x in args}) == 1:
+            a, b = args[0], args[-1]
+            if operation is aten.add.Tensor:
+                return cls(a, a.reads + b.reads)
+            reads_in_place = {aten.add_.Tensor: a.reads + b.reads, aten.copy_.default: b.reads,
+                              aten.zero_.default: []}
+            if operation in reads_in_place:
+                a.reads[:] = reads_in_place[operation]
+                return a
+            if operation is aten.isnan.default:  # by detect_anomaly, which only needs one bool
+                return a.bound().isnan()
+        name = operation.name()
+        raise ValueError(next((sentence for part, sentence in _REFUSALS.items() if part in name), (
+            f"the gradient of a pool is a list of reads, and {name} would need a tensor as large as the "
+            "pool: leave the pool's values out, or use values.grad.to_dense()")))
+
+    def share_memory_(self):
+        raise ValueError("the gradient of a pool cannot be in shared memory: set it to None first")
 
 
 # --- the optimiser ------------------------------------------------------------------------------------------
@@ -307,7 +267,6 @@ class PoolOptimizer(torch.optim.Optimizer):
     def __init__(self, params, lr: float, kind: str = "rowwise", value_blocks: int = 8,
                  betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-12,
                  stochastic_rounding: bool = False, seed: int = 0, kernel: str = "auto"):
-        keep_freed_memory()
         super().__init__(params, dict(lr=lr, kind=kind, value_blocks=value_blocks, betas=betas, eps=eps,
                                       stochastic_rounding=stochastic_rounding, seed=seed, kernel=kernel))
 
@@ -320,9 +279,9 @@ class PoolOptimizer(torch.optim.Optimizer):
             raise
 
     def _check(self, group: dict) -> None:
-        numbers = [("lr", group["lr"], math.inf), ("eps", group["eps"], math.inf),
-                   *((f"betas[{i}]", beta, 1) for i, beta in enumerate(group["betas"]))]
-        for name, value, limit in numbers:
+        beta1, beta2 = group["betas"]
+        for name, value, limit in (("lr", group["lr"], math.inf), ("eps", group["eps"], math.inf),
+                                   ("betas[0]", beta1, 1), ("betas[1]", beta2, 1)):
             if not 0 <= value < limit:
                 raise ValueError(f"{name}={value} must be at least 0 and less than {limit}")
         if group["kind"] not in ("rowwise", "adam", "sgd"):
@@ -350,6 +309,7 @@ class PoolOptimizer(torch.optim.Optimizer):
         return counts | {name: torch.zeros(shape, dtype=dtype, device=p.device)
                          for name, shape in self._moments(p, group).items()}
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure=None):
         """One step on all pools that were read. closure: as for torch's optimisers. Returns its loss."""
@@ -361,10 +321,13 @@ class PoolOptimizer(torch.optim.Optimizer):
         if not all(isinstance(p.grad, FactoredGradient) for p, _ in params):
             raise ValueError("a parameter of PoolOptimizer has an ordinary gradient: give PoolOptimizer "
                              "pool.parameters(), and nothing else")
+        for p, group in params:
+            if p in self.state:
+                self._check_state(p, group, self.state[p])
+            else:
+                self.state[p] = self._new_state(p, group)
         bounds = [p.grad.bound() for p, _ in params]
         for p, group in params:
-            if p not in self.state:
-                self.state[p] = self._new_state(p, group)
             state = self.state[p]
             finite = torch.stack([bound.to(p.device) for bound in bounds]).amax().square().isfinite()
             state["step"] += finite
@@ -385,17 +348,121 @@ class PoolOptimizer(torch.optim.Optimizer):
             for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
                 if saved.get("kind") != group["kind"]:
                     raise ValueError(f"the state is from kind={saved.get('kind')!r}, not {group['kind']!r}")
+                saved = saved | {"kernel": group["kernel"]}  # which depends on the machine
+                self._check(group | saved | {"params": group["params"]})
                 for p, number in zip(group["params"], saved["params"], strict=False):
                     self._check_state(p, group, state_dict["state"].get(number))
+        kernels = [group["kernel"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         # torch has cast the moments to the dtype of the values, which may have fewer bits
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+        for group, saved, kernel in zip(self.param_groups, state_dict["param_groups"], kernels, strict=True):
+            group["kernel"] = kernel
             for p, number in zip(group["params"], saved["params"], strict=True):
                 for name, value in state_dict["state"].get(number, {}).items():
                     self.state[p][name] = value.to(p.device)
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # options that are newer than a saved state
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
     def _check_state(self, p, group: dict, state: dict | None) -> None:
         expected = {"step": (), "skipped": ()} | self._moments(p, group)
-        shapes = expected if state is None else {name: tuple(x.shape) for name, x in state.items()}
+        shapes = {name: tuple(getattr(x, "shape", "?")) for name, x in (state or {}).items()} or expected
         if shapes != expected:
             raise ValueError(f"the state has the shapes {shapes}, and this pool needs {expected}")
+
+
+# --- how much is in use -------------------------------------------------------------------------------------
+
+class MemoryUsage(nn.Module):
+    """How much of a pool was used since `reset`, by the measures of Lample et al. 2019, section 4.2."""
+
+    def __init__(self, num_values: int, device=None):
+        super().__init__()
+        device = torch.device(device or torch.get_default_device())
+        if device.type == "meta":  # a checkpoint will give the values, but no counts
+            device = "cpu"
+        total_weight = torch.zeros(num_values, dtype=torch.float32, device=device)
+        self.register_buffer("total_weight", total_weight, persistent=False)
+
+    def add(self, indices, weights) -> None:
+        weights = weights.detach().abs().flatten()  # PEER has negative weights too
+        self.total_weight.index_add_(0, indices.flatten(), weights.to(self.total_weight))
+
+    def reset(self) -> None:
+        self.total_weight.zero_()
+
+    reset_parameters = reset  # for whoever makes a module real with to_empty()
+
+    def summary(self) -> tuple[float, float]:
+        """
+        Returns (share of the slots that were read, KL divergence in nats of their use from uniform use). The
+        divergence is 0 if all slots are used alike, and ln(num_values) if one slot does all the work. Returns
+        (0, 0) if nothing was read.
+        """
+        used = self.total_weight[self.total_weight > 0].double()
+        if len(used) == 0:
+            return 0.0, 0.0
+        p = used / used.sum()
+        num_values = len(self.total_weight)
+        return len(used) / num_values, math.log(num_values) + (p * p.log()).sum().item()
+
+    def _apply(self, fn, recurse=True):
+        """Follows the model to another device, but stays float32: small numbers would be lost in bfloat16."""
+        before = self.total_weight
+        super()._apply(fn, recurse)
+        if self.total_weight.dtype != before.dtype:
+            self.total_weight = before.to(self.total_weight.device)
+        return self
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+_USE_POOL_OPTIMIZER = ("only PoolOptimizer can learn the values of a pool: give every other optimiser all "
+                       "parameters except the pool's values")
+_NO_CLIPPING = ("the gradient of a pool cannot be clipped: leave the pool's values out of clipping. The "
+                "rowwise and adam steps of PoolOptimizer do not depend on the scale of the gradient")
+_NO_SCALING = "the gradient of a pool cannot be scaled: scale the loss instead"
+_REFUSALS = {  # part of the name of a PyTorch operation -> what to do instead; the first match counts
+    "vector_norm": _NO_CLIPPING,
+    "foreach_norm": _NO_CLIPPING,
+    "clamp": _NO_CLIPPING,
+    "mul.out":  # DistributedDataParallel multiplies each gradient by 1 / processes
+        "DistributedDataParallel cannot average the gradient of a pool: make the pool a ShardedPool and wrap "
+        "the model with data_parallel, both from runtime/distributed.py",
+    "lerp": _USE_POOL_OPTIMIZER,
+    "addcmul": _USE_POOL_OPTIMIZER,
+    "fused": _USE_POOL_OPTIMIZER,
+    "add":
+        "the gradient of a pool can only be added to another gradient of this pool, without alpha. A loss "
+        "must not use pool.values itself, for example to penalise their size, but only what a layer reads",
+    "mul": _NO_SCALING,
+    "div": _NO_SCALING,
+}
+
+
+def _refuse_other_optimizers(optimizer, args, kwargs):
+    """Before the step of any optimiser, because AdamW would first decay the values and only then fail."""
+    if isinstance(optimizer, PoolOptimizer):
+        return None
+
+    def check():
+        for group in optimizer.param_groups:
+            if any(isinstance(p.grad, FactoredGradient) for p in group["params"]):
+                raise ValueError(f"{type(optimizer).__name__}: {_USE_POOL_OPTIMIZER}")
+
+    def checked(closure):
+        def run():
+            loss = closure()
+            check()
+            return loss
+        return run
+
+    check()
+    return (tuple(checked(x) if callable(x) else x for x in args),
+            {name: checked(x) if callable(x) else x for name, x in kwargs.items()})
+
+
+register_optimizer_step_pre_hook(_refuse_other_optimizers)

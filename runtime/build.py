@@ -114,7 +114,6 @@ def load_model(checkpoint: Path, model: GPT, file: str = "") -> None:
         state["pool.values"] = stored = load_pool(checkpoint, columns_group(model.pool))["values"]
         if file:
             state["pool.values"] = values_in_file(stored, file).copy_(stored)
-        make_usage_real(model.pool)
     model.load_state_dict(state, assign=True)
 
 
@@ -138,14 +137,5 @@ def pool_in_file(pool_class, path: str, *arguments, **options) -> ValuePool:
     """pool_class(*arguments, **options), with its values drawn in a file."""
     pool = pool_class(*arguments, **options, device="meta")
     pool.values = nn.Parameter(values_in_file(pool.values, path))
-    make_usage_real(pool)
     pool.reset_parameters()
     return pool
-
-
-def make_usage_real(pool: ValuePool) -> None:
-    """
-    Gives memory to the counts of a pool that was built on the meta device; checkpoints do not hold them.
-    """
-    pool.usage.to_empty(device="cpu")
-    pool.usage.reset()

@@ -15,7 +15,6 @@ around a pool is not supported.
 """
 
 import atexit
-import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +121,6 @@ class Group:
         return self._all_to_all(x.unflatten(0, (self.size, -1))).sum(0)
 
 
-@functools.cache
 def make_groups(group_size: int) -> tuple[Group, Group]:
     """
     Each group_size neighbouring ranks share the columns of a pool. Returns this process's group of these, and
@@ -170,8 +168,11 @@ class ShardedPool(ValuePool):
     gradients.
 
     group_size: G, neighbouring ranks that share one pool; 0: all processes. If there are more processes, each
-    group has a copy of the pool, and all copies get the same updates. All processes must make their pools in
-    the same order. The other arguments are those of ValuePool. Raises a ValueError if sizes do not divide.
+    group has a copy of the pool, and all copies get the same updates. The other arguments are those of
+    ValuePool. Raises a ValueError if sizes do not divide.
+
+    All processes must do the same with it, in the same order: make it, call it (in evaluation too) and ask
+    for usage.summary(), because each of these waits for the others.
     """
 
     def __init__(self, num_values: int, value_dim: int, dtype: torch.dtype = torch.float32,
@@ -201,8 +202,9 @@ class ShardedPool(ValuePool):
     @torch.compiler.disable
     def forward(self, indices, weights):
         group = self.columns_group
+        indices = self.check(indices, weights, weights.shape)
         self.count(indices, weights)
-        indices = group.all_gather(indices.int())  # (G*N, bag)
+        indices = group.all_gather(indices)  # (G*N, bag)
         weights = _Exchange.apply(weights, group.all_gather, group.reduce_scatter)  # (G*N, bag)
         y = GatherSum.apply(self._shared_values(), indices, weights, self.kernel)  # (G*N, V/G)
         return _Exchange.apply(y, group.columns_to_tokens, self._tokens_to_columns)  # (N, V)
@@ -210,14 +212,16 @@ class ShardedPool(ValuePool):
     @torch.compiler.disable
     def dot(self, indices, x):
         group = self.columns_group
-        indices = group.all_gather(indices.int())  # (G*N, bag)
+        indices = self.check(indices, x, (len(x), indices.size(-1)))
+        indices = group.all_gather(indices)  # (G*N, bag)
         x = _Exchange.apply(x, group.tokens_to_columns, group.columns_to_tokens)  # (G*N, V/G)
         dots = GatherDot.apply(self._shared_values(), indices, x, self.kernel)  # (G*N, bag): of these columns
         return _Exchange.apply(dots, group.reduce_scatter, group.all_gather)  # (N, bag)
 
     def _tokens_to_columns(self, dy):
         # 0 * inf is nan, and reaches all columns of the token: so all processes skip the step
-        return self.columns_group.tokens_to_columns(dy + 0 * dy.sum(1, keepdim=True))
+        poison = 0 * dy.float().sum(1, keepdim=True)
+        return self.columns_group.tokens_to_columns(dy + poison.to(dy.dtype))
 
     def _shared_values(self):
         """The values. Their gradient holds the reads of all processes that have these columns."""
@@ -257,17 +261,23 @@ def replicas_group(pool: ValuePool) -> Group:
 def data_parallel(model: nn.Module, **options) -> nn.Module:
     """
     The model in DistributedDataParallel, which leaves the pools in it alone: it neither copies their columns
-    from one process to another nor averages their gradients. options: for DistributedDataParallel. A process
-    that is alone gets the model itself. Every pool in the model must be a ShardedPool, otherwise a
-    ValueError.
+    from one process to another nor averages their gradients. options: for DistributedDataParallel; with
+    init_sync=False, all processes must have started with the same seed.
+
+    Where there is nothing to average (one process, or nothing but pools learns), returns the model itself.
+    Raises a ValueError for a pool that is not a ShardedPool of the processes that are connected now.
     """
     if world_size() == 1:
         return model
     ignored = set()
     for name, module in model.named_modules():
         if isinstance(module, ValuePool):
-            if not isinstance(module, ShardedPool):
-                raise ValueError(f"{name} is a ValuePool: on many processes it must be a ShardedPool")
+            groups = columns_group(module), replicas_group(module)
+            if groups[0].size * groups[1].size != world_size():
+                raise ValueError(f"{name or 'the model'} must be a ShardedPool that was made after the "
+                                 "processes were connected")
+            if options.get("init_sync", True) and groups[1].size > 1:  # as DDP does with all other parameters
+                dist.broadcast(module.values.detach(), group_src=0, group=groups[1].handle)
             prefix = f"{name}." if name else ""
             ignored |= {f"{prefix}values", f"{prefix}usage.total_weight"}
     if not any(p.requires_grad for name, p in model.named_parameters() if name not in ignored):

@@ -202,6 +202,42 @@ def test_a_bare_ddp_around_a_pool_ends_in_an_error_before_any_step():
     assert ended.out == ["True\n" * 7] * 2, ended.out
 
 
+STARTED_APART = """
+import torch
+import torch.distributed as dist
+from memory import MemoryLayer
+from runtime import distributed
+from runtime.distributed import RANK, ShardedPool, data_parallel
+class Model(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.pool, self.layer = ShardedPool(36, 8, **options), MemoryLayer(8, 6, 2, 3, 4, 8)
+    def forward(self, x):
+        return self.layer(x, self.pool)
+early = Model()
+distributed.start("cpu")
+try:
+    data_parallel(early)
+except ValueError as error:
+    print("after the processes were connected" in str(error))
+torch.manual_seed(RANK)
+model = Model(group_size=1)
+data_parallel(model)(torch.randn(5, 8)).sum().backward()
+values = model.pool.values
+for tensor in (values.detach(), values.grad.to_dense(), model.layer.out.weight.detach()):
+    both = [torch.empty_like(tensor) for _ in range(2)]
+    dist.all_gather(both, tensor)
+    print(torch.equal(*both))
+"""
+
+
+def test_copies_of_a_pool_start_equal_and_a_pool_from_before_the_start_is_refused():
+    """Seeds often differ between processes. DDP then copies the first one's weights, and so does the pool."""
+    ended = Processes(2, STARTED_APART).wait()
+    assert ended.status == [0, 0], ended.err
+    assert ended.out == ["True\n" * 4] * 2
+
+
 def test_a_process_that_is_alone_needs_no_group():
     torch.manual_seed(0)
     pool = ShardedPool(9, 4)

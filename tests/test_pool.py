@@ -241,6 +241,64 @@ def test_a_step_between_forward_and_backward_is_an_error(side):
         second.sum().backward()
 
 
+@pytest.mark.parametrize("dot", [False, True])
+def test_a_finished_backward_does_not_depend_on_its_inputs(dot):
+    """Otherwise an optimiser that changes leaf weights, or a buffer used again, would change the gradient."""
+    pool = ValuePool(36, 8)
+    indices = torch.randint(36, (5, 3), dtype=torch.int32)
+    other = nn.Parameter(torch.randn(5, 8) if dot else torch.randn(5, 3))
+    y = pool.dot(indices, other) if dot else pool(indices, other)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    dense = pool.values.grad.to_dense()
+    torch.optim.SGD([other], lr=1.0).step()
+    indices.zero_()
+    dy.zero_()
+    assert torch.equal(pool.values.grad.to_dense(), dense)
+
+
+def test_a_gradient_that_autograd_shares_with_another_parameter_stays_as_it_was():
+    """
+    Through two views, autograd gives one tensor to the bias and to the read. It later adds to the bias's
+    gradient in place, and clipping scales it in place.
+    """
+    pool, bias = ValuePool(36, 8), nn.Parameter(torch.zeros(40))
+    values = pool.values.detach().clone().requires_grad_()
+    for seed in range(2):
+        g = torch.Generator().manual_seed(seed)
+        indices, weights = torch.randint(36, (5, 3), generator=g), torch.rand(5, 3, generator=g)
+        t = torch.randn(1, 5, 8, generator=g)
+        ((pool(indices, weights).view(1, 5, 8) + bias.view(1, 5, 8)) * t).sum().backward()
+        ((weights.unsqueeze(-1) * values[indices]).sum(1).view(1, 5, 8) * t).sum().backward()
+    torch.testing.assert_close(pool.values.grad.to_dense(), values.grad)
+    nn.utils.clip_grad_norm_([bias], 1e-3)
+    torch.testing.assert_close(pool.values.grad.to_dense(), values.grad)
+
+
+@pytest.mark.parametrize("indices, other, error", [
+    ([[36, 0]], torch.ones(1, 2), IndexError),
+    ([[-1, 0]], torch.ones(1, 2), IndexError),
+    ([[2**32 + 1, 0]], torch.ones(1, 2), IndexError),
+    ([[1.5, 0]], torch.ones(1, 2), ValueError),
+    ([[True, False]], torch.ones(1, 2), ValueError),
+    ([[1, 0]], torch.ones(1, 2, dtype=torch.int64), ValueError),
+    ([[1, 0]], torch.ones(1, 2, dtype=torch.complex64), ValueError),
+    ([[1, 0]], torch.ones(2, 1), ValueError),
+    ([1, 0], torch.ones(2), ValueError),
+    ([[]], torch.ones(1, 0), ValueError),
+])
+def test_a_read_of_nonsense_is_an_error_and_counts_nothing(indices, other, error):
+    """A wrong index would read foreign memory, and the optimiser would write there."""
+    pool, indices = ValuePool(36, 8), torch.tensor(indices)
+    if indices.numel() == 0:
+        indices = indices.long()
+    with pytest.raises(error):
+        pool(indices, other)
+    assert not pool.usage.total_weight.any()
+    with pytest.raises(error):
+        pool.dot(indices, torch.ones(1, 8, dtype=other.dtype) if other.shape == (1, 2) else other)
+
+
 # --- what PyTorch's tools do with gradients -----------------------------------------------------------------
 
 @pytest.mark.parametrize("convert", [
@@ -291,6 +349,92 @@ def test_anomaly_mode_finds_a_nan_and_nothing_else(model):
         y = model.pool(torch.zeros(1, 2, dtype=torch.int64), torch.rand(1, 2).double())
         with pytest.raises(RuntimeError, match="nan values"):
             (y * math.nan).sum().backward()
+
+
+def test_a_parameter_that_two_modules_hold_is_converted_with_its_gradient(model):
+    """The other module's own _apply meets the gradient first."""
+    holder = nn.Module()
+    holder.table, holder.model = nn.Module(), model
+    holder.table.values = model.pool.values
+    loss_of(model).backward()
+    exact = model.pool.values.grad.to_dense()
+    holder.float()
+    assert model.pool.values.grad.dtype == torch.float32
+    torch.testing.assert_close(model.pool.values.grad.to_dense().double(), exact, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="shared memory"):
+        holder.share_memory()
+
+
+def test_a_conversion_that_fails_keeps_the_gradient(model):
+    def fail(x):
+        raise RuntimeError("out of memory")
+
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model._apply(fail)
+    assert len(model.pool.values.grad.reads) == 2
+
+
+def test_a_model_that_was_made_without_memory_trains_once_it_has_weights(model):
+    stored = model.state_dict()
+    with torch.device("meta"):
+        loaded = Model()
+    loaded.load_state_dict(stored, assign=True)
+    loss_of(loaded).backward()
+    loss_of(model).backward()
+    assert torch.equal(loaded.pool.values.grad.to_dense(), model.pool.values.grad.to_dense())
+    assert torch.equal(loaded.pool.usage.total_weight, model.pool.usage.total_weight)
+    with torch.device("meta"):
+        empty = Model()
+    empty.to_empty(device="cpu")
+    for module in empty.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert not empty.pool.usage.total_weight.any()
+    assert all(p.isfinite().all() and p.any() for p in empty.parameters())
+
+
+@pytest.mark.parametrize("of_values, of_model", itertools.permutations([torch.float32, torch.float64], 2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pool_learns_with_a_model_of_another_dtype_and_after_a_conversion(of_values, of_model, kind):
+    torch.manual_seed(0)
+    model = Model().to(of_model)
+    model.pool.to(of_values)
+    optimizer = PoolOptimizer(model.pool.parameters(), lr=0.1, kind=kind)
+    for values_dtype in (of_values, of_model):
+        model.pool.to(values_dtype)
+        before = model.pool.values.detach().clone()
+        optimizer.zero_grad()
+        model(torch.randn(5, 8, dtype=of_model)).square().mean().backward()
+        optimizer.step()
+        assert model.pool.values.isfinite().all() and not torch.equal(model.pool.values, before)
+
+
+def test_other_optimizers_are_refused_before_they_change_anything_also_with_a_closure(model):
+    before = model.pool.values.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+
+    def closure():
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    with pytest.raises(ValueError, match="AdamW: only PoolOptimizer"):
+        optimizer.step(closure)
+    assert torch.equal(model.pool.values, before)
+    dense = torch.optim.AdamW(model.dense_parameters(), lr=0.1)
+    assert dense.step(closure) == loss_of(model).detach() or dense.state
+
+
+def test_grad_scaler_refuses_an_optimizer_of_everything_before_it_changes_anything(model):
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler.scale(loss_of(model)).backward()
+    gradients = [p.grad.clone() for p in model.dense_parameters()], model.pool.values.grad.to_dense()
+    with pytest.raises(ValueError, match="only PoolOptimizer"):
+        scaler.unscale_(optimizer)
+    assert all(map(torch.equal, gradients[0], (p.grad for p in model.dense_parameters())))
+    assert torch.equal(gradients[1], model.pool.values.grad.to_dense())
 
 
 @pytest.mark.parametrize("misuse, message", [
@@ -524,6 +668,24 @@ def test_a_state_that_does_not_fit_is_refused():
         adam.load_state_dict(state(ValuePool(25, 16), "adam"))
 
 
+def test_options_come_from_the_state_except_the_kernel_and_are_checked():
+    pool = ValuePool(25, 16)
+    saved = PoolOptimizer(pool.parameters(), lr=0.3, betas=(0.5, 0.7)).state_dict()
+    saved["param_groups"][0] |= {"kernel": "triton"}
+    del saved["param_groups"][0]["eps"]  # an older file
+    optimizer = PoolOptimizer(pool.parameters(), lr=0.1, kernel="torch")
+    optimizer.load_state_dict(saved)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["kernel"], group["eps"]) == (0.3, (0.5, 0.7), "torch", 1e-12)
+    learn(pool, optimizer, 1)
+    saved["param_groups"][0] |= {"stochastic_rounding": True}
+    with pytest.raises(ValueError, match="for bfloat16"):
+        optimizer.load_state_dict(saved)
+    group["kind"] = "adam"
+    with pytest.raises(ValueError, match="shapes"):
+        learn(pool, optimizer, 2)
+
+
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("kind", KINDS)
@@ -552,6 +714,19 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(kind, bad,
         assert all(torch.equal(after[name], state[name]) for name in state if name != "skipped")
     step(1.0)
     assert optimizer.skipped_steps == 1 and not torch.equal(pools[1].values, before[1][0])
+
+
+@pytest.mark.parametrize("weight, dy", [(1e20, 1e20), (3e38, 10.0), (1.0, 1e20)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_whose_product_or_square_overflows_changes_nothing(kind, weight, dy):
+    """Its parts are finite. A second moment of inf would never go away."""
+    pool = ValuePool(25, 16)
+    optimizer = PoolOptimizer(pool.parameters(), lr=0.1, kind=kind)
+    before = pool.values.detach().clone()
+    pool(torch.tensor([[0, 1]]), torch.full((1, 2), weight)).backward(torch.full((1, 16), dy))
+    optimizer.step()
+    assert torch.equal(pool.values, before) and optimizer.skipped_steps == 1
+    assert not any(x.any() for name, x in optimizer.state[pool.values].items() if name != "skipped")
 
 
 def test_weights_that_are_not_finite_are_noticed_too():
@@ -673,6 +848,28 @@ def test_two_layers_compiled_as_one_model_leave_the_reads_that_eager_leaves():
         model.zero_grad()
         compiled(x).square().mean().backward()
         torch.testing.assert_close(model.pool.values.grad.to_dense(), eager)
+
+
+def test_a_compiled_training_step_learns_as_the_eager_one():
+    """With backward and the optimiser inside of what is compiled."""
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Model(ValuePool(64**2, 8))
+        model.layers = nn.ModuleList(MemoryLayer(8, 64, 2, 3, 4, 8) for _ in range(2))
+        optimizer = PoolOptimizer(model.pool.parameters(), lr=0.1, kind="sgd")
+
+        def step(x, model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+        if compiled:
+            step = torch.compile(step, backend="aot_eager")
+        for _ in range(3):
+            step(torch.randn(5, 8))
+        results.append(model.pool.values.detach())
+    torch.testing.assert_close(*results)
 
 
 def test_three_files_copied_into_an_empty_folder_work(tmp_path):

@@ -269,6 +269,7 @@ class PoolOptimizer(torch.optim.Optimizer):
                  stochastic_rounding: bool = False, seed: int = 0, kernel: str = "auto"):
         super().__init__(params, dict(lr=lr, kind=kind, value_blocks=value_blocks, betas=betas, eps=eps,
                                       stochastic_rounding=stochastic_rounding, seed=seed, kernel=kernel))
+        self._skipped = 0  # becomes a number on the device, so that the CPU need not wait for it
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
@@ -305,9 +306,9 @@ class PoolOptimizer(torch.optim.Optimizer):
 
     def _new_state(self, p, group: dict) -> dict[str, torch.Tensor]:
         dtype = torch.promote_types(p.dtype, torch.float32)
-        counts = {name: torch.zeros((), dtype=torch.int64, device=p.device) for name in ("step", "skipped")}
-        return counts | {name: torch.zeros(shape, dtype=dtype, device=p.device)
-                         for name, shape in self._moments(p, group).items()}
+        step = {"step": torch.zeros((), dtype=torch.int64, device=p.device)}
+        return step | {name: torch.zeros(shape, dtype=dtype, device=p.device)
+                       for name, shape in self._moments(p, group).items()}
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -321,26 +322,28 @@ class PoolOptimizer(torch.optim.Optimizer):
         if not all(isinstance(p.grad, FactoredGradient) for p, _ in params):
             raise ValueError("a parameter of PoolOptimizer has an ordinary gradient: give PoolOptimizer "
                              "pool.parameters(), and nothing else")
+        if not params:
+            return loss
         for p, group in params:
             if p in self.state:
                 self._check_state(p, group, self.state[p])
             else:
                 self.state[p] = self._new_state(p, group)
-        bounds = [p.grad.bound() for p, _ in params]
+        # one test for all pools: the square, because a second moment of inf would never go away
+        finite = sum(p.grad.bound().to(params[0][0].device) for p, _ in params).square().isfinite()
+        self._skipped = self._skipped + (~finite).long()
         for p, group in params:
-            state = self.state[p]
-            finite = torch.stack([bound.to(p.device) for bound in bounds]).amax().square().isfinite()
-            state["step"] += finite
-            state["skipped"] += ~finite
+            state, learns = self.state[p], finite.to(p.device)
+            state["step"] += learns
             seed = group["seed"] if group["stochastic_rounding"] else None
-            scatter_update(p, p.grad.reads, state, group["lr"], group["betas"], group["eps"], seed, finite,
+            scatter_update(p, p.grad.reads, state, group["lr"], group["betas"], group["eps"], seed, learns,
                            group["kernel"])
         return loss
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that changed nothing because a gradient was not finite."""
-        return max((int(state["skipped"]) for state in self.state.values()), default=0)
+        """Steps that changed nothing because a gradient was not finite, since this optimiser was made."""
+        return int(self._skipped)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """A state from another kind of optimiser, or from a pool of another size, is a ValueError."""
@@ -363,12 +366,13 @@ class PoolOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self._skipped = 0
         for group in self.param_groups:  # options that are newer than a saved state
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
     def _check_state(self, p, group: dict, state: dict | None) -> None:
-        expected = {"step": (), "skipped": ()} | self._moments(p, group)
+        expected = {"step": ()} | self._moments(p, group)
         shapes = {name: tuple(getattr(x, "shape", "?")) for name, x in (state or {}).items()} or expected
         if shapes != expected:
             raise ValueError(f"the state has the shapes {shapes}, and this pool needs {expected}")

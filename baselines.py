@@ -111,7 +111,7 @@ class HashedMemory(nn.Module):
         return (high * self.num_values) >> 31
 
     def forward(self, x: torch.Tensor, pool: ValuePool, token: torch.Tensor, previous: torch.Tensor):
-        """x (..., C), token and previous (...): ids of this token and of the one before -> (..., C)."""
+        """x (..., C), token and previous (...): ids of this token and of the previous one -> (..., C)."""
         check_pool(pool, self.num_values, self.value_dim)
         scores = self.score(x).flatten(0, -2).unflatten(1, (self.heads, self.knn))  # (N, H, K)
         y = pool(self.hash(token.flatten(), previous.flatten()), scores.softmax(-1).flatten(1))

@@ -2,7 +2,7 @@
 What does a model need of each of many GPUs? Estimates memory, traffic and time. Nothing here is measured.
 
     python -m experiments.plan             the largest memory of Berges et al. 2024 on 64 GPUs
-    python -m experiments.plan --help      the options: those of the model, and those of the machine
+    python -m experiments.plan --help      all options, of the model and of the machine
 
 The default model has 64M slots of 2,048 numbers beside a GPT of 1.3B parameters, with the vocabulary of
 Llama 3.

@@ -1,4 +1,4 @@
-"""experiments/plan.py: its bytes are those of the code, and it says what fits."""
+"""experiments/plan.py: counts the bytes that the code really sends, and says what fits."""
 
 import pytest
 import torch

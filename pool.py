@@ -280,11 +280,12 @@ class PoolOptimizer(torch.optim.Optimizer):
             raise
 
     def _check(self, group: dict) -> None:
-        beta1, beta2 = group["betas"]
-        for name, value, limit in (("lr", group["lr"], math.inf), ("eps", group["eps"], math.inf),
-                                   ("betas[0]", beta1, 1), ("betas[1]", beta2, 1)):
-            if not 0 <= value < limit:
-                raise ValueError(f"{name}={value} must be at least 0 and less than {limit}")
+        if not 0 <= group["lr"] < math.inf:
+            raise ValueError(f"lr={group['lr']} must be at least 0 and finite")
+        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas={group['betas']} must be two numbers of at least 0 and less than 1")
+        if not 0 < group["eps"] < math.inf:  # with 0, a gradient of 0 would be divided by 0
+            raise ValueError(f"eps={group['eps']} must be more than 0")
         if group["kind"] not in ("rowwise", "adam", "sgd"):
             raise ValueError(f"kind={group['kind']!r} must be 'rowwise', 'adam' or 'sgd'")
         check_kernel(group["kernel"])

@@ -202,6 +202,7 @@ class FactoredGradient(torch.Tensor):
         return sum(bounds, torch.zeros((), device=self.device))
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         """Does on the list of reads what PyTorch does with gradients: copy, add, zero. Refuses the rest."""
         aten = torch.ops.aten

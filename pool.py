@@ -67,7 +67,7 @@ class ValuePool(nn.Module):
         for rows in self.values.split(4096):
             rows.copy_(torch.randn(len(rows), self.value_dim, device=rows.device) * self.value_dim**-0.5)
 
-    @torch.compiler.disable  # a compiled backward could reuse the memory of dy, which the read still needs
+    @torch.compiler.disable  # a compiled graph cannot hold a gradient that is a list of reads
     def forward(self, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """indices (N, bag), weights (N, bag) -> weighted sums of rows (N, value_dim), in weights' dtype."""
         indices = self.check(indices, weights, weights.shape)
@@ -91,7 +91,8 @@ class ValuePool(nn.Module):
         if indices.dtype not in (torch.int32, torch.int64) or not other.is_floating_point():
             raise ValueError(f"indices must be int32 or int64 and the other argument floating point, not "
                              f"{indices.dtype} and {other.dtype}")
-        check_indices(indices, self.num_values)
+        if indices.is_cpu:
+            check_indices(indices, self.num_values)
         return indices.int()
 
     def count(self, indices, weights) -> None:

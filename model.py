@@ -36,7 +36,7 @@ class GPTConfig:
     dropout: float = 0.0  # share of activations dropped in training
     bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2
     mlp_width: int = 0  # hidden units of an MLP; 0: 4 * n_embd
-    scale_embeddings: bool = True  # multiply by sqrt(n_embd), so that blocks do not drown out the token
+    scale_embeddings: bool = False  # multiply by sqrt(n_embd), so that blocks do not drown out the token
 
     mem_layers: tuple[int, ...] = ()  # blocks with a memory layer, from 0; the papers spread 3 over the depth
     mem_kind: Literal["product-key", "peer", "hash"] = "product-key"  # see memory.py and baselines.py
@@ -46,7 +46,7 @@ class GPTConfig:
     mem_key_dim: int = 32  # width of a query, both halves together; not for hash
     mem_swilu: bool = True  # gate what was read, as Memory+ does; not for peer
     mem_qk_norm: bool = True  # normalise queries and keys, so that all slots come into use; not for hash
-    mem_query: Literal["state", "shifted", "tokens"] = "shifted"  # see query_sources in model.py
+    mem_query: Literal["state", "shifted", "tokens"] = "state"  # see query_sources in model.py
     mem_mode: Literal["replace", "add"] = "replace"  # replace the MLP, or stand beside it
     mem_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the pool's values
     kernel: Literal["auto", "triton", "torch"] = "auto"  # auto: triton on a GPU, otherwise torch

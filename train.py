@@ -37,7 +37,7 @@ from runtime.log import RunLog, one_line_errors, print_once, print_start, stop_s
 
 @dataclass
 class TrainConfig(GPTConfig):
-    mem_layers: tuple[int, ...] = (0, 1)  # blocks with a memory layer, counted from 0; none: a dense GPT
+    mem_layers: tuple[int, ...] = (0, 2)  # blocks with a memory layer, counted from 0; none: a dense GPT
     dataset: str = "facts"  # the folder under data/
     out_dir: str = "out/facts"  # where the log, the figure and the checkpoints go
     resume: bool = False  # continue from the newest checkpoint in out_dir, if there is one

@@ -45,26 +45,33 @@ from train import TrainConfig
 ROOT = Path(__file__).resolve().parents[1]
 RUN_OPTIONS = dict(lr=0.0, seed=0, out_dir="", resume=True, keep=1)  # these differ between runs of one model
 
+# Memory+ as published: the query comes from this token's state, and the memory layers are spread
+PUBLISHED = dict(mem_query="state", scale_embeddings=False, mem_layers=(0, 2))
+# What helps on facts: half of the query comes from the previous token, and memory stands in the first blocks
+SHIFTED = dict(mem_query="shifted", scale_embeddings=True, mem_layers=(0, 1))
 UNSCALED = dict(scale_embeddings=False)  # better on facts for the models without learnt keys
 
-# Each model as options of train.py, whose defaults are memory+: memory in two of three blocks. All models
-# except dense-2x cost the same multiply-adds per token (on facts to 1%). A memory layer costs less than an
-# MLP, so the remaining MLPs are wider. Larger pools have narrower queries
+# Each model as options of train.py, on top of the options of its experiment. All models except dense-2x cost
+# the same multiply-adds per token (on facts to 1%). A memory layer costs less than an MLP, so the remaining
+# MLPs are wider. Larger pools have narrower queries
 MODELS = {
     "dense": UNSCALED | dict(mem_layers=(), mlp_width=276),
-    "memory+": {},
-    "memory+4x": dict(mem_num_keys=256, mem_key_dim=16, mlp_width=320),
+    "memory+": PUBLISHED,
+    "shifted": {},
+    "tokens": dict(mem_query="tokens"),
+    "shifted-4x": dict(mem_num_keys=256, mem_key_dim=16, mlp_width=320),
     "moe": UNSCALED | dict(mem_layers=(), mlp_width=268, moe_layers=(1, 2)),  # as many parameters as memory+
     "dense-2x": UNSCALED | dict(mem_layers=(), mlp_width=872),
-    "memory+16x": dict(mem_num_keys=512, mem_key_dim=16, mlp_width=64),
-    "memory+-short": dict(max_steps=1500),  # in less time than dense: a step takes less than twice as long
+    "shifted-16x": dict(mem_num_keys=512, mem_key_dim=16, mlp_width=64),
+    "shifted-short": dict(max_steps=1500),  # in less time than dense: a step takes less than twice as long
     "hash": UNSCALED | dict(mem_kind="hash", mlp_width=572),
-    "memory": dict(mem_layers=(0,), mem_swilu=False, mlp_width=288),
+    "shifted-plain": dict(mem_layers=(0,), mem_swilu=False, mlp_width=288),  # one layer, no gate
     "peer": dict(mem_kind="peer", mem_num_keys=90, mlp_width=392),  # an expert is two rows
 }
 ABLATIONS = {
-    "memory+": {},  # each of the others changes one thing, and mlp_width to cost the same
+    "shifted": {},  # each of the others changes one thing, and mlp_width to cost the same
     "mem_query=state": dict(mem_query="state"),
+    "mem_query=tokens": dict(mem_query="tokens"),
     "layers 1 and 2": dict(mem_layers=(1, 2)),
     "value_lr=3e-3": dict(value_lr=3e-3),
     "embeddings not scaled": UNSCALED,
@@ -77,18 +84,18 @@ ABLATIONS = {
     "layers 0 to 2": dict(mem_layers=(0, 1, 2)),
 }
 FACTS = dict(corpus=(facts, FactsConfig(name="facts-4000", people=4000)),
-             options=dict(dataset="facts-4000", eval_interval=250))
+             options=SHIFTED | dict(dataset="facts-4000", eval_interval=250))
 EXPERIMENTS = {
     "facts": FACTS | dict(models=MODELS),
     "ablation": FACTS | dict(options=FACTS["options"] | dict(max_steps=1500), models=ABLATIONS),
     "stdlib": dict(corpus=(stdlib, SplitConfig()),
-                   options=dict(dataset="stdlib", max_steps=2000, eval_interval=250),
-                   models={name: MODELS[name] | dict(scale_embeddings=True)  # better on this text
-                           for name in ("dense", "memory+", "moe", "memory+16x", "hash")}),
+                   options=SHIFTED | dict(dataset="stdlib", max_steps=2000, eval_interval=250),
+                   models={name: MODELS[name] | dict(scale_embeddings=name != "memory+")
+                           for name in ("dense", "memory+", "shifted", "tokens", "moe", "shifted-16x", "hash")}),
     "mqar": dict(corpus=(mqar, MqarConfig()),  # two layers with one head are enough to learn this
-                 options=dict(dataset="mqar", n_layer=2, n_head=1, block_size=64, batch_size=32,
-                              max_steps=1000, eval_interval=100),
-                 models={"dense": dict(mem_layers=()), "memory+": dict(mem_layers=(1,)),
+                 options=SHIFTED | dict(dataset="mqar", n_layer=2, n_head=1, block_size=64, batch_size=32,
+                                        max_steps=1000, eval_interval=100),
+                 models={"dense": dict(mem_layers=()), "shifted": dict(mem_layers=(1,)),
                          "moe": dict(mem_layers=(), moe_layers=(1,), moe_experts=64)}),
 }
 

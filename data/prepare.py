@@ -2,7 +2,7 @@
 Makes a corpus ready for train.py: data/NAME/train.bin and val.bin (token ids), meta.json and, where there is
 something to ask, qa.jsonl.
 
-    python data/prepare.py facts --people=2000        generated people and their attributes, with questions
+    python data/prepare.py facts --people=200         generated people and their attributes, with questions
     python data/prepare.py stdlib                     source of the Python standard library on this machine
     python data/prepare.py mqar                       pairs of words, to be recalled from the context
     python data/prepare.py text --input FILE ...      any UTF-8 text; --name=NAME says which folder it goes to
@@ -93,8 +93,11 @@ class Corpus:
 
 
 def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable[str]],
-                 questions: list[dict] | None = None) -> None:
-    """texts('train') and texts('val') start new iterators; a text that ends a document ends with END."""
+                 questions: list[dict] | None = None, note: str = "") -> None:
+    """
+    texts('train') and texts('val') start new iterators; a text that ends a document ends with END. note: a
+    sentence that training prints in the end.
+    """
     if Path(name).name != name or name in ("", ".."):
         fail(f"--name={name} must be a plain name: data/NAME is where the corpus goes")
     folder = DATA / name
@@ -129,7 +132,7 @@ def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable[str]
     if questions:
         lines = "".join(json.dumps(question) + "\n" for question in questions)
         (folder / "qa.jsonl").write_text(lines, encoding="utf-8")
-    meta |= {"options": asdict(config), "encoding": encoding_to_json(encoding)}
+    meta |= {"options": asdict(config), "note": note, "encoding": encoding_to_json(encoding)}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     print(f"{name}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate, "
           f"vocabulary of {encoding.n_vocab:,}" + (f", {len(questions):,} questions" if questions else "")
@@ -178,8 +181,8 @@ ATTRIBUTES = {
 @dataclass
 class FactsConfig(Corpus):
     name: str = "facts"  # the folder under data/
-    people: int = 2000  # each with a name of two parts and four attributes
-    exposures: float = 30.0  # how often each attribute is told in train.bin, mean over people
+    people: int = 200  # each with a name of two parts and four attributes
+    exposures: float = 60.0  # how often each attribute is told in train.bin, mean over people
     zipf: float = 1.0  # the r-th most exposed person is exposed in proportion to r**-zipf; 0 is uniform
     ask: float = 0.25  # share of the exposures that are a question with its answer, and not a statement
     held_out: float = 0.1  # share of the people who are never asked about in train.bin, only stated
@@ -243,7 +246,9 @@ def facts(config: FactsConfig) -> None:
         lines = told if split == "train" else val
         return ("".join(lines[i:i + 1000]) for i in range(0, len(lines), 1000))
 
-    write_corpus(config.name, config, texts, asked)
+    note = ("The validation text tells each fact once, the training text tells the facts of some people most "
+            "often: so the validation loss is above the training loss.")
+    write_corpus(config.name, config, texts, asked, note if config.zipf else "")
 
 
 # --- mqar ---------------------------------------------------------------------------------------------------
@@ -365,6 +370,15 @@ def text(config: TextConfig) -> None:
 
 CORPORA = {"facts": (facts, FactsConfig), "stdlib": (stdlib, SplitConfig), "mqar": (mqar, MqarConfig),
            "text": (text, TextConfig)}
+
+# corpora that training makes when it needs them, by the name of their folder under data/
+READY_MADE = {
+    "facts": (facts, FactsConfig()),
+    "facts-2000": (facts, FactsConfig(name="facts-2000", people=2000, exposures=30.0)),
+    "facts-4000": (facts, FactsConfig(name="facts-4000", people=4000, exposures=30.0)),
+    "stdlib": (stdlib, SplitConfig()),
+    "mqar": (mqar, MqarConfig()),
+}
 
 
 @command

@@ -172,8 +172,14 @@ class RunLog:
         took = duration(time.perf_counter() - self.began)
         print(f"{took} {'since it resumed' if self.start else 'in all'}; "
               f"peak memory {peak_memory(device) / 2**30:.3f} GiB; the pool has {pool / 2**30:.3f} GiB")
-        print(f"log, figure and checkpoints are in {out_dir}; "
-              f"next: python sample.py --out_dir={out_dir}", flush=True)
+        print(f"{out_dir} has the log, the figure loss.png and the checkpoints; ask the model what it knows:\n"
+              f"  {python_command()} sample.py --out_dir={out_dir}", flush=True)
+
+
+def python_command() -> str:
+    """What to type for this Python: a path if it is in the current folder, such as .venv/bin/python."""
+    path = os.path.relpath(sys.executable)
+    return "python" if path.startswith("..") else path
 
 
 def evenness(measured: dict) -> float:

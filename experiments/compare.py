@@ -2,9 +2,11 @@
 Does memory help, where, and at what cost? Trains models of equal cost and prints how well they do.
 
     python -m experiments.compare facts         questions without a text to look at: all models of MODELS
-    python -m experiments.compare ablation      memory+ with one thing changed at a time
+    python -m experiments.compare ablation      shifted with one thing changed at a time
     python -m experiments.compare stdlib        validation loss on the source of Python's standard library
     python -m experiments.compare mqar          words to find in the context: memory should not help here
+    python -m experiments.compare facts-large   200,000 people and larger models: needs a GPU
+    python -m experiments.compare code          the source of all installed Python packages: needs a GPU
     python -m experiments.compare table         tables of all finished runs, without training
     python -m experiments.compare summary       the table in README.md
     python -m experiments.compare facts --help  the options: which models, how many seeds and runs at a time
@@ -100,6 +102,38 @@ EXPERIMENTS = {
                          "moe": dict(mem_layers=(), moe_layers=(1,), moe_experts=64)}),
 }
 
+# Experiments for a GPU, with steps of 64k tokens. By default one learning rate, 2e-3, and one seed.
+# Memory layers stand where the papers have them, spread over the depth. The first four models differ in how
+# slots are chosen, and in mlp_width, so that all models except dense-2x cost the same
+LARGE = dict(n_layer=6, n_embd=256, mem_layers=(1, 3, 5), mem_num_keys=512, mem_key_dim=64, accum_steps=2,
+             log_interval=20, eval_batches=4)
+LARGE_MODELS = {
+    "dense": dict(mem_layers=(), mlp_width=1024),
+    "memory+": dict(mlp_width=1376),  # 2^18 slots; the state chooses them, as published
+    "tokens": dict(mem_query="tokens", mlp_width=1376),
+    "hash": dict(mem_kind="hash", mlp_width=1728),
+}
+SIZES = {
+    "memory+16k": dict(mem_num_keys=128, mlp_width=1568),  # slots
+    "memory+64k": dict(mem_num_keys=256, mlp_width=1504),
+    "memory+1M": dict(mem_num_keys=1024, mlp_width=1120),
+    "memory+4M": dict(mem_num_keys=2048, mlp_width=608),
+    "dense-2x": dict(mem_layers=(), mlp_width=2824),
+    "moe": dict(mem_layers=(), moe_layers=(1, 3, 5), moe_experts=88, mlp_width=1008),  # the size of memory+
+}
+ONE_RUN = dict(lrs=(2e-3,), seeds=1)  # other defaults of CompareConfig
+EXPERIMENTS |= {
+    # 72 M tokens, which a full run sees four times
+    "facts-large": dict(corpus=READY_MADE["facts-large"],
+                        options=LARGE | dict(dataset="facts-large", block_size=128, batch_size=512,
+                                             max_steps=4600, eval_interval=460),
+                        models=LARGE_MODELS | SIZES, defaults=ONE_RUN),
+    "code": dict(corpus=READY_MADE["code"],
+                 options=LARGE | dict(dataset="code", block_size=256, batch_size=256, max_steps=1600,
+                                      eval_interval=100),
+                 models=LARGE_MODELS, defaults=ONE_RUN),
+}
+
 
 @dataclass
 class CompareConfig:
@@ -107,15 +141,23 @@ class CompareConfig:
     lrs: tuple[float, ...] = (4e-3, 8e-3)  # learning rates to try; with a single one there is no tuning
     seeds: int = 3  # runs of each model at its best learning rate
     jobs: int = 2  # runs at the same time, each on its share of the cores
+    max_steps: int = 0  # shorter runs, which have lines of their own; 0: the steps of the experiment
     results: str = "experiments/results"  # folder for the lines of finished runs, relative to the repository
     out: str = "out/compare"  # folder for the runs in progress, relative to the repository
 
     def __post_init__(self):
         at_least(1, self, "seeds", "jobs")
+        at_least(0, self, "max_steps")
         if not self.lrs:
             raise ValueError("lrs must have at least one learning rate")
         self.lrs = tuple(dict.fromkeys(self.lrs))
         self.models = tuple(dict.fromkeys(name for names in self.models for name in names.split(",")))
+
+
+def set_max_steps(experiment: str, steps: int) -> None:
+    """Changes the length of an experiment's runs, and so which lines of results belong to it."""
+    options = EXPERIMENTS[experiment]["options"] | dict(max_steps=steps, eval_interval=max(50, steps // 10))
+    EXPERIMENTS[experiment] = EXPERIMENTS[experiment] | dict(options=options)
 
 
 # --- runs ---------------------------------------------------------------------------------------------------
@@ -150,7 +192,8 @@ def prepare_corpus(experiment: str, rows: list[dict]) -> None:
     if not (folder / "meta.json").exists():
         make(config)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    if meta["options"] != asdict(config):
+    made_with = asdict(type(config)()) | meta["options"]  # a corpus older than an option had its default
+    if made_with != json.loads(json.dumps(asdict(config))):
         fail(f"{folder} was made with other options: move it away, and it is made again")
     # the options do not tell everything: stdlib differs between versions of Python
     if any(row.get("train_tokens") != meta["train_tokens"] for row in rows):
@@ -422,13 +465,15 @@ def main(argv: list[str] | None = None) -> None:
     _, options = parse(CompareConfig, rest, description=__doc__)
     if word in ("table", "summary") and options.keys() - {"results"}:
         fail(f"{word} has only the option --results")
-    config = build(CompareConfig, options)
+    config = build(CompareConfig, EXPERIMENTS.get(word, {}).get("defaults", {}) | options)
     if word == "summary":
         print_summary(config)
     elif word == "table":
         for experiment in EXPERIMENTS:
             print_table(experiment, config)
     else:
+        if config.max_steps:
+            set_max_steps(word, config.max_steps)
         run_all(word, config)
         print_table(word, config)
 

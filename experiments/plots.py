@@ -3,13 +3,14 @@ Draws figures from the lines that experiments leave, and writes them next to the
 
     python -m experiments.plots experiments/results/facts.jsonl   facts.png and facts_more.png
     python -m experiments.plots experiments/results/step.jsonl    step.png
+    python -m experiments.plots FOLDER/facts-large.jsonl          facts-large.png; code.jsonl: code.png
 
 facts.jsonl comes from experiments.compare, step.jsonl from experiments.speed step --json=FILE.
 """
 
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -156,6 +157,61 @@ def draw_slot_use(axis, runs: dict) -> None:
         label_ends(axis, ends)
 
 
+# --- facts-large and code -----------------------------------------------------------------------------------
+
+def runs_of_one_length(path: Path) -> dict[str, list[dict]]:
+    """The runs of each model. Where runs have different lengths: the length that most models have."""
+    rows = [row for row in map(json.loads, open(path, encoding="utf-8")) if row["curve"]]
+    models = Counter(steps for _, steps in {(row["model"], row["options"]["max_steps"]) for row in rows})
+    steps = max(models, key=lambda steps: (models[steps], steps))
+    runs = defaultdict(list)
+    for row in rows:
+        if row["options"]["max_steps"] == steps:
+            runs[row["model"]].append(row)
+    return runs
+
+
+def draw_large(runs: dict) -> Figure:
+    """
+    facts-large: recall against tokens, seconds of training and the number of slots. code: validation loss
+    against tokens. Runs that shared a GPU took longer than a run alone.
+    """
+    def is_size(model):  # memory+ with another number of slots
+        return model.startswith("memory+") and model != "memory+"
+
+    def value(point):
+        return point["recall"]["all"] if has_recall else point["val_loss"]
+
+    has_recall = "recall" in next(iter(runs.values()))[0]["curve"][-1]
+    figure = Figure(figsize=(15 if has_recall else 7, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3 if has_recall else 1, squeeze=False)[0]
+    for axis, name in zip(axes, ("million tokens", "seconds of training"), strict=False):
+        ends = []
+        for model, rows in runs.items():
+            if not is_size(model):
+                unit = 1e6 if axis is axes[0] else rows[0]["tokens_per_second"]
+                curves = [[value(point) for point in row["curve"][1:]] for row in rows]  # [1:]: not step 0
+                x = [point["tokens"] / unit for point in rows[0]["curve"][1:]]
+                ends.append(draw(axis, model, x, curves))
+        axis.set(xlabel=name, ylabel="recall" if has_recall else "validation loss (nats per token)")
+        label_ends(axis, ends)
+    if has_recall:
+        final = {model: [value(row["curve"][-1]) for row in rows] for model, rows in runs.items()}
+        slots = {model: runs[model][0]["options"]["mem_num_keys"]**2
+                 for model in runs if is_size(model) or model == "memory+"}
+        slots = dict(sorted(slots.items(), key=lambda item: item[1]))
+        axes[2].plot(list(slots.values()), [np.mean(final[model]) for model in slots], "s-", color="#0072B2",
+                     label="memory+")
+        for model in runs.keys() - slots.keys():
+            axes[2].axhline(np.mean(final[model]), color=STYLES[model][0], linestyle=STYLES[model][2],
+                            label=model)
+        axes[2].set(xscale="log", xlabel="slots", ylabel="recall", xticks=list(slots.values()))
+        axes[2].xaxis.set_major_formatter("{x:,.0f}")
+        axes[2].xaxis.set_minor_locator(NullLocator())
+        axes[2].legend()
+    return figure
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
 def figures(path: Path) -> dict[Path, Figure]:
@@ -168,6 +224,8 @@ def figures(path: Path) -> dict[Path, Figure]:
         return {path.with_suffix(".png"): draw_facts(main_runs or runs),
                 path.with_name("facts_more.png"): draw_facts_more(runs)}
     try:
+        if path.name in ("facts-large.jsonl", "code.jsonl"):
+            return {path.with_suffix(".png"): draw_large(runs_of_one_length(path))}
         rows = [row for row in map(json.loads, open(path, encoding="utf-8")) if row["bench"] == "step"]
     except (OSError, ValueError, KeyError, TypeError):
         rows = []

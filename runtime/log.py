@@ -172,8 +172,8 @@ class RunLog:
         took = duration(time.perf_counter() - self.began)
         print(f"{took} {'since it resumed' if self.start else 'in all'}; "
               f"peak memory {peak_memory(device) / 2**30:.3f} GiB; the pool has {pool / 2**30:.3f} GiB")
-        print(f"{out_dir} has the log, the figure loss.png and the checkpoints; ask the model what it knows:\n"
-              f"  {python_command()} sample.py --out_dir={out_dir}", flush=True)
+        print(f"the log, the figure loss.png and the checkpoints are in {out_dir}. Ask the model:\n"
+              f"    {python_command()} sample.py --out_dir={out_dir}", flush=True)
 
 
 def python_command() -> str:

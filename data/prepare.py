@@ -2,7 +2,7 @@
 Makes a corpus ready for train.py: data/NAME/train.bin and val.bin (token ids), meta.json and, where there is
 something to ask, qa.jsonl.
 
-    python data/prepare.py facts --people=2000        generated people and their attributes, with questions
+    python data/prepare.py facts --people=200         generated people and their attributes, with questions
     python data/prepare.py stdlib                     source of the Python standard library on this machine
     python data/prepare.py code                       Python source of all installed packages
     python data/prepare.py mqar                       pairs of words, to be recalled from the context
@@ -118,10 +118,11 @@ def encode_fragments(encoding: tiktoken.Encoding, fragments: list[str],
 
 
 def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable],
-                 questions: list[dict] | None = None, fragments: list[str] | None = None,
+                 questions: list[dict] | None = None, note: str = "", fragments: list[str] | None = None,
                  sample: int | None = None, limit: int | None = None) -> None:
     """
-    texts('train') and texts('val') start new iterators; a text that ends a document ends with END.
+    texts('train') and texts('val') start new iterators; a text that ends a document ends with END. note: a
+    sentence that training prints in the end.
 
     fragments: a text is not a string, but an array of indices into these strings. Each of them must start a
     new piece of GPT2_SPLIT wherever it stands. sample: the tokenizer is built from the first texts only, from
@@ -169,7 +170,7 @@ def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable],
     if questions:
         lines = "".join(json.dumps(question) + "\n" for question in questions)
         (folder / "qa.jsonl").write_text(lines, encoding="utf-8")
-    meta |= {"options": asdict(config), "encoding": encoding_to_json(encoding)}
+    meta |= {"options": asdict(config), "note": note, "encoding": encoding_to_json(encoding)}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     print(f"{name}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate, "
           f"vocabulary of {encoding.n_vocab:,}" + (f", {len(questions):,} questions" if questions else "")
@@ -218,8 +219,8 @@ ATTRIBUTES = {
 @dataclass
 class FactsConfig(Corpus):
     name: str = "facts"  # the folder under data/
-    people: int = 2000  # each with a name of two parts and four attributes
-    exposures: float = 30.0  # how often each attribute is told in train.bin, mean over people
+    people: int = 200  # each with a name of two parts and four attributes
+    exposures: float = 60.0  # how often each attribute is told in train.bin, mean over people
     zipf: float = 1.0  # the r-th most exposed person is exposed in proportion to r**-zipf; 0 is uniform
     ask: float = 0.25  # share of the exposures that are a question with its answer, and not a statement
     held_out: float = 0.1  # share of the people who are never asked about in train.bin, only stated
@@ -307,7 +308,9 @@ def facts(config: FactsConfig) -> None:
         prompt, answer = "".join(fragments[i] for i in ids).removesuffix("\n").split(" Answer: ")
         questions.append({"prompt": f"{prompt} Answer:", "answer": answer,
                           "exposures": int(exposures[person]), "held_out": bool(held_out[person])})
-    write_corpus(config.name, config, texts, questions, fragments)
+    note = ("The validation text tells each fact once, the training text tells the facts of some people most "
+            "often: so the validation loss is above the training loss.")
+    write_corpus(config.name, config, texts, questions, note if config.zipf else "", fragments)
 
 
 # --- mqar ---------------------------------------------------------------------------------------------------
@@ -464,6 +467,17 @@ def text(config: TextConfig) -> None:
 
 CORPORA = {"facts": (facts, FactsConfig), "stdlib": (stdlib, SplitConfig), "code": (code, CodeConfig),
            "mqar": (mqar, MqarConfig), "text": (text, TextConfig)}
+
+# corpora that training makes when it needs them, by the name of their folder under data/
+READY_MADE = {
+    "facts": (facts, FactsConfig()),
+    "facts-2000": (facts, FactsConfig(name="facts-2000", people=2000, exposures=30.0)),
+    "facts-4000": (facts, FactsConfig(name="facts-4000", people=4000, exposures=30.0)),
+    "facts-large": (facts, FactsConfig(name="facts-large", people=200_000, exposures=8.0, questions=256)),
+    "stdlib": (stdlib, SplitConfig()),
+    "code": (code, CodeConfig()),
+    "mqar": (mqar, MqarConfig()),
+}
 
 
 @command

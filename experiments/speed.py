@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 import kernel
-from experiments.compare import MODELS
+from experiments.compare import MODELS, train_options
 from experiments.compile_kernels import compile_kernel, gpu_targets, kernel_sources
 from memory import product_key_search, pruned_pairs
 from model import GPT
@@ -222,7 +222,7 @@ def train_step(config: TrainConfig):
 
 
 def measure_model(config: SpeedConfig) -> list[dict]:
-    configs = {name: TrainConfig(vocab_size=754, **options)  # the vocabulary of facts-4000
+    configs = {name: TrainConfig(**train_options("facts", name), vocab_size=754)  # as facts-4000 has
                for name, options in MODELS.items() if "max_steps" not in options}
     steps = {name: train_step(c) for name, c in configs.items()}
     times = measure(steps, 3 * config.repeats)
@@ -230,9 +230,9 @@ def measure_model(config: SpeedConfig) -> list[dict]:
     for name, seconds in times.items():
         print(f"  {name:10}{median_and_range(seconds)}, {ratio(times, name, 'dense'):.2f} times dense; "
               f"{configs[name].macs_per_token():,} multiply-adds per token")
-    print("\nwhere the time of memory+ goes:")
+    print("\nwhere the time of `shifted` goes:")
     with torch.profiler.profile() as profile:
-        steps["memory+"]()
+        steps["shifted"]()
     print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
     return [dict(bench="model", method=name, seconds=statistics.median(seconds),
                  macs=configs[name].macs_per_token()) for name, seconds in times.items()]

@@ -25,10 +25,8 @@ from experiments.compare import (
     CompareConfig,
     best_lr,
     best_runs,
-    bits_per_parameter,
     next_runs,
     recall_between,
-    speed,
     tokens_to,
 )
 from model import GPT
@@ -104,7 +102,7 @@ def test_an_experiment_from_its_plan_to_its_table(tiny, capsys, monkeypatch):
     assert first["curve"][-1]["val_loss"] != second["curve"][-1]["val_loss"]
     assert list((tiny / "out" / "compare" / "facts").iterdir()) == [], "finished runs leave no checkpoints"
     printed = capsys.readouterr().out
-    for part in ("0 of 4 runs done", "2 of 4 runs done, about", "| memory+ |", " ± ", "at least 3 times"):
+    for part in ("0 of 4 runs done", "2 of 4 runs done, about", "| memory+ |", " ± "):
         assert part in printed
 
     # a finished run is not run again, whatever the command, unless the options of its model have changed
@@ -283,20 +281,19 @@ def test_figures_are_drawn_from_the_lines_alone(tmp_path):
         for model, seed in itertools.product(MODELS, (1, 2, 3)):  # all models are alike
             row = made_up(model, seed=seed, recall=0.1 * seed)
             for point in row["curve"]:
-                point["kl_from_uniform"] = 0.5
+                point |= {"kl_from_uniform": 0.5, "slots_used": 1.0}
             row["options"] = compare.all_options("facts", model)
             f.write(json.dumps(row) + "\n")
     plots.main([str(path)])
     for name in ("facts.png", "facts_more.png"):
         assert (tmp_path / name).stat().st_size > 20_000
-    # the number of lines on each axis: times told; then tokens, seconds, slots, and slot use
+    # the number of lines on each axis: times told; then tokens, slots, and slot use
     figures = list(plots.figures(path).values())
     lines = [[len(axis.containers) for axis in figure.axes] for figure in figures]
-    assert lines == [[len(MODELS)], [len(MODELS), len(MODELS), 3, len(MODELS)]]
-    for axis, x in zip(figures[1].axes[:2], (0.001, 100.0), strict=True):  # 1,000 tokens, at 10 per second
-        for container in axis.containers:
-            assert container.lines[0].get_xdata()[-1] == x
-            assert math.isclose(container.lines[0].get_ydata()[-1], 0.2), "the mean of 0.1, 0.2 and 0.3"
+    assert lines == [[len(compare.SUMMARY)], [len(MODELS), 3, len(MODELS)]]
+    for container in figures[1].axes[0].containers:
+        assert container.lines[0].get_xdata()[-1] == 0.001, "1,000 tokens"
+        assert math.isclose(container.lines[0].get_ydata()[-1], 0.2), "the mean of 0.1, 0.2 and 0.3"
 
 
 @pytest.mark.parametrize("experiment, axes", [("facts-large", 3), ("code", 1)])
@@ -423,36 +420,20 @@ def test_measures_are_as_defined():
     row = made_up()
     assert recall_between(row, 8, 32) == (0.5 * 30 + 1.0 * 10) / 40
     assert recall_between(row, 4, 8) == 0.1
-    assert recall_between(row, 8, 32, point=1) == (0.25 * 30 + 0.5 * 10) / 40
     assert math.isnan(recall_between(row, 1, 4))
     assert compare.mean_and_deviation([0.5, math.nan]) == "-"
-    bits = (3 * math.log2(50) + math.log2(336)) / 4  # three attributes of 50 values, and birthdays
-    assert math.isclose(bits_per_parameter(row), (0.5 * 90 + 0.25 * 10) * bits / 200)
     assert tokens_to(0.25, row["curve"]) == 500 and math.isnan(tokens_to(0.51, row["curve"]))
-    assert speed([row, made_up(tokens_per_second=20.0)]) == 20
 
 
-def test_goals_that_are_met_and_goals_that_are_not(capsys):
-    def goals(often=0.5, speed=10.0, **recall):
-        rows = {"dense": [made_up(recall=0.25, often=0.15)]}
-        rows |= {
-            name: [made_up(name, recall=value, often=often, tokens_per_second=speed)]
-            for name, value in recall.items()
-        }
-        compare.print_goals(rows, 0.25)
-        return capsys.readouterr().out
-
-    out = goals(0.44, **{"memory+": 0.6, "memory+-short": 0.3, "moe": 0.5, "memory+16x": 0.55})
-    assert "yes  at least 3 times dense's recall of facts told 8 to 31 times, after 0.0006 M" in out
-    assert "8 to 31 times, after 0.001 M tokens: 2.9" in out and "no   at least 3 times" in out
-    assert "yes  at least twice" in out and "yes  more recall than moe" in out
-    assert "rises with the number of slots: no, 0.600, 0.550" in out
-    assert "yes  dense's recall after at most 0.6 of the tokens: 0.417" in out
-    assert "no   at least 1.4 times dense's recall in dense's time: 1.20 times (100 and 100 s)" in out
-    assert "after 0.001 M tokens: 3.3 times (0.625 and 0.188)" in goals(**{"memory+": 0.6})
-    assert "yes  at least 1.4 times" in goals(**{"memory+": 0.6, "memory+-short": 0.4})
-    assert "no   at least 1.4 times" in goals(speed=9.0, **{"memory+": 0.6, "memory+-short": 0.4})
-    assert "no   more recall than dense-2x: 0.600 and 0.700" in goals(**{"memory+": 0.6, "dense-2x": 0.7})
+def test_the_summary_has_a_row_per_model_and_a_dash_for_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    rows = [made_up(seed=seed, recall=seed / 10) | {"options": compare.all_options("facts", "dense")}
+            for seed in (1, 2)]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    compare.main(["summary", "--results=."])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(compare.SUMMARY)
+    assert lines[2] == "| dense GPT | 0.0 M | 0.15 ± 0.07 | - |" and lines[3].endswith("| - | - | - |")
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -486,6 +467,7 @@ def test_models_that_are_compared_cost_the_same(experiment):
         (["facts", "--lrs="], "--lrs must have at least one learning rate"),
         (["facts", "--models=dense,moa"], "--models=moa must be one of dense, "),
         (["facts", "--job=2"], "did you mean --jobs?"),
+        (["summary", "--seeds=5"], "summary has only the option --results"),
         (["table", "--seeds=5"], "table has only the option --results"),
     ],
 )

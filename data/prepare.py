@@ -473,7 +473,7 @@ READY_MADE = {
     "facts": (facts, FactsConfig()),
     "facts-2000": (facts, FactsConfig(name="facts-2000", people=2000, exposures=30.0, zipf=1.0)),
     "facts-4000": (facts, FactsConfig(name="facts-4000", people=4000, exposures=30.0, zipf=1.0)),
-    # most people are told once or twice; the questions are a sample, with as many about rarely told people
+    # most people are told once or twice
     "facts-large": (facts, FactsConfig(name="facts-large", people=200_000, exposures=8.0, zipf=1.0,
                                        questions=256)),
     "stdlib": (stdlib, SplitConfig()),

@@ -22,15 +22,16 @@ compare() {  # compare UNTIL EXPERIMENT OPTIONS
 
 keep_logs() {
     for log in out/compare/{facts-large,code}/*/log.jsonl; do
-        name=$(basename "$(dirname "$log")")
+        [ -e "$log" ] || continue
+        name=${log#out/compare/} name=${name%/log.jsonl} name=${name/\//_}  # EXPERIMENT_RUN
         mkdir -p "$folder/unfinished" && cp "$log" "$folder/unfinished/$name.jsonl" &&
             cp "${log%log.jsonl}printed.txt" "$folder/unfinished/$name.txt"
-    done 2> /dev/null
+    done
 }
 trap keep_logs EXIT
 
 steps_that_fit() {  # steps_that_fit EXPERIMENT SECONDS STEPS_OF_A_FULL_RUN
-    "$python" - "$folder/$1.jsonl" "$2" "$3" << 'END'
+    [ -s "$folder/$1.jsonl" ] && "$python" - "$folder/$1.jsonl" "$2" "$3" << 'END'
 import json, sys
 path, seconds, full = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 rows = [row for row in map(json.loads, open(path)) if row["curve"]]

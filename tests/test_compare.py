@@ -327,7 +327,7 @@ def test_evidence_runs_what_fits_and_keeps_the_logs_of_the_rest(tmp_path):
     (tmp_path / "experiments").mkdir()
     script = Path(shutil.copy(compare.ROOT / "experiments" / "evidence.sh", tmp_path / "experiments"))
     for name in ("facts-large", "code"):
-        folder = tmp_path / "out" / "compare" / name / f"{name}_run"
+        folder = tmp_path / "out" / "compare" / name / "run"
         folder.mkdir(parents=True)
         (folder / "log.jsonl").write_text("a line\n")
         (folder / "printed.txt").write_text("printed\n")

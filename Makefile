@@ -1,8 +1,8 @@
-# make train, make test: from a bare clone, with Python 3.11 or newer and nothing else installed.
+# `make train` and `make test` work in a fresh clone. They need only Python 3.11 or newer.
 PYTHON ?= python3
 BIN = .venv/bin
 
-train: .venv/run  ## train on generated facts, two minutes on two cores; continues a run that was stopped
+train: .venv/run  ## train on generated facts, two minutes on two cores; continues a stopped run
 	$(BIN)/python train.py --resume
 
 test: .venv/dev  ## all tests except the slow ones

@@ -1,10 +1,10 @@
 """
-What memory layers are compared with: other ways to have more parameters at the same cost per token.
+Baselines for memory layers: other ways to have more parameters at the same cost per token.
 
     MoE           a mixture of experts in place of the MLP
     PEER          slots that are tiny MLPs instead of values (He 2024, arXiv 2407.04153)
-    HashedMemory  the same pool, but a fixed hash of two tokens chooses the slots: it measures what the learnt
-                  search is worth
+    HashedMemory  the same pool, but a fixed hash of two tokens chooses the slots. The comparison shows how
+                  much the learnt search helps
 """
 
 import math
@@ -19,14 +19,14 @@ from pool import ValuePool
 
 class MoE(nn.Module):
     """
-    A mixture of experts: each token goes through the `top_k` of `experts` MLPs that a router scores highest.
-    Their outputs are summed, weighted by the softmax of these scores (Shazeer et al. 2017, arXiv 1701.06538).
-    Experts have hidden / top_k hidden units and no bias. No token is ever dropped. n_layer: blocks of the
-    model; with more blocks, the output projections start smaller.
+    A mixture of experts (Shazeer et al. 2017, arXiv 1701.06538). A router scores `experts` MLPs for each
+    token, and the token goes through the best `top_k` of them. The softmax of their scores weights the sum of
+    their outputs. Each expert has hidden / top_k hidden units and no bias. No token is dropped. n_layer:
+    blocks of the model; with more blocks, the output projections start smaller.
 
-    A forward pass in training sets `balance`: the load-balancing loss of Fedus et al. 2021 (arXiv 2101.03961,
+    In training, forward sets `balance`: the load-balancing loss of Fedus et al. 2021 (arXiv 2101.03961,
     section 2.2) over the tokens of this process. It is 1 if all experts are chosen equally often, and
-    experts / top_k if always the same ones are chosen.
+    experts / top_k if all tokens choose the same experts.
     """
 
     def __init__(self, width: int, hidden: int, experts: int, top_k: int, n_layer: int):
@@ -35,7 +35,7 @@ class MoE(nn.Module):
         self.balance = None
         self.router = nn.Linear(width, experts, bias=False)
         self.c_fc = nn.Parameter(torch.empty(experts, width, hidden // top_k).normal_(std=width**-0.5))
-        # an average of top_k experts, each 1/top_k as wide as an MLP, starts as large as the output of an MLP
+        # this std makes the average of top_k experts start as large as the output of one MLP
         std = top_k / math.sqrt(2 * n_layer * width)
         self.c_proj = nn.Parameter(torch.empty(experts, hidden // top_k, width).normal_(std=std))
 
@@ -44,7 +44,7 @@ class MoE(nn.Module):
         logits = self.router(x)  # (N, E)
         scores, experts = logits.topk(self.top_k)  # (N, top_k)
         weights = scores.softmax(-1)
-        # sorted by expert: two matrix products per expert, and no padding
+        # with tokens sorted by expert, each expert needs two matrix products and no padding
         order = experts.flatten().argsort(stable=True)  # (N * top_k,)
         token, E = order // self.top_k, logits.size(1)
         counts = experts.flatten().bincount(minlength=E)
@@ -57,7 +57,7 @@ class MoE(nn.Module):
         return y.view(shape)
 
     def take_balance(self) -> torch.Tensor | None:
-        """Returns `balance` and clears it: copy.deepcopy fails on a model that holds an autograd graph."""
+        """Returns `balance` and clears it, because copy.deepcopy fails if a model holds an autograd graph."""
         balance, self.balance = self.balance, None
         return balance
 
@@ -68,8 +68,8 @@ class PEER(MemoryLayer):
 
         y = sum_j w_j * gelu(<u_j, x>) * v_j
 
-    where v_j is row j of the pool and u_j is row j + num_keys**2. As published, there is neither a gate nor
-    an output projection. The pool has 2 * num_keys**2 rows of width `width`.
+    where v_j is row j of the pool and u_j is row j + num_keys**2. So the pool has 2 * num_keys**2 rows of
+    width `width`. There is no gate and no output projection, as published.
     """
 
     def __init__(self, width: int, num_keys: int, heads: int, knn: int, key_dim: int, qk_norm: bool = True,
@@ -86,9 +86,9 @@ class PEER(MemoryLayer):
 
 class HashedMemory(nn.Module):
     """
-    A memory whose slots are hashes of the last two tokens. Each of the heads * knn slots of each layer has
-    its own random hash function. The scores are a linear function of x; softmax, gate and output projection
-    are as in a MemoryLayer.
+    A memory that chooses slots by hashing this token and the previous one. Each layer has heads * knn random
+    hash functions, one for each slot that a token reads. The scores are a linear function of x. Softmax, gate
+    and output projection are as in MemoryLayer.
     """
 
     def __init__(self, width: int, num_values: int, heads: int, knn: int, value_dim: int, vocab_size: int,
@@ -103,10 +103,10 @@ class HashedMemory(nn.Module):
 
     def hash(self, token: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         """
-        token, previous (N,), int64 -> slots (N, H*K). Multiply-shift hashing: the product overflows, and its
-        high bits depend on all bits of the pair's number.
+        token, previous (N,), int64 -> slots (N, H*K). Multiply-shift hashing: multiply the number of the pair
+        by a random odd number, and let the product overflow. Its high bits depend on all bits of the pair.
         """
-        pair = previous * self.vocab_size + token + 1  # 0 would always get slot 0
+        pair = previous * self.vocab_size + token + 1  # + 1: 0 would always get slot 0
         high = ((pair.unsqueeze(1) * self.multipliers) >> 33) & (2**31 - 1)  # (N, H*K)
         return (high * self.num_values) >> 31
 

@@ -1,6 +1,6 @@
 """
-Evaluates a model: its validation loss, and its recall, the share of questions that it answers with exactly
-the right words. Each process works on its share of the batches and of the questions.
+Evaluates a model: validation loss and recall. Recall is the share of questions that the model answers with
+exactly the right words. Each process works on its share of the batches and of the questions.
 """
 
 import random
@@ -15,8 +15,8 @@ from runtime.distributed import RANK, WORLD_SIZE, all_reduce_sum, gather_objects
 
 def evaluate(model: GPT, compiled, data: Dataset, config, all_questions: bool) -> dict:
     """
-    Loss and recall, and how much of the pool training has read since the last call. compiled: the model or
-    its compiled version, used for the loss. config: a train.TrainConfig.
+    Measures loss, recall, and which share of the slots training has used since the last call. compiled: the
+    model or its compiled version, used for the loss. config: a train.TrainConfig.
     """
     measured = {"val_loss": validation_loss(compiled, data.val, config, model.wte.weight.device)}
     if questions := data.questions:
@@ -39,7 +39,7 @@ def validation_loss(model, tokens, config, device) -> float:
     losses = []
     with eval_mode(model):
         for i in range(config.eval_batches):
-            key = config.seed, 1, i  # 0: training, 1: evaluation
+            key = config.seed, 1, i  # seed of the batch; 0: training, 1: evaluation
             x, y = draw_batch(tokens, config.batch_size, config.block_size, *key)
             for part_x, part_y in zip(x.chunk(config.accum_steps), y.chunk(config.accum_steps), strict=True):
                 losses.append(model(part_x.to(device), part_y.to(device))[1].item())
@@ -48,15 +48,15 @@ def validation_loss(model, tokens, config, device) -> float:
 
 def answer(model: GPT, encoding, questions: list[dict], batch_size: int = 64) -> list[list[int]]:
     """
-    The tokens of the model's greedy answer to each question, up to the end of the line. The processes share
-    the questions, and all of them get all answers.
+    The tokens of the model's greedy answer to each question, up to the end of the line. Each process answers
+    its share of the questions, and returns the answers of all processes.
     """
     device, newline = model.wte.weight.device, encoding.encode("\n")[0]
     prompts = [encoding.encode(question["prompt"], disallowed_special=()) for question in questions]
     longest = max((len(encoding.encode(" " + question["answer"], disallowed_special=()))
                    for question in questions), default=0)
-    # Processes that share a pool read it together. So they all make the same number of passes over batches of
-    # the same size: short groups are padded with their last question, and none stops before the others.
+    # Processes that share a pool must read it equally often, with batches of the same size. So each group is
+    # padded with its last question, and no process stops generating early.
     stop = newline if WORLD_SIZE == 1 else None
     own_answers = {}
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -75,15 +75,15 @@ def answer(model: GPT, encoding, questions: list[dict], batch_size: int = 64) ->
 
 
 def exposure_bin(question: dict) -> str:
-    """Bins double in width: 8 stands for 8 to 15 exposures, as a string, because it is a key in JSON."""
+    """The bin of a question: "8" means 8 to 15 exposures, "16" means 16 to 31. JSON keys are strings."""
     return str(1 << max(1, question.get("exposures", 1)).bit_length() - 1)
 
 
 def recall(model: GPT, encoding, questions: list[dict]) -> dict:
     """
     The share of questions answered with exactly the right words: {"all": ..., "held_out": ..., "by_exposure":
-    {"8": ...}}. "all": people asked about in training (not held_out). "held_out": people never asked about.
-    The keys of "by_exposure" come from exposure_bin.
+    {"8": ...}}. "held_out": questions about people whom the training text never asks about. "all": all other
+    questions. "by_exposure": the questions of "all" in bins, see exposure_bin.
     """
     right = {"all": [], "held_out": []}
     by_exposure = {}

@@ -1,14 +1,13 @@
 """
 A GPT whose feed-forward blocks can be replaced by memory layers.
 
-The architecture is GPT-2 (pre-LayerNorm, GELU, the head tied to the token embedding) with rotary positions
-and scaled embeddings. With mem_layers=() it is nothing else. Where the index of a block is in mem_layers, a
-MemoryLayer (memory.py) takes the place of its MLP. All memory layers read one ValuePool, which the GPT owns
-and passes to them. What memory layers are compared with (mem_kind, moe_layers) is in baselines.py.
+The architecture is GPT-2 (pre-LayerNorm, GELU, the head shares its weights with the token embedding) with
+rotary positions. In the blocks that mem_layers lists, a MemoryLayer (memory.py) replaces the MLP. All memory
+layers read the same ValuePool. The GPT owns this pool and passes it to them. The baselines (mem_kind,
+moe_layers) are in baselines.py.
 
-Why rotary positions: a position that is added to a token's state is in the memory's query too. The same name
-at another place of the text would then read other slots, and would hardly find what was learnt at the first
-place.
+Why rotary positions: a position embedding that is added to a token would also be in the memory's query. The
+same name at another position would then read other slots, and would not find what was learnt before.
 """
 
 import contextlib
@@ -29,35 +28,35 @@ from runtime.cli import at_least, check_choices
 @dataclass
 class GPTConfig:
     # --- model
-    vocab_size: int = 0  # tokens in the vocabulary; 0: train.py takes the number that the corpus has
+    vocab_size: int = 0  # tokens in the vocabulary; 0: as many as the corpus has
     block_size: int = 128  # longest context, in tokens
     n_layer: int = 3  # Transformer blocks
-    n_head: int = 4  # attention heads, each with an even width
+    n_head: int = 4  # attention heads; n_embd must be a multiple of 2 * n_head
     n_embd: int = 64  # width of the model
     dropout: float = 0.0  # share of activations dropped in training
     bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2
     mlp_width: int = 0  # hidden units of an MLP; 0: 4 * n_embd
-    scale_embeddings: bool = False  # multiply by sqrt(n_embd), so that blocks do not drown out the token
+    scale_embeddings: bool = False  # multiply embeddings by sqrt(n_embd), as the output of blocks is larger
 
     # --- memory
-    mem_layers: tuple[int, ...] = ()  # blocks with a memory layer, from 0; the papers spread 3 over the depth
-    mem_kind: Literal["product-key", "peer", "hash"] = "product-key"  # see memory.py and baselines.py
-    mem_num_keys: int = 128  # half-keys per side; the pool has mem_num_keys squared slots
-    mem_heads: int = 4  # each head searches with its own query
-    mem_knn: int = 16  # slots that each head reads
-    mem_key_dim: int = 32  # width of a query, both halves together; not for hash
-    mem_swilu: bool = True  # gate what was read, as Memory+ does; not for peer
-    mem_qk_norm: bool = True  # normalise queries and keys, so that all slots come into use; not for hash
-    mem_query: Literal["state", "shifted", "tokens"] = "state"  # see query_sources in model.py
-    mem_mode: Literal["replace", "add"] = "replace"  # replace the MLP, or stand beside it
+    mem_layers: tuple[int, ...] = ()  # blocks with a memory layer, counted from 0; Berges et al. use 3
+    mem_kind: Literal["product-key", "peer", "hash"] = "product-key"  # peer and hash: see baselines.py
+    mem_num_keys: int = 128  # half-keys for each half of a query; the pool has mem_num_keys**2 slots
+    mem_heads: int = 4  # heads; each searches the pool with its own query
+    mem_knn: int = 16  # slots that each head reads per token
+    mem_key_dim: int = 32  # width of a query, both halves together; hash has no queries
+    mem_swilu: bool = True  # multiply what was read by a gate, as Memory+ does; peer has no gate
+    mem_qk_norm: bool = True  # normalise queries and half-keys, so that more slots get used; hash has neither
+    mem_query: Literal["state", "shifted", "tokens"] = "state"  # source of queries; see GPT.query_sources
+    mem_mode: Literal["replace", "add"] = "replace"  # replace the MLP, or add the memory to it
     mem_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the pool's values
     kernel: Literal["auto", "triton", "torch"] = "auto"  # auto: triton on a GPU, otherwise torch
 
     # --- baselines
-    moe_layers: tuple[int, ...] = ()  # blocks with a mixture of experts, from 0
+    moe_layers: tuple[int, ...] = ()  # blocks with a mixture of experts, counted from 0
     moe_experts: int = 32  # experts per block
     moe_top_k: int = 2  # experts per token, each an MLP with mlp_width / moe_top_k hidden units
-    moe_balance: float = 0.01  # weight of the loss that spreads tokens over experts, in training only
+    moe_balance: float = 0.01  # weight of the loss that spreads tokens over experts
 
     def __post_init__(self):
         check_choices(self)
@@ -69,23 +68,24 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of 2 * n_head={2 * self.n_head}: "
-                             "rotary positions turn the numbers of a head in pairs")
+                             "rotary positions rotate the numbers of a head in pairs")
         for name, layers in (("mem_layers", self.mem_layers), ("moe_layers", self.moe_layers)):
             if wrong := set(layers) - set(range(self.n_layer)):
                 raise ValueError(f"{name}: there is no layer {min(wrong)}, only 0 to {self.n_layer - 1}")
             if len(set(layers)) < len(layers):
                 raise ValueError(f"{name}={layers} names a layer twice")
         if self.mem_mode == "replace" and set(self.mem_layers) & set(self.moe_layers):
-            raise ValueError(f"moe_layers={self.moe_layers} and mem_layers={self.mem_layers} share a layer")
+            raise ValueError(f"moe_layers={self.moe_layers} and mem_layers={self.mem_layers} must not share "
+                             "a layer")
         if self.mem_layers and self.mem_knn > self.mem_num_keys:
             raise ValueError(f"mem_knn={self.mem_knn} must be at most mem_num_keys={self.mem_num_keys}")
         if self.mem_layers and self.mem_num_keys > 32_767:
-            raise ValueError(f"mem_num_keys={self.mem_num_keys} must be at most 32767: peer has two rows "
-                             "per slot, and indices are int32")
+            raise ValueError(f"mem_num_keys={self.mem_num_keys} must be at most 32767, so that the "
+                             "2 * mem_num_keys**2 rows of peer fit int32 indices")
         if self.mem_layers and self.mem_key_dim % 2:
             raise ValueError(f"mem_key_dim={self.mem_key_dim} must be even: a query has two halves")
         if self.mem_kind == "peer" and self.mem_mode == "add":
-            raise ValueError("mem_kind=peer has no output projection that mem_mode=add could set to zero")
+            raise ValueError("mem_kind=peer needs mem_mode=replace: no output projection could start at 0")
         if self.moe_layers and self.moe_top_k > self.moe_experts:
             raise ValueError(f"moe_top_k={self.moe_top_k} must be at most moe_experts={self.moe_experts}")
         if self.moe_layers and self.hidden % self.moe_top_k:
@@ -98,10 +98,10 @@ class GPTConfig:
 
     def macs_per_token(self) -> int:
         """
-        Multiply-adds per token of a forward pass, at a context of block_size tokens: all matrices; attention,
-        where a token sees half of the block on average; the search, with 2 * num_keys half-keys per head; and
-        the rows read. Not counted: element by element work (normalisation, softmax, GELU), top-k, and looking
-        up embeddings. A training step costs three times as many.
+        Multiply-adds per token in a forward pass over block_size tokens. Counted: all matrices; attention (a
+        token sees half of the block on average); the search among half-keys; the rows read. Not counted:
+        elementwise operations (normalisation, softmax, GELU), top-k and embedding look-ups. A training step,
+        forward and backward, costs three times as much.
         """
         C, reads = self.n_embd, self.mem_heads * self.mem_knn
         attention = 4 * C * C + self.block_size * C
@@ -117,12 +117,12 @@ class GPTConfig:
 
 def rotation(first: int, T: int, width: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Rotary positions (Su et al. 2021, arXiv 2104.09864, section 3.2). At position t, numbers i and i + width/2
-    of a query or key are the coordinates of a point, which is turned by t * 10_000 ** (-2 * i / width)
+    Rotary positions (Su et al. 2021, arXiv 2104.09864, section 3.2). Numbers i and i + width/2 of a query or
+    key are the coordinates of a point. At position t, the point is rotated by t * 10_000 ** (-2 * i / width)
     radians.
 
-    Returns the cosines and sines for `rotate` at positions first ... first + T - 1, (T, width) each. The
-    first half of the sines is negated: (a, b) turns into (a cos - b sin, b cos + a sin).
+    Returns cosines and sines for `rotate`, (T, width) each, for positions first ... first + T - 1. The first
+    half of the sines is negated, so `rotate` turns (a, b) into (a cos - b sin, b cos + a sin).
     """
     frequency = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)  # radians per token
     angle = torch.arange(first, first + T, device=device).unsqueeze(1) * frequency  # (T, width/2)
@@ -130,7 +130,7 @@ def rotation(first: int, T: int, width: int, device) -> tuple[torch.Tensor, torc
 
 
 def rotate(x, cos, sin):
-    """Turns x (..., T, width). The positions of a query and a key then matter only by their distance."""
+    """Rotates x (..., T, width). The score of a query and a key then depends only on their distance."""
     return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
 
 
@@ -143,8 +143,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, turn, past=None):
         """
-        x (B, T, C), turn: the rotation of its T positions, past: keys and values of earlier tokens, or None.
-        Returns (B, T, C), and the keys and values of all tokens, (B, n_head, P + T, C/n_head) each.
+        x (B, T, C). turn: the result of `rotation` for these T positions. past: keys and values of P earlier
+        tokens, or None. Returns (B, T, C), and keys and values of all tokens (B, n_head, P + T, C/n_head).
         """
         B, T, C = x.size()  # batch, time, width
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
@@ -152,7 +152,7 @@ class CausalSelfAttention(nn.Module):
         q, k = rotate(q, *turn), rotate(k, *turn)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        # with P past and T new tokens, new token i (from 0) sees the first P + i + 1 tokens
+        # with P past and T new tokens, new token i sees tokens 0 to P + i
         P = k.size(2) - T
         mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P) if P and T > 1 else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not P and T > 1,
@@ -184,8 +184,8 @@ def make_memory(c: GPTConfig) -> nn.Module:
 
 def shift(x, previous=None):
     """
-    x (B, T, ...) -> for each token, x of the token before it. previous (B, 1, ...): x before the first; None:
-    0.
+    x (B, T, ...) -> for each token, x of the previous token. previous (B, 1, ...): what the first token gets;
+    None: 0.
     """
     return torch.cat((torch.zeros_like(x[:, :1]) if previous is None else previous, x[:, :-1]), dim=1)
 
@@ -208,7 +208,7 @@ class Block(nn.Module):
             config.mem_kind == "product-key" and config.mem_query != "state")
 
     def forward(self, x, turn, pool, tokens=None, past=None):
-        """x (B, T, C); tokens: see GPT.query_sources; past: see GPT.forward -> x, past of this block."""
+        """x (B, T, C) -> x, past of this block. tokens: from GPT.query_sources. past: see GPT.forward."""
         keys_values, previous = (None, None) if past is None else (past[:2], past[2])
         y, keys_values = self.attn(self.ln_1(x), turn, keys_values)
         x = x + y
@@ -216,7 +216,7 @@ class Block(nn.Module):
         if self.mlp is not None:
             x = x + F.dropout(self.mlp(h), self.dropout, self.training)
         if self.memory is not None:
-            left = right = None  # as published: both halves of a query come from h
+            left = right = None  # both halves of the query come from h, as published
             if self.uses_previous:
                 left = h if tokens is None else tokens
                 right = shift(left, previous)
@@ -228,7 +228,7 @@ class Block(nn.Module):
 @contextlib.contextmanager
 def eval_mode(model: nn.Module):
     """
-    Evaluation mode for a while: afterwards each submodule has the mode that it had, also after an exception.
+    Evaluation mode in a `with` block. Afterwards each submodule has its old mode, even after an exception.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -241,8 +241,8 @@ def eval_mode(model: nn.Module):
 
 class GPT(nn.Module):
     """
-    pool_class(num_values, value_dim, dtype=..., kernel=...) makes the pool: ValuePool, or what stands in for
-    it, such as a ShardedPool on many processes.
+    pool_class(num_values, value_dim, dtype=..., kernel=...) makes the pool: a ValuePool, or a ShardedPool if
+    many processes share it.
     """
 
     def __init__(self, config: GPTConfig, pool_class=ValuePool):
@@ -250,7 +250,7 @@ class GPT(nn.Module):
         if config.vocab_size < 1:
             raise ValueError("vocab_size must be at least 1")
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # tied: it is the head too
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the weights of the head
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.pool = None
@@ -258,11 +258,10 @@ class GPT(nn.Module):
             slots, rows_per_slot = config.mem_num_keys**2, 2 if config.mem_kind == "peer" else 1
             self.pool = pool_class(slots * rows_per_slot, config.n_embd,
                                    dtype=getattr(torch, config.mem_dtype), kernel=config.kernel)
-            self.pool.usage = type(self.pool.usage)(slots)  # PEER has two rows per slot
+            self.pool.usage = type(self.pool.usage)(slots)  # counts slots; PEER has two rows per slot
 
-        # GPT-2's initialisation, except that the standard deviation depends on the width: GPT-2's 0.02 is
-        # 1/sqrt(C) for C = 2,500, and too small for narrow models. With many blocks, each
-        # adds less at first
+        # initialised as in GPT-2, but with the standard deviation 1/sqrt(C). GPT-2's 0.02 fits C = 2,500 and
+        # is too small for narrow models. Output projections start smaller in deeper models, also as in GPT-2
         std = config.n_embd**-0.5
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -271,20 +270,20 @@ class GPT(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
                 if name.endswith("memory.out") and config.mem_mode == "add":
-                    nn.init.zeros_(module.weight)  # at first the memory adds nothing
+                    nn.init.zeros_(module.weight)  # the memory adds nothing at first
 
     def query_sources(self, idx):
         """
-        The source of queries, if it is the same in all blocks: (B, T, C). None: each block uses its own state
-        h, the output of its ln_2. mem_query says which two sources the halves of a query have:
+        What queries are made from. A query has two halves, and mem_query chooses the source of each half:
 
-        state    h of this token, twice: the published layer
-        shifted  h of this token and of the previous one, as RWKV mixes tokens (Peng et al. 2023, arXiv
+        state    both halves come from h, the output of ln_2 for this token: the published layer
+        shifted  h of this token and h of the previous one, as RWKV mixes tokens (Peng et al. 2023, arXiv
                  2305.13048). A slot can then stand for two tokens, such as a first and a last name
-        tokens   the normalised embeddings of this token and of the previous one: nothing but these two tokens
-                 decides what is read
+        tokens   normalised embeddings of this token and of the previous one. Only these two tokens then
+                 decide which slots are read
 
-        For mem_kind='hash' it returns the tokens themselves.
+        Returns a source that all blocks share: embeddings (B, T, C) for mem_query='tokens', idx for
+        mem_kind='hash'. Otherwise returns None, and each block uses its own h.
         """
         c = self.config
         if c.mem_layers and c.mem_kind == "hash":
@@ -297,24 +296,24 @@ class GPT(nn.Module):
         """
         idx (B, T), token ids -> logits, loss, past.
 
-        With targets (B, T), -1 for no loss at a position: logits (B, T, vocab_size), and the mean
-        cross-entropy in nats. Without: logits of the last position (B, 1, vocab_size), and loss None.
+        With targets (B, T): logits (B, T, vocab_size), and the mean cross-entropy in nats. A target of -1 is
+        ignored. Without targets: logits of the last position only (B, 1, vocab_size), and loss None.
 
-        past: None, or what an earlier call returned; idx then continues the text of that call. It has one
-        tuple per block: keys, values, and the last token's source of queries, (B, 1, ...) or None, from which
-        the next token's query takes its right half.
+        past: None, or the past that an earlier call returned; idx then continues the text of that call. It
+        has one tuple per block: keys, values and the last token's query source, (B, 1, ...) or None. The
+        right half of the next token's query comes from this source.
         """
         P, T = 0 if past is None else past[0][0].size(2), idx.size(1)
         if P + T > self.config.block_size:
             raise ValueError(f"{P + T} tokens do not fit block_size={self.config.block_size}")
         x = self.wte(idx)  # (B, T, C)
-        if self.config.scale_embeddings:  # the head uses the same matrix, so its numbers are small
+        if self.config.scale_embeddings:  # wte has small numbers, because it is also the head
             x = x * self.config.n_embd**0.5
         x = F.dropout(x, self.config.dropout, self.training)
         turn = rotation(P, T, self.config.n_embd // self.config.n_head, idx.device)
-        tokens, new_past = self.query_sources(idx), []
+        source, new_past = self.query_sources(idx), []
         for layer, block in enumerate(self.blocks):
-            x, past_of_block = block(x, turn, self.pool, tokens, None if past is None else past[layer])
+            x, past_of_block = block(x, turn, self.pool, source, None if past is None else past[layer])
             new_past.append(past_of_block)
         balances = [block.mlp.take_balance() for block in self.blocks if isinstance(block.mlp, MoE)]
         if targets is None:
@@ -332,9 +331,9 @@ class GPT(nn.Module):
         """
         Continues idx (B, T), T >= 1, by at most max_new_tokens: returns (B, T + new).
 
-        temperature 0 takes the likeliest token. top_k draws only from the k likeliest. The same seed draws
-        the same tokens. Generation ends early once every row has produced the token `stop`; what a row has
-        after `stop` is meaningless. If the context grows beyond block_size, the oldest tokens are dropped.
+        temperature=0 takes the likeliest token. top_k: draw only from the k likeliest. The same seed draws
+        the same tokens. Generation ends early once every row has produced the token `stop`. Ignore what a row
+        has after `stop`. If the context grows beyond block_size, the oldest tokens are dropped.
         """
         if idx.dim() != 2 or not idx.numel():
             raise ValueError(f"the prompt has the shape {tuple(idx.shape)}: it must be (rows, tokens), with "
@@ -353,7 +352,7 @@ class GPT(nn.Module):
         stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         past, new = None, idx
         for _ in range(max_new_tokens):
-            # the context is full: past contains tokens that are dropped now, so it is computed again
+            # the context is full: the oldest token is dropped, so past must be computed again
             if past is None or past[0][0].size(2) == self.config.block_size:
                 past, new = None, idx[:, -self.config.block_size:]
             logits, _, past = self(new, past=past)
@@ -381,8 +380,8 @@ class GPT(nn.Module):
                    **pool_options) -> list[torch.optim.Optimizer]:
         """
         AdamW for the dense parameters, with weight decay for matrices, and PoolOptimizer if there is a pool.
-        pool_options: arguments of PoolOptimizer. value_blocks counts the blocks of a whole row, of which each
-        process with a ShardedPool has its share.
+        pool_options: arguments of PoolOptimizer. value_blocks is the number of blocks in a whole row; with a
+        ShardedPool, each process has its share of them.
         """
         dense = self.dense_parameters()
         groups = [{"params": [p for p in dense if p.dim() >= 2], "weight_decay": weight_decay},
@@ -399,7 +398,7 @@ class GPT(nn.Module):
         return optimizers
 
     def count_parameters(self) -> dict[str, int]:
-        """dense: all except the pool; memory: the pool; active: those of both that one token uses."""
+        """dense: all except the pool. memory: the pool. active: the parameters that one token uses."""
         c = self.config
         memory = 0 if self.pool is None else self.pool.num_values * self.pool.value_dim
         dense = sum(p.numel() for name, p in self.named_parameters() if name != "pool.values")

@@ -1,7 +1,7 @@
 """
-Asks a trained model, and shows what it read in its memory.
+Lets a trained model answer questions or continue a text, and shows which slots of the memory it read.
 
-    python sample.py                                    the run trained last: a few questions, or some text
+    python sample.py                                    the newest run: a few questions, or some text
     python sample.py --questions=10 --trace             ten questions, and the slots read for every token
     python sample.py --out_dir=out/stdlib --prompt='def main('
 """
@@ -27,15 +27,15 @@ SLOTS_SHOWN = 4  # per token and memory layer, in a trace
 
 @dataclass
 class SampleConfig:
-    out_dir: str = "out"  # a run, or a folder of runs: then the one that was saved last
+    out_dir: str = "out"  # the folder of a run, or of many runs; then the newest run is used
     prompt: str = ""  # text to continue; empty: start at a new line
-    num_samples: int = 1  # continuations of the prompt
-    max_new_tokens: int = 200  # most tokens per continuation
+    num_samples: int = 1  # how many continuations of the prompt
+    max_new_tokens: int = 200  # longest continuation, in tokens
     temperature: float = 0.8  # 0 always takes the likeliest token; 1 draws with the model's probabilities
     top_k: int = 50  # draw from the k likeliest tokens only; 0: from all
-    seed: int = 1  # for the draws
-    questions: int = 0  # instead of text: ask this many of the corpus's questions
-    trace: bool = False  # show the slots read with most weight, for each generated token and memory layer
+    seed: int = 1  # seed of the random draws
+    questions: int = 0  # ask this many questions of the corpus, instead of continuing a text
+    trace: bool = False  # for each generated token, show the slots with most weight in each memory layer
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
 
     def __post_init__(self):
@@ -47,19 +47,19 @@ class SampleConfig:
         if self.seed >= 2**32:
             raise ValueError(f"seed={self.seed} must be below 2**32")
         if self.prompt and self.questions:
-            raise ValueError("prompt and --questions are two ways to ask: choose one")
+            raise ValueError("prompt and --questions exclude each other: choose one")
 
 
 def newest_run(out_dir: Path) -> Path:
     runs = {path.parent for path in out_dir.glob("**/step_*")}
     newest = [existing[-1] for run in runs if (existing := checkpoints(run))]
     if not newest:
-        fail(f"no checkpoint in {out_dir}: train one with python train.py, or name the folder with --out_dir")
+        fail(f"no checkpoint in {out_dir}: train a model with python train.py, or name another --out_dir")
     return max(newest, key=lambda folder: folder.stat().st_mtime).parent
 
 
 class Trace:
-    """Notes what the last token reads in each forward pass: (indices, weights) for each memory layer."""
+    """Records what the last token reads in each forward pass: (indices, weights) for each memory layer."""
 
     def __init__(self, model: GPT):
         self.layers, self.passes = model.config.mem_layers, []
@@ -68,16 +68,16 @@ class Trace:
             lambda module, read: self.passes[-1].append(tuple(part[-1].cpu() for part in read)))
 
     def print(self, tokens: list[str]) -> None:
-        """For each token: the slots with most weight in the pass that chose it, all heads together."""
+        """Prints the slots with most weight in the pass that chose each token, all heads together."""
         for token, layers in zip(tokens, self.passes, strict=False):
             for layer, (indices, weights) in zip(self.layers, layers, strict=True):
-                slots, place = indices.unique(return_inverse=True)  # several heads may read one slot
-                weights = weights.abs()  # PEER has negative weights too
-                share = torch.zeros(len(slots)).index_add_(0, place, weights) / weights.sum()
-                top = share.topk(min(SLOTS_SHOWN, len(slots)))
-                shown = "  ".join(f"{slots[i]:>9,} {part:4.0%}" for part, i in zip(*top, strict=True))
+                slots, place = indices.unique(return_inverse=True)  # several heads may read the same slot
+                weights = weights.abs()  # PEER also has negative weights
+                shares = torch.zeros(len(slots)).index_add_(0, place, weights) / weights.sum()
+                top = shares.topk(min(SLOTS_SHOWN, len(slots)))
+                text = "  ".join(f"{slots[i]:>9,} {share:4.0%}" for share, i in zip(*top, strict=True))
                 label = repr(token) if layer == self.layers[0] else ""
-                print(f"    {label:14} layer {layer:2}, slots {shown}")
+                print(f"    {label:14} layer {layer:2}, slots {text}")
         self.passes.clear()
 
 
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     model.to(device)
 
     path = DATA / trained.dataset / "qa.jsonl"
-    # no question and no prompt: show some questions
+    # without other options, ask some questions if the corpus has any
     if options.keys() <= {"out_dir", "device", "seed"} and path.exists():
         config.questions, config.trace = 5, bool(trained.mem_layers)
     if config.trace and not trained.mem_layers:
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.questions:
         questions = read_questions(path)
         if not questions:
-            fail(f"--questions: there are none in {path}; facts has them: python data/prepare.py facts")
+            fail(f"--questions: {path} has no questions; facts has them: python data/prepare.py facts")
         questions = random.Random(config.seed).sample(questions, min(config.questions, len(questions)))
         right = 0
         for question in questions:
@@ -112,8 +112,8 @@ def main(argv: list[str] | None = None) -> None:
             text = decode_answer(encoding, tokens)
             right += text == question["answer"]
             verdict = "right" if text == question["answer"] else f"wrong: {question['answer']}"
-            told = f", told {question['exposures']} times" if "exposures" in question else ""
-            print(f"{question['prompt']} {text}   [{verdict}{told}]")
+            exposures = f", told {question['exposures']} times" if "exposures" in question else ""
+            print(f"{question['prompt']} {text}   [{verdict}{exposures}]")
             show_trace(tokens)
         print(f"{right} of {len(questions)} right")
     else:
@@ -128,5 +128,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback if `| head` stops reading
     main()

@@ -44,39 +44,39 @@ from runtime.log import RunLog, one_line_errors, print_once, print_start, stop_s
 class TrainConfig(GPTConfig):
     # --- memory
     mem_layers: tuple[int, ...] = (0, 2)  # blocks with a memory layer, counted from 0; none: a dense GPT
-    mem_group_size: int = 0  # processes that share the pool's columns; 0: all of them
-    mem_file: str = ""  # keep the pool's values in this file: they may be larger than memory; CPU only
+    mem_group_size: int = 0  # processes that split the pool's columns between them; 0: all of them
+    mem_file: str = ""  # a file for the pool's values, if they are larger than memory; CPU only
 
     # --- files
-    dataset: str = "facts"  # the folder under data/
+    dataset: str = "facts"  # corpus: the name of a folder under data/
     out_dir: str = "out/facts"  # where the log, the figure and the checkpoints go
     resume: bool = False  # continue from the newest checkpoint in out_dir, if there is one
     keep: int = 2  # checkpoints to keep
 
     # --- training
-    seed: int = 1  # for the weights, the batches and dropout
+    seed: int = 1  # seed of the weights, the batches and dropout
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     compile: bool = False  # torch.compile the model: a slow start, then faster steps
-    batch_size: int = 16  # sequences per step, all processes together
-    accum_steps: int = 1  # parts of a batch, one after the other; the same result except with dropout or MoE
-    max_steps: int = 600  # steps in all
-    lr: float = 4e-3  # highest learning rate of the dense parameters
+    batch_size: int = 16  # sequences per step, in all processes together
+    accum_steps: int = 1  # parts of a batch, computed one after the other to save memory
+    max_steps: int = 600  # training steps
+    lr: float = 4e-3  # highest learning rate of the dense parameters: all except the pool
     value_lr: float = 6e-2  # highest learning rate of the pool; tune this first. With adam, try 2e-2
-    value_optimizer: Literal["rowwise", "adam", "sgd"] = "rowwise"  # of the pool; sgd is for finetuning
-    value_blocks: int = 8  # rowwise: second moments per row
-    value_stochastic_rounding: bool = False  # for a bfloat16 pool: small changes are not rounded away
+    value_optimizer: Literal["rowwise", "adam", "sgd"] = "rowwise"  # the pool's optimiser; sgd to finetune
+    value_blocks: int = 8  # with rowwise: second moments per row of the pool
+    value_stochastic_rounding: bool = False  # round a bfloat16 pool at random, to keep small changes
     warmup_steps: int = 100  # steps over which the learning rates rise
     min_lr: float = 0.1  # final learning rate, as a share of the highest; the decay is a cosine
-    weight_decay: float = 0.1  # of dense matrices; the pool has none
-    beta1: float = 0.9  # of AdamW
-    beta2: float = 0.99  # of AdamW
-    grad_clip: float = 1.0  # highest norm of the dense gradient; 0: no limit
+    weight_decay: float = 0.1  # weight decay of dense matrices; the pool has none
+    beta1: float = 0.9  # beta1 of AdamW, for the dense parameters
+    beta2: float = 0.99  # beta2 of AdamW, for the dense parameters
+    grad_clip: float = 1.0  # clip the dense gradient to this norm; 0: do not clip
 
     # --- logging
     log_interval: int = 50  # steps between log lines
     eval_interval: int = 200  # steps between evaluations, each followed by a checkpoint
-    eval_batches: int = 20  # batches of val.bin per evaluation
-    eval_questions: int = 1000  # questions per evaluation, if there is qa.jsonl; the last evaluation asks all
+    eval_batches: int = 20  # validation batches per evaluation
+    eval_questions: int = 1000  # questions per evaluation, if the corpus has any; the last evaluation: all
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,7 +94,7 @@ class TrainConfig(GPTConfig):
         if self.mem_layers and self.value_optimizer == "rowwise" and self.n_embd % self.value_blocks:
             raise ValueError(f"value_blocks={self.value_blocks} must divide n_embd={self.n_embd}")
         if self.value_stochastic_rounding and self.mem_dtype != "bfloat16":
-            raise ValueError("value_stochastic_rounding is for --mem_dtype=bfloat16")
+            raise ValueError("value_stochastic_rounding needs --mem_dtype=bfloat16")
 
 
 # Not as published: queries see the previous token too, so a slot can stand for a first and a last name
@@ -122,22 +122,22 @@ def find_device(name: str) -> str:
 
 
 def check_fit(config: TrainConfig, device: str) -> None:
-    """Checks what TrainConfig does not know: the device and the number of processes."""
+    """Checks the options against the device and the number of processes, which TrainConfig does not know."""
     build(resolve_kernel, dict(kernel=config.kernel, device=device))  # fails if the kernel cannot run there
     if config.mem_file and device != "cpu":
-        fail("--mem_file is for --device=cpu: a GPU holds the pool in its own memory")
+        fail("--mem_file needs --device=cpu: a GPU holds the pool in its own memory")
     if config.mem_file and not config.mem_layers:
-        fail("--mem_file is for a pool, and without --mem_layers there is none")
+        fail("--mem_file needs a pool: choose blocks for it with --mem_layers")
     parts = WORLD_SIZE * config.accum_steps
     if config.batch_size % parts:
-        fail(f"--batch_size={config.batch_size} must be a multiple of {parts}: {WORLD_SIZE} processes and "
-             f"{config.accum_steps} parts each")
+        fail(f"--batch_size={config.batch_size} must be a multiple of {parts}: {WORLD_SIZE} processes times "
+             f"{config.accum_steps} parts (--accum_steps)")
 
 
 def load_data(config: TrainConfig, checkpoint: Path | None) -> Dataset:
     data = load_dataset(config.dataset)
     if checkpoint and read_meta(checkpoint)["encoding"] != data.encoding_json:
-        fail(f"the tokenizer of {config.dataset} is not the one of {checkpoint}; choose another --out_dir")
+        fail(f"{config.dataset} and {checkpoint} have different tokenizers: choose another --out_dir")
     if 0 < config.vocab_size < (needed := data.encoding.n_vocab):
         fail(f"--vocab_size={config.vocab_size} is too small: {config.dataset} has {needed} tokens")
     for split, tokens in (("train", data.train), ("val", data.val)):
@@ -147,7 +147,7 @@ def load_data(config: TrainConfig, checkpoint: Path | None) -> Dataset:
 
 
 def make_optimizers(config: TrainConfig, model: GPT, checkpoint: Path | None) -> list[torch.optim.Optimizer]:
-    # each process rounds its own columns, with its own random numbers
+    # for stochastic rounding: each process rounds its columns with random numbers of its own
     seed = config.seed * 1_000_003 + columns_group(model.pool).rank * 0x5BD1E995
     optimizers = build(model.optimizers, dict(
         lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
@@ -161,7 +161,7 @@ def make_optimizers(config: TrainConfig, model: GPT, checkpoint: Path | None) ->
 # --- training -----------------------------------------------------------------------------------------------
 
 def schedule(step: int, config: TrainConfig) -> float:
-    """The share of the highest learning rate: a linear warm-up, then a cosine down to min_lr."""
+    """The learning rate as a share of the highest: a linear warm-up, then a cosine down to min_lr."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
@@ -175,8 +175,8 @@ def check_finite(loss: float, step: int) -> None:
 
 def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dict]:
     """
-    Trains a model. Returns it, in evaluation mode, and what its last evaluation measured: val_loss; recall if
-    there are questions; slots_used and kl_from_uniform if there is a pool. A mistake is a ValueError.
+    Trains a model. Returns the model in evaluation mode, and the last evaluation as a dict: val_loss, recall
+    (if there are questions), slots_used and kl_from_uniform (with a pool). Wrong options raise a ValueError.
 
     checkpoint: continue from this one. config.resume: continue from the newest one in config.out_dir.
     """
@@ -190,7 +190,7 @@ def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dic
         check_same_model(config, stored_config(checkpoint))
     start, measured = (step_of(checkpoint), read_meta(checkpoint)["measured"]) if checkpoint else (0, {})
 
-    # not compiled, not in DDP: for saving and questions
+    # the plain model, neither compiled nor in DDP, is for saving and for questions
     model = make_model(config, checkpoint).to(device).train()
     optimizers = make_optimizers(config, model, checkpoint)
     compiled = torch.compile(model) if config.compile else model
@@ -205,10 +205,10 @@ def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dic
             last_step = step == config.max_steps
             is_due = last_step or step % config.eval_interval == 0
 
-            if is_due and (step > start or not checkpoint):  # a checkpoint brings its evaluation
+            if is_due and (step > start or not checkpoint):  # the checkpoint's step is evaluated already
                 with autocast:
                     measured = evaluate(model, compiled, data, config, all_questions=last_step)
-                check_finite(measured["val_loss"], step)  # before a checkpoint replaces a good one
+                check_finite(measured["val_loss"], step)  # fails before a good checkpoint is replaced
                 log.log_evaluation(step, measured)
             if (is_due or stopping) and step > start:
                 meta = {"config": asdict(config), "encoding": data.encoding_json, "measured": measured}
@@ -219,14 +219,14 @@ def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dic
             # --- the timed part of a step
             if device == "cuda":
                 torch.cuda.synchronize()
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             torch.manual_seed(config.seed * 1_000_003 + step * WORLD_SIZE + RANK)  # for dropout
-            key = config.seed, 0, step  # 0: training, 1: evaluation
+            key = config.seed, 0, step  # seed of the batch; 0: training, 1: evaluation
             batch = draw_batch(data.train, config.batch_size, config.block_size, *key)
             x, y = (part.to(device).chunk(config.accum_steps) for part in batch)
             totals = torch.zeros(2, device=device)  # the loss, and the number of signals to stop
             for i in range(config.accum_steps):
-                is_last_part = i + 1 == config.accum_steps  # only then are gradients averaged over processes
+                is_last_part = i + 1 == config.accum_steps  # then DDP averages the gradients
                 with contextlib.nullcontext() if is_last_part or WORLD_SIZE == 1 else parallel.no_sync():
                     with autocast:
                         _, loss, _ = parallel(x[i], y[i])
@@ -241,7 +241,7 @@ def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dic
                 optimizer.zero_grad()
             totals[1] = len(signals)
             loss, stopping = all_reduce_sum(totals).tolist()  # waits for the device
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - start_time
             # --- end of the timed part
 
             loss /= WORLD_SIZE
@@ -249,7 +249,7 @@ def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dic
             log.log_step(step + 1, loss, config.lr * schedule(step, config), seconds)
 
         if stopping and step < config.max_steps:
-            print_once(f"stopped after step {step}, saved in {config.out_dir}; --resume continues from there")
+            print_once(f"stopped after step {step} and saved in {config.out_dir}; continue with --resume")
         elif start < config.max_steps:
             log.print_end(device, measured)
     return model.eval(), measured
@@ -269,7 +269,7 @@ def load(out_dir: Path | str):
     checkpoint = find_checkpoint(Path(out_dir))
     if checkpoint is None:
         fail(f"no checkpoint in {out_dir}: train a model with python train.py, or name another --out_dir")
-    # so that any machine can load it
+    # drop the options that depend on the machine, so that any machine can load the model
     config = replace(stored_config(checkpoint), kernel="auto", mem_file="", mem_group_size=0)
     encoding = encoding_from_json(read_meta(checkpoint)["encoding"])
     print_once(f"loaded {checkpoint}")
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     config = build(TrainConfig, preset | options)
     with one_line_errors(config.out_dir):
         distributed.start(find_device(config.device))
-        # torchrun may have restarted us without --resume: continue only from a run with these same options
+        # torchrun restarts processes without --resume: they continue only a run with the same options
         is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         resume = any(gather_objects(config.resume or is_restart))
         checkpoint = find_checkpoint(Path(config.out_dir)) if resume else None

@@ -1,5 +1,5 @@
 """
-Reads a corpus that data/prepare.py made: its tokens, batches of them, its questions, and text from tokens.
+Reads a corpus that data/prepare.py made: tokens, batches and questions. Turns tokens back into text.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from runtime.distributed import LOCAL_RANK, RANK, WORLD_SIZE, gather_objects
 
 class Dataset:
     """
-    The corpus in data/NAME: the token ids `train` and `val` (mapped, not in memory), `encoding`, `questions`,
-    and `note`, a sentence about it or "". If the folder is missing, a corpus that needs no input is made.
+    The corpus in data/NAME: token ids `train` and `val` (memory-mapped files), `encoding`, `questions` and
+    `note`, a sentence about the corpus or "". If data/NAME is missing, a corpus in READY_MADE is made.
     """
 
     def __init__(self, name: str):
@@ -43,8 +43,8 @@ class Dataset:
 
 def load_dataset(name: str) -> Dataset:
     """
-    The same corpus in all processes. If it has to be made, the first process makes it, and then the first
-    process of each machine that has another disk.
+    Loads the same corpus in all processes. If the corpus must be made, the first process makes it. Machines
+    that do not share its disk then make their own copy.
     """
     data = None
     for has_turn in (RANK == 0, LOCAL_RANK == 0, True):
@@ -81,10 +81,10 @@ def read_questions(path: Path) -> list[dict]:
 
 def draw_batch(tokens: np.ndarray, count: int, block_size: int, *key: int):
     """
-    Draws `count` windows of `tokens`. The random numbers depend on `key` only. Each process gets its share of
-    the windows.
+    Draws `count` windows of `tokens`, and returns this process's share of them. The random numbers depend
+    only on `key`.
 
-    Returns x, y (count / processes, block_size), int64. y is x moved by one token: what comes next.
+    Returns x, y (count / processes, block_size), int64. y has the next token for each token of x.
     """
     starts = np.random.default_rng(key).integers(len(tokens) - block_size, size=count)[RANK::WORLD_SIZE]
     windows = torch.from_numpy(np.stack([tokens[s:s + block_size + 1] for s in starts]).astype(np.int64))
@@ -92,7 +92,7 @@ def draw_batch(tokens: np.ndarray, count: int, block_size: int, *key: int):
 
 
 def decode(encoding, tokens: list[int]) -> str:
-    """The text. Ids that the encoding does not use are left out: an untrained model may produce them."""
+    """tokens -> text. Leaves out ids that the encoding does not use: an untrained model may produce them."""
     parts = []
     for token in tokens:
         with contextlib.suppress(KeyError):
@@ -101,5 +101,5 @@ def decode(encoding, tokens: list[int]) -> str:
 
 
 def decode_answer(encoding, tokens: list[int]) -> str:
-    """The text up to the end of the line or of the document."""
+    """tokens -> text, up to the end of the line or document."""
     return decode(encoding, tokens).split("\n")[0].split(END)[0].strip()

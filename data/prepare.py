@@ -1,12 +1,12 @@
 """
-Makes a corpus ready for train.py: data/NAME/train.bin and val.bin (token ids), meta.json and, where there is
-something to ask, qa.jsonl.
+Makes a corpus for train.py. It writes train.bin and val.bin (token ids), meta.json and, if the corpus has
+questions, qa.jsonl to the folder data/NAME.
 
     python data/prepare.py facts --people=200         generated people and their attributes, with questions
     python data/prepare.py stdlib                     source of the Python standard library on this machine
     python data/prepare.py code                       Python source of all installed packages
     python data/prepare.py mqar                       pairs of words, to be recalled from the context
-    python data/prepare.py text --input FILE ...      any UTF-8 text; --name=NAME says which folder it goes to
+    python data/prepare.py text --input FILE ...      any UTF-8 text; --name=NAME chooses the folder data/NAME
     python data/prepare.py facts --help               the options of a corpus
 """
 
@@ -42,9 +42,9 @@ def build_encoding(texts: Iterable[str], vocab_size: int, counts: Iterable[int] 
     A tiktoken encoding of at most `vocab_size` tokens: the 256 bytes, the most frequent pieces of the texts,
     and END. counts: how often each text stands in the corpus.
 
-    A piece that is in the vocabulary is one token, so no merges need to be learnt; any other piece falls
-    apart into bytes, or what pairs of them happen to be in it. So every text can be encoded, and decodes to
-    itself.
+    A piece in the vocabulary is one token, so no merges need to be learnt. Any other piece becomes several
+    tokens: single bytes, or longer ones where the vocabulary has them. So every text can be encoded and
+    decoded without loss.
     """
     pieces = Counter()
     for text, count in zip(texts, counts, strict=False):
@@ -72,7 +72,7 @@ def named_encoding(name: str) -> tiktoken.Encoding:
 
 
 def encoding_to_json(encoding: tiktoken.Encoding) -> dict:
-    """All that `encoding_from_json` needs; tokens as base64, in order of their ids."""
+    """Everything that `encoding_from_json` needs. Tokens are base64, in order of their ids."""
     ranks = encoding._mergeable_ranks
     return {"name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens,
             "tokens": {base64.b64encode(token).decode(): rank for token, rank in ranks.items()}}
@@ -88,8 +88,8 @@ def encoding_from_json(stored: dict) -> tiktoken.Encoding:
 
 @dataclass
 class Corpus:
-    tokenizer: str = ""  # a tiktoken encoding by name, such as gpt2 (a download); none: built from the corpus
-    vocab_size: int = 4096  # most tokens that a tokenizer built from the corpus may have
+    tokenizer: str = ""  # a tiktoken encoding to download, such as gpt2; none: build one from the corpus
+    vocab_size: int = 4096  # largest vocabulary of a tokenizer that is built from the corpus
 
     def __post_init__(self):
         if self.vocab_size < 257:
@@ -121,8 +121,8 @@ def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable],
                  questions: list[dict] | None = None, note: str = "", fragments: list[str] | None = None,
                  sample: int | None = None, limit: int | None = None) -> None:
     """
-    texts('train') and texts('val') start new iterators; a text that ends a document ends with END. note: a
-    sentence that training prints in the end.
+    texts('train') and texts('val') return new iterators. The last text of a document ends with END. note: a
+    sentence that training prints at the end.
 
     fragments: a text is not a string, but an array of indices into these strings. Each of them must start a
     new piece of GPT2_SPLIT wherever it stands. sample: the tokenizer is built from the first texts only, from
@@ -160,7 +160,7 @@ def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable],
         if count < 2:
             fail(f"{name}: the text is too short, {split}.bin would be empty")
         meta[f"{split}_tokens"] = count
-    # meta.json is written last: a folder that has it is complete. Who reads the files still has the old ones
+    # meta.json is written last, so a folder with meta.json is complete. Open files keep their old contents
     for old in ("meta.json", *(["qa.jsonl"] if questions else [])):
         (folder / old).unlink(missing_ok=True)
     for split in ("train", "val"):
@@ -195,7 +195,7 @@ medicine meteorology music mythology navigation nutrition oceanography optics pa
 philosophy physics poetry politics psychology rhetoric sociology statistics theology zoology""".split()
 MONTHS = "January February March April May June July August September October November December".split()
 
-# attribute: (values, statements, questions); the person comes before the value, as recall goes left to right
+# attribute: (values, statements, questions). The person comes before the value: a GPT predicts left to right
 ATTRIBUTES = {
     "birthplace": (CITIES,
                    ["The birthplace of {} is {}.", "The city where {} was born is {}.",
@@ -219,13 +219,13 @@ ATTRIBUTES = {
 @dataclass
 class FactsConfig(Corpus):
     name: str = "facts"  # the folder under data/
-    people: int = 200  # each with a name of two parts and four attributes
-    exposures: float = 60.0  # how often each attribute is told in train.bin, mean over people
-    zipf: float = 0.75  # the r-th most exposed person is exposed in proportion to r**-zipf; 0 is uniform
-    ask: float = 0.25  # share of the exposures that are a question with its answer, and not a statement
-    held_out: float = 0.1  # share of the people who are never asked about in train.bin, only stated
+    people: int = 200  # people in the corpus, each with a name of two parts and four attributes
+    exposures: float = 60.0  # how often train.bin tells each attribute, on average over people
+    zipf: float = 0.75  # the r-th most exposed person gets exposures in proportion to r**-zipf; 0: all alike
+    ask: float = 0.25  # share of exposures that are a question and its answer; the others are statements
+    held_out: float = 0.1  # share of people about whom train.bin has statements, but no questions
     questions: int = 0  # most questions per exposure bin, and about held-out people; 0: all
-    seed: int = 1  # of everything that is drawn
+    seed: int = 1  # seed of all random draws
 
     def __post_init__(self):
         super().__post_init__()
@@ -251,9 +251,9 @@ def make_names(rng, count: int, syllables: int) -> list[str]:
 
 
 def facts(config: FactsConfig) -> None:
-    """People whom no model has heard of, so that what it answers it must have learnt here."""
+    """Facts about people who do not exist. A model can learn these facts only from this corpus."""
     rng = np.random.default_rng(config.seed)
-    # four times as many names as people: neither part alone says who it is
+    # four times as many possible names as people, so one part of a name does not identify a person
     parts = int(np.ceil(2 * config.people**0.5))
     first, last = make_names(rng, parts, 2), make_names(rng, parts, 3)
     pairs = rng.choice(parts**2, config.people, replace=False)
@@ -308,8 +308,8 @@ def facts(config: FactsConfig) -> None:
         prompt, answer = "".join(fragments[i] for i in ids).removesuffix("\n").split(" Answer: ")
         questions.append({"prompt": f"{prompt} Answer:", "answer": answer,
                           "exposures": int(exposures[person]), "held_out": bool(held_out[person])})
-    note = ("The validation text tells each fact once, the training text tells the facts of some people most "
-            "often: so the validation loss is above the training loss.")
+    note = ("The validation text tells each fact once, but the training text tells some facts more often "
+            "than others. So the validation loss is above the training loss.")
     write_corpus(config.name, config, texts, questions, note if config.zipf else "", fragments)
 
 
@@ -317,12 +317,12 @@ def facts(config: FactsConfig) -> None:
 
 @dataclass
 class MqarConfig(Corpus):
-    documents: int = 20_000  # in train.bin; a fiftieth as many in val.bin, and as many again are asked about
-    pairs: int = 4  # of a key and a value, in a document
-    asks: int = 16  # pairs that are asked, after all have been told; the last is the question
+    documents: int = 20_000  # documents in train.bin; val.bin and the questions have a fiftieth each
+    pairs: int = 4  # pairs of a key and a value per document
+    asks: int = 16  # pairs that are repeated after all have been told; the last is the question
     keys: int = 16  # different keys
     values: int = 16  # different values
-    seed: int = 1  # of everything that is drawn
+    seed: int = 1  # seed of all random draws
 
     def __post_init__(self):
         super().__post_init__()
@@ -335,10 +335,9 @@ class MqarConfig(Corpus):
 
 def mqar(config: MqarConfig) -> None:
     """
-    Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927): a document is a line, of
-    pairs of words and then any of the same pairs again, the last one after a colon, which says that the line
-    ends with it. Which words go together is new in each document: the answer is in the context, and nothing
-    is worth remembering longer.
+    Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927). A document is one line:
+    first all pairs of words, then some of these pairs again. A colon marks the last pair, the question. Each
+    document has new pairs, so the answer is always in the context, and there is nothing to remember.
     """
     rng = np.random.default_rng(config.seed)
     words = make_names(rng, config.keys + config.values, 3)
@@ -378,7 +377,7 @@ def stdlib(config: SplitConfig) -> None:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if not skip & set(name.parts):
-            # a file's name decides: the same split on every machine, and a file never in both parts
+            # the name of a file decides its split, so the split is the same on every machine
             files["val" if name_number(name) < config.val_share else "train"].append(path)
     write_corpus("stdlib", config, lambda split: read_sources(files[split]))
 
@@ -484,10 +483,10 @@ READY_MADE = {
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    name, options = first_word(argv, CORPORA, __doc__, "a corpus")
+    name, arguments = first_word(argv, CORPORA, __doc__, "a corpus")
     make, config_class = CORPORA[name]
-    _, given = parse(config_class, options, description=f"{name}: {make.__doc__}")
-    make(build(config_class, given))
+    _, options = parse(config_class, arguments, description=f"{name}: {make.__doc__}")
+    make(build(config_class, options))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """
-What does a model need of each of many GPUs? Estimates memory, traffic and time. Nothing here is measured.
+Estimates the memory, traffic and time that a model needs on each of many GPUs. Nothing is measured.
 
     python -m experiments.plan             the largest memory of Berges et al. 2024 on 64 GPUs
     python -m experiments.plan --help      all options, of the model and of the machine
 
-The default model has 64M slots of 2,048 numbers beside a GPT of 1.3B parameters, with the vocabulary of
-Llama 3.
+The default model is a GPT with 1.3B parameters and the vocabulary of Llama 3. Its pool has 64M slots of 2,048
+numbers.
 """
 
 from dataclasses import dataclass
@@ -24,19 +24,19 @@ class PlanConfig(GPTConfig):
     n_layer: int = 24  # Transformer blocks
     n_head: int = 16  # attention heads
     n_embd: int = 2048  # width of the model
-    mem_layers: tuple[int, ...] = (4, 12, 20)  # blocks with a memory layer, from 0
-    mem_num_keys: int = 8192  # half-keys per side; the pool has the square of this number of slots
-    mem_knn: int = 32  # slots that each head reads
-    mem_key_dim: int = 1024  # width of a query, both halves
-    mem_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the pool's values
-    gpus: int = 64  # processes with one GPU each
-    mem_group_size: int = 0  # GPUs that share the pool's columns; 0: all of them
-    tokens: int = 16_384  # per step and GPU
-    value_blocks: int = 64  # second moments per row (rowwise); a multiple of mem_group_size
-    flops: float = 400e12  # FLOPs per second that matrix products reach on a GPU; an H100 promises 989e12
+    mem_layers: tuple[int, ...] = (4, 12, 20)  # blocks with a memory layer, counted from 0
+    mem_num_keys: int = 8192  # half-keys for each half of a query; the pool has mem_num_keys**2 slots
+    mem_knn: int = 32  # slots that each head reads per token
+    mem_key_dim: int = 1024  # width of a query, both halves together
+    mem_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # dtype of the pool's values
+    gpus: int = 64  # number of GPUs, one process each
+    mem_group_size: int = 0  # GPUs that split the pool's columns between them; 0: all of them
+    tokens: int = 16_384  # tokens per step and GPU
+    value_blocks: int = 64  # with rowwise: second moments per row; a multiple of mem_group_size
+    flops: float = 400e12  # FLOPs per second of matrix products on a GPU; the limit of an H100 is 989e12
     bandwidth: float = 3.35e12  # bytes per second of a GPU's memory
     link: float = 50e9  # bytes per second that a GPU sends; 50e9: 400 Gb/s, 450e9: a DGX H100
-    gpu_memory: float = 80e9  # bytes
+    gpu_memory: float = 80e9  # bytes of memory per GPU
 
     def __post_init__(self):
         super().__post_init__()
@@ -44,7 +44,7 @@ class PlanConfig(GPTConfig):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be more than 0")
         if self.mem_kind == "peer":
-            raise ValueError("mem_kind=peer cannot be planned: it reads two rows where the others read one")
+            raise ValueError("mem_kind=peer has no plan: a plan assumes one row per slot, and peer has two")
         if not self.mem_layers:
             raise ValueError("mem_layers must have at least one layer, as in --mem_layers=4,12,20")
         self.mem_group_size = self.mem_group_size or self.gpus
@@ -58,9 +58,9 @@ def bytes_sent(c: PlanConfig) -> dict[str, float]:
     """
     Bytes that a GPU sends for each of its tokens and each memory layer, if all activations are float32.
 
-    G GPUs share a pool. Each of them sends its bags to all others and gets the gradients of the weights back.
-    It keeps 1/G of the sums and of their gradients. GPUs that hold the same columns send each other their
-    reads.
+    G GPUs share a pool. Each GPU sends its bags to all others, and gets the gradients of the weights back. It
+    keeps 1/G of the sums and of their gradients, and sends the rest. GPUs with the same columns send each
+    other their reads.
     """
     G, bag, V = c.mem_group_size, c.mem_heads * c.mem_knn, c.n_embd
     return {"bags": (G - 1) * bag * (4 + 4),
@@ -71,7 +71,7 @@ def bytes_sent(c: PlanConfig) -> dict[str, float]:
 
 
 def memory_needed(c: PlanConfig, counts: dict, slots: int) -> tuple[dict, dict]:
-    """Bytes per GPU, without activations: ({part: bytes}, the same for each way to learn the values)."""
+    """{part: bytes per GPU} without activations, and {optimiser: {part: bytes per GPU}}, which is added."""
     G, bag, V, layers = c.mem_group_size, c.mem_heads * c.mem_knn, c.n_embd, len(c.mem_layers)
     size = {"float32": 4, "bfloat16": 2}[c.mem_dtype]
     parts = {
@@ -79,9 +79,9 @@ def memory_needed(c: PlanConfig, counts: dict, slots: int) -> tuple[dict, dict]:
         "values": counts["memory"] * size / G,
         "slot use": slots * 4,
     }
-    reads = {  # these take the place of a gradient
+    reads = {  # instead of a dense gradient
         "reads of a step": layers * c.tokens * (c.gpus // G) * (G * bag * (4 + 4) + V * 4),
-        # for each place where a row was read: index and weight twice, token three times, and the sort's order
+        # for each row that a token reads: index and weight twice, token three times, and the sort's order
         "sorting them": layers * c.tokens * c.gpus * bag * (2 * (4 + 4) + 3 * 8 + 8),
     }
     return parts, {
@@ -93,7 +93,7 @@ def memory_needed(c: PlanConfig, counts: dict, slots: int) -> tuple[dict, dict]:
 
 
 def plan(c: PlanConfig) -> dict[str, float]:
-    """Prints the plan. Returns the bytes per GPU for each way to learn the values."""
+    """Prints the plan. Returns {optimiser: bytes per GPU}."""
     with torch.device("meta"):
         counts = GPT(c).count_parameters()
     bag, V, layers = c.mem_heads * c.mem_knn, c.n_embd, len(c.mem_layers)
@@ -102,25 +102,25 @@ def plan(c: PlanConfig) -> dict[str, float]:
           f"{counts['memory'] / 1e9:.1f}B ({c.mem_dtype}), read by {layers} layers, {bag} slots per token;\n"
           f"{c.gpus} GPUs, {c.mem_group_size} share a pool, {c.tokens:,} tokens per GPU and step\n")
 
-    parts, learners = memory_needed(c, counts, slots)
-    print("GB per GPU, without activations, for which a tenth is left:")
+    parts, parts_of_optimizer = memory_needed(c, counts, slots)
+    print("GB per GPU (a tenth of its memory is left for activations):")
     for name, part in parts.items():
         print(f"  {name:34}{part / 1e9:9.2f}")
     totals = {}
-    for name, extra in learners.items():
+    for name, extra in parts_of_optimizer.items():
         totals[name] = sum(parts.values()) + sum(extra.values())
         verdict = "fits" if totals[name] < 0.9 * c.gpu_memory else f"does not fit {c.gpu_memory / 1e9:.0f} GB"
-        shown = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in extra.items())
-        print(f"  + {name}: {shown}; in all {totals[name] / 1e9:.1f}: {verdict}")
+        text = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in extra.items())
+        print(f"  + {name}: {text}; in all {totals[name] / 1e9:.1f}: {verdict}")
 
-    sent = bytes_sent(c)
+    traffic = bytes_sent(c)
     print("\nbytes sent per token and memory layer:")
-    for name, part in sent.items():
+    for name, part in traffic.items():
         print(f"  {name:34}{part:12,.0f}")
-    # a row is loaded for the sum and for the dot product, and loaded and stored by the update; this assumes
-    # that no row is read twice in a step
+    # 4: a row is loaded for the sum and for the dot product, and loaded and stored by the update. A row that
+    # is read twice in a step counts twice
     pool_bytes = 4 * layers * bag * V * {"float32": 4, "bfloat16": 2}[c.mem_dtype]
-    sent_bytes = layers * sum(sent.values()) + 2 * 4 * counts["dense"] / c.tokens  # and the dense gradients
+    sent_bytes = layers * sum(traffic.values()) + 2 * 4 * counts["dense"] / c.tokens  # + dense gradients
     work = {"matrix products": (6 * c.macs_per_token(), "FLOPs", c.flops),
             "the pool's rows": (pool_bytes, "bytes", c.bandwidth),
             "traffic": (sent_bytes, "bytes", c.link)}
@@ -128,7 +128,7 @@ def plan(c: PlanConfig) -> dict[str, float]:
     for name, (amount, unit, speed) in work.items():
         print(f"  {name:16}{amount:18,.0f} {unit:5} {1e6 * amount / speed:8.2f} us at {speed:.3g} per second")
     slowest = max(work, key=lambda name: work[name][0] / work[name][2])
-    print(f"the bottleneck: {slowest}. All times are estimates, and nothing is assumed to overlap.")
+    print(f"the bottleneck: {slowest}. All times are estimates, without any overlap.")
     return totals
 
 

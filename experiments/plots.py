@@ -1,5 +1,5 @@
 """
-Draws figures from the lines that experiments leave, and writes them next to the lines.
+Draws figures from files of results, and writes each figure next to its file.
 
     python -m experiments.plots experiments/results/facts.jsonl   facts.png and facts_more.png
     python -m experiments.plots experiments/results/step.jsonl    step.png
@@ -27,8 +27,8 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LOOK = {"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3,
         "legend.frameon": False, "axes.prop_cycle": matplotlib.cycler(color=COLOURS)}
 
-# colour, marker and line of each model of experiments.compare, so that no two differ by colour alone
-STYLES = defaultdict(lambda: ("#777777", "h", "-"), {  # the default is for a model of your own
+# colour, marker and line of each model of experiments.compare; no two models differ by colour alone
+STYLES = defaultdict(lambda: ("#777777", "h", "-"), {  # the default is for models that you add
     "dense": ("#000000", "o", "-"), "dense-2x": ("#000000", "o", ":"), "moe": ("#CC79A7", "v", "--"),
     "hash": ("#56B4E9", "X", ":"), "peer": ("#E69F00", "P", "--"), "shifted-plain": ("#882255", "<", "-."),
     "memory+": ("#0072B2", "s", "-"), "tokens": ("#D55E00", "^", "-"), "shifted": ("#009E73", "D", "-"),
@@ -46,9 +46,9 @@ def draw_step(rows: list[dict]) -> Figure:
     axis = figure.subplots()
     for method, marker in zip(dict.fromkeys(row["method"] for row in rows), "osv^D", strict=False):
         line = [row for row in rows if row["method"] == method]
-        ours = method in ("rowwise", "adam")
+        is_ours = method in ("rowwise", "adam")
         axis.plot([row["rows"] for row in line], [1e3 * row["seconds"] for row in line], marker=marker,
-                  linestyle="-" if ours else "--", label=f"nanoPKM, {method}" if ours else method)
+                  linestyle="-" if is_ours else "--", label=f"nanoPKM, {method}" if is_ours else method)
     axis.set(xscale="log", yscale="log", xticks=sorted({row["rows"] for row in rows}),
              xlabel="rows of the pool", ylabel=f"ms per step of {tokens:,} tokens")
     axis.xaxis.set_major_formatter("{x:,.0f}")
@@ -63,17 +63,17 @@ def draw_step(rows: list[dict]) -> Figure:
 # --- facts --------------------------------------------------------------------------------------------------
 
 def draw(axis, model: str, x, ys, label: str | None = None):
-    """The mean of several runs (ys: one row per run), with a bar from the lowest to the highest of them."""
+    """Draws the mean of several runs (ys: one row per run), with bars from the lowest to the highest run."""
     colour, marker, line = STYLES[model]
     middle, low, high = np.mean(ys, 0), np.min(ys, 0), np.max(ys, 0)
-    bars = np.maximum((middle - low, high - middle), 0)  # of equal numbers the mean may be rounded
+    bars = np.maximum((middle - low, high - middle), 0)  # rounding may make a bar negative
     axis.errorbar(x, middle, bars, color=colour, marker=marker, linestyle=line,
                   capsize=2, elinewidth=0.8, markersize=5, label=label)
     return x[-1], middle[-1], model  # for label_ends
 
 
 def label_ends(axis, ends: list[tuple]) -> None:
-    """Names of lines to the right of their ends (x, y, model), moved apart where they would overlap."""
+    """Writes names of lines to the right of their ends (x, y, model), and moves overlapping names apart."""
     right = max(x for x, _, _ in ends)
     low, high = axis.get_ylim()
     gap, last = 0.055 * (high - low), -np.inf
@@ -95,9 +95,9 @@ def draw_facts(runs: dict) -> Figure:
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axis = figure.subplots()
     bins = [low for low in recalls[best_first[0]][0]["by_exposure"] if int(low) < 256]
-    for i, model in enumerate(best_first):  # so the legend has the order of the lines
+    for i, model in enumerate(best_first):  # the legend then has the order of the lines
         shares = [[recall["by_exposure"][low] for low in bins] for recall in recalls[model]]
-        offset = 1.03 ** (i - len(runs) / 2)  # bars of different models stand beside each other
+        offset = 1.03 ** (i - len(runs) / 2)  # bars of different models do not overlap
         draw(axis, model, [offset * int(low) for low in bins], shares, model)
     axis.set(xscale="log", xlabel="times a fact was told in the training text", ylabel="recall (exact match)",
              ylim=(-0.02, 1.02), xticks=[int(low) for low in bins],
@@ -215,11 +215,11 @@ def draw_large(runs: dict) -> Figure:
 # --- files --------------------------------------------------------------------------------------------------
 
 def figures(path: Path) -> dict[Path, Figure]:
-    """The figures of a file of lines, and where they go."""
+    """The figures for a file of results: {path of the figure: figure}."""
     if path.name == "facts.jsonl":
         runs = best_runs(read_rows(path))
         if not runs:
-            fail(f"{path} has no finished run of the models that experiments.compare has now")
+            fail(f"{path} has no finished run of experiments.compare with the present options")
         main_runs = {model: rows for model, rows in runs.items() if model in SUMMARY}
         return {path.with_suffix(".png"): draw_facts(main_runs or runs),
                 path.with_name("facts_more.png"): draw_facts_more(runs)}

@@ -1,6 +1,6 @@
 """
 Prepares a run: finds the checkpoint to continue from, and makes or loads the model. The pool is in memory or
-in a file, whole or split over the processes.
+in a file; many processes split it by columns.
 """
 
 import functools
@@ -40,26 +40,26 @@ def refuse_existing_run(checkpoint: Path) -> None:
 
 def check_same_model(config, stored) -> None:
     """
-    stored: the TrainConfig in a checkpoint. The model and the kind of its pool's optimiser stay as they are.
-    All other options may change on resuming.
+    Refuses options that would change the model or the pool's optimiser. A resumed run may change all other
+    options. stored: the TrainConfig in the checkpoint.
     """
     fixed = {field.name for field in fields(GPTConfig)} - {"dropout", "kernel"}
     for name in sorted(fixed | {"value_optimizer", "value_blocks"}):
         if getattr(config, name) != getattr(stored, name):
             fail(f"--{name}={getattr(config, name)}: the model in {config.out_dir} has "
-                 f"{getattr(stored, name)}, and that cannot change; choose another --out_dir")
+                 f"{getattr(stored, name)}, which cannot change; choose another --out_dir")
 
 
 def make_model(config, checkpoint: Path | None) -> GPT:
     """
-    A new model, or the one in the checkpoint, on the CPU. Each process has its columns of the pool. The
+    A new model, or the model in the checkpoint, on the CPU. Each process has its columns of the pool. The
     weights are the same for any number of processes.
     """
     pool_class, file = choose_pool_class(config), choose_pool_file(config, checkpoint)
     model, problem = None, None
     try:
         if checkpoint:
-            with torch.device("meta"):  # tensors without memory, until the checkpoint's take their place
+            with torch.device("meta"):  # tensors without memory, which load_model replaces
                 model = GPT(config, pool_class)
             load_model(checkpoint, model, file)
         else:
@@ -76,12 +76,12 @@ def make_model(config, checkpoint: Path | None) -> GPT:
                  "the model does not fit into memory; --mem_file keeps the pool in a file")
         problem = f"{cause}: {str(error).splitlines()[0]}"
     if message := next(filter(None, gather_objects(problem)), None):
-        fail(message)  # in all processes, although only one may have the problem
+        fail(message)  # all processes fail, even if only one has the problem
     return model
 
 
 def choose_pool_class(config):
-    """ValuePool for one process; for many, a ShardedPool whose columns they share."""
+    """ValuePool for one process, or ShardedPool for many: each process has some of the columns."""
     group_size = config.mem_group_size or WORLD_SIZE
     if WORLD_SIZE % group_size:
         fail(f"--mem_group_size={group_size} must divide the number of processes, {WORLD_SIZE}")
@@ -96,18 +96,17 @@ def choose_pool_file(config, checkpoint: Path | None) -> str:
     file = config.mem_file
     if file and WORLD_SIZE > 1:
         file = f"{file}.{RANK}of{WORLD_SIZE}"
-    # this run made the file if it has a checkpoint, or if it is resumed and ended before its first checkpoint
+    # the file may exist if this run made it. Then the run has a checkpoint, or it has a log and is resumed
     is_same_run = checkpoint or config.resume and (Path(config.out_dir) / "log.jsonl").exists()
     if any(gather_objects(bool(file) and Path(file).exists() and not is_same_run)):
-        fail(f"--mem_file={file} already exists: delete it, or choose another")
+        fail(f"--mem_file={file} already exists: delete it, or choose another file")
     return file
 
 
 def load_model(checkpoint: Path, model: GPT, file: str = "") -> None:
     """
-    Fills a model that was built on the meta device. Its parameters are the checkpoint's files, mapped into
-    memory, so a pool is never in memory twice. file: copies the pool's values to this file; see
-    values_in_file.
+    Gives a model on the meta device the parameters of a checkpoint. They are memory-mapped files, so a pool
+    is never in memory twice. file: copy the pool's values to this file (see values_in_file).
     """
     state = load_part(checkpoint, "model.pt")
     if model.pool is not None:
@@ -121,20 +120,20 @@ def load_model(checkpoint: Path, model: GPT, file: str = "") -> None:
 
 def values_in_file(like: torch.Tensor, path: str) -> torch.Tensor:
     """
-    A tensor with the shape and dtype of `like`, whose numbers are in a file, so that it may be larger than
-    memory. A file that already exists is used if it has the right size.
+    A tensor with the shape and dtype of `like`, stored in a file, so it may be larger than memory. An
+    existing file is used if it has the right size.
     """
     if os.path.exists(path) and os.path.getsize(path) != like.nbytes:
         raise ValueError(f"mem_file={path} already exists, but does not have the size of the pool: choose "
-                         "another")
+                         "another file")
     with open(path, "ab") as f:
-        if hasattr(os, "posix_fallocate"):  # notices a full disk now, not in training; macOS has none
+        if hasattr(os, "posix_fallocate"):  # fails now if the disk is full; macOS has no such call
             os.posix_fallocate(f.fileno(), 0, like.nbytes)
     return torch.from_file(path, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
 
 
 def pool_in_file(pool_class, path: str, *arguments, **options) -> ValuePool:
-    """pool_class(*arguments, **options), with its values drawn in a file."""
+    """pool_class(*arguments, **options), with its values in a file."""
     pool = pool_class(*arguments, **options, device="meta")
     pool.values = nn.Parameter(values_in_file(pool.values, path))
     pool.reset_parameters()

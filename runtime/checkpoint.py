@@ -3,12 +3,12 @@ A checkpoint is a folder OUT/step_000500 with
 
     model.pt          all parameters except the pool's values
     optimizer.pt      AdamW's state
-    pool_0of2.pt ...  the pool's columns: values and optimiser state, one file per process that shares them
+    pool_0of2.pt ...  values and optimiser state of the pool; one file per block of columns
     meta.json         format, step, options, encoding, and the SHA-256 of each file and of itself
 
-A checkpoint is written under another name, and renamed once all of it is on the disk. So a kill at any
-moment, or a full disk, leaves the last good checkpoint. A file that was cut short or has a flipped bit is
-noticed. Any number of processes can read what any other number wrote. All must see the same folder OUT.
+A checkpoint is written under another name, and renamed once all of it is on the disk. So the last good
+checkpoint survives if a process is killed or the disk is full. The SHA-256 shows whether a file is damaged.
+A run may continue with another number of processes. All of them must see the same folder OUT.
 """
 
 import hashlib
@@ -60,19 +60,19 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta
             f.flush()
             os.fsync(f.fileno())
         sync_folder(temporary)
-        if folder.exists():  # a damaged one, which find_checkpoint passed over
+        if folder.exists():  # a damaged checkpoint, which find_checkpoint skipped
             remove(folder)
         os.rename(temporary, folder)
         sync_folder(out_dir)
-        # newer ones are damaged and do not count
+        # checkpoints after this step are damaged and do not count
         for old in [path for path in checkpoints(out_dir) if step_of(path) <= step][:-keep]:
             remove(old)
 
     try:
         together(make_folder if RANK == 0 else None)
         files = {}
-        for written in together(write_parts):
-            files |= written
+        for digests in together(write_parts):
+            files |= digests
         together(finish if RANK == 0 else None)
     except OSError as error:
         if RANK == 0:
@@ -81,12 +81,12 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta
 
 
 def remove(folder: Path) -> None:
-    """Renames the folder first, so that a folder with missing files is never called a checkpoint."""
-    for left in folder.parent.glob(".removed_*"):  # left by a process that was killed here, or open on NFS
-        shutil.rmtree(left, ignore_errors=True)
-    removed = folder.with_name(f".removed_{folder.name}_{os.getpid()}")
-    os.rename(folder, removed)
-    shutil.rmtree(removed, ignore_errors=True)
+    """Renames the folder before it deletes files, so that no checkpoint is ever half deleted."""
+    for old in folder.parent.glob(".removed_*"):  # left by a killed process, or by open files on NFS
+        shutil.rmtree(old, ignore_errors=True)
+    trash = folder.with_name(f".removed_{folder.name}_{os.getpid()}")
+    os.rename(folder, trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def cannot_go_on(out_dir: Path, problem: str, alone: bool = False) -> NoReturn:
@@ -96,7 +96,7 @@ def cannot_go_on(out_dir: Path, problem: str, alone: bool = False) -> NoReturn:
 
 
 def together(function) -> list:
-    """Calls function() and returns the results of all processes. An OSError in one is raised in all."""
+    """Calls function() and returns the results of all processes. All raise the OSError of any process."""
     result, problem = None, None
     try:
         result = function() if function else None
@@ -116,7 +116,7 @@ def parts_of_process(model: GPT, optimizers: list) -> dict[str, dict]:
         state = {name: part for name, part in model.state_dict().items() if name != "pool.values"}
         parts = {"model.pt": state, "optimizer.pt": optimizers[0].state_dict()}
     if model.pool is not None and replicas_group(model.pool).rank == 0:
-        # one process per block of columns writes it
+        # several processes may have the same columns: only the first of them writes
         group, values = columns_group(model.pool), model.pool.values
         state = optimizers[1].state.get(values, {})
         parts[f"pool_{group.rank}of{group.size}.pt"] = {"values": values.detach(), **state}
@@ -129,7 +129,7 @@ def write_part(path: Path, part: dict) -> str:
         try:
             torch.save(part, f)
             f.flush()
-        except RuntimeError as error:  # torch hides the OSError behind this
+        except RuntimeError as error:  # torch hides the OSError behind a RuntimeError
             cause = error.__context__
             raise (cause if isinstance(cause, OSError) else OSError(0, str(error))) from None
         os.fsync(f)
@@ -142,7 +142,7 @@ def digest_of(meta: dict) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk. fsync of a file waits only for its contents."""
+    """Waits until the names of a folder's files are on the disk; fsync of a file covers only its contents."""
     directory = os.open(folder, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
@@ -161,9 +161,9 @@ def find_checkpoint(out_dir: Path) -> Path | None:
         if problem is None:
             return folder
         if RANK == 0:
-            print(f"checkpoint {folder} is damaged and passed over: {problem}", flush=True)
+            print(f"checkpoint {folder} is damaged and skipped: {problem}", flush=True)
     if folders:
-        fail(f"no checkpoint in {out_dir} is whole: choose another --out_dir")
+        fail(f"all checkpoints in {out_dir} are damaged: choose another --out_dir")
     return None
 
 
@@ -172,7 +172,7 @@ def read_meta(folder: Path) -> dict:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, if anything. Each process looks at its share of the files."""
+    """What is wrong with a checkpoint, or None. Each process checks its share of the files."""
     try:
         meta = read_meta(folder)
         stored_format, digest = meta["format"], meta.pop("sha256", None)  # other formats may have no digest
@@ -189,7 +189,7 @@ def damage(folder: Path) -> str | None:
         return str(error)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"meta.json: {error}"
-    if stored_format != FORMAT:  # after the try: fail raises a ValueError
+    if stored_format != FORMAT:  # outside the try, as fail raises a ValueError
         fail(f"{folder} has the format {stored_format}, and this version of nanoPKM reads {FORMAT}: "
              "choose another --out_dir")
     return None
@@ -200,17 +200,17 @@ def load_part(folder: Path, name: str) -> dict:
 
 
 def load_pool(folder: Path, group: Group) -> dict[str, torch.Tensor]:
-    """Loads values and optimiser state of the pool, {name: tensor}, with this process's columns only."""
+    """Loads this process's columns of the pool: values and optimiser state, {name: tensor}."""
     number = sum(name.startswith("pool_") for name in read_meta(folder)["files"])
     parts = [load_part(folder, f"pool_{i}of{number}.pt") for i in range(number)]
     return {name: take_columns([part[name] for part in parts], group) if part.dim() else part
-            for name, part in parts[0].items()}  # counts, which have no columns, are the same in every file
+            for name, part in parts[0].items()}  # a count has no columns: every file has the same
 
 
 def take_columns(parts: list[torch.Tensor], group: Group) -> torch.Tensor:
     """
-    parts: equal blocks of columns of a matrix. Returns the block of this process. If that is one of the
-    parts, no copy is made: a mapped file stays one.
+    parts: a matrix, cut into equal blocks of columns. Returns the columns of this process. If one part has
+    exactly these columns, it is not copied, and stays a memory-mapped file.
     """
     width = parts[0].size(1)
     first, last = (width * len(parts) * rank // group.size for rank in (group.rank, group.rank + 1))
@@ -224,7 +224,7 @@ def load_optimizers(folder: Path, model: GPT, optimizers: list) -> None:
     if model.pool is not None:
         pool_state = load_pool(folder, columns_group(model.pool))
         del pool_state["values"]
-        stored.append({0: pool_state} if pool_state else {})  # 0: the number of the only parameter
+        stored.append({0: pool_state} if pool_state else {})  # 0: the index of the only parameter
     for optimizer, state in zip(optimizers, stored, strict=True):
         # learning rate, betas, weight decay and the like come from the options, not from the checkpoint
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

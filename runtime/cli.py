@@ -11,7 +11,7 @@ From a dataclass to a command line: every field is an option, and its comment is
         preset, options = parse(Config, argv)
         config = build(Config, preset | options)
 
-understands --n_layer=4, --n_layer 4 and --help, which shows this option under the heading "model".
+This main understands --n_layer=4, --n_layer 4 and --help. Help shows the option under the heading "model".
 
 A user's mistake is a UserError, which is a ValueError. `command` turns it into one line on stderr and exit
 status 2. All other exceptions are bugs and keep their traceback.
@@ -33,7 +33,7 @@ class UserError(ValueError):
 
     def __init__(self, message, alone: bool = False):
         super().__init__(message)
-        self.alone = alone  # only this process knows of the mistake; otherwise all processes have it
+        self.alone = alone  # True: only this process made the mistake. False: all did
 
 
 def fail(message, alone: bool = False) -> typing.NoReturn:
@@ -42,8 +42,8 @@ def fail(message, alone: bool = False) -> typing.NoReturn:
 
 def command(main):
     """
-    Decorates the main function of a script: a UserError becomes one line on stderr and exit status 2. Where
-    all processes make the same mistake, one process per machine prints it.
+    Decorates the main function of a script: a UserError becomes one line on stderr and exit status 2. If all
+    processes make the same mistake, one process per machine prints it.
     """
     @functools.wraps(main)
     def run(*arguments, **options):
@@ -68,7 +68,7 @@ def _boolean(text: str) -> bool:
 
 
 def _option(kind, name: str) -> dict:
-    """The arguments of argparse's add_argument for a field of the type `kind`."""
+    """The arguments of argparse's add_argument for a field `name` of the type `kind`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is bool:
         return dict(type=_boolean, nargs="?", const=True, metavar="BOOL")
@@ -80,13 +80,13 @@ def _option(kind, name: str) -> dict:
 
 
 def first_word(argv: list[str] | None, words, doc: str, kind: str) -> tuple[str, list[str]]:
-    """(the command line's first word, the rest), where the word is one of `words`; --help prints `doc`."""
+    """Returns the command line's first word, which must be in `words`, and the rest. --help prints `doc`."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["-h"], ["--help"]):
         print(doc.strip())
         raise SystemExit
     if not argv or argv[0] not in words:
-        fail(f"name {kind}: {'|'.join(words)}, and then its options; --help explains them")
+        fail(f"name {kind}, then its options: {'|'.join(words)}; --help explains them")
     return argv[0], argv[1:]
 
 
@@ -111,7 +111,7 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
     values of the preset, and the values that the user gave.
 
     presets: {name: {field: value}}. --preset=NAME chooses one; the default is the first.
-    other_names: {name: field}, names that people know from elsewhere. The error message then names ours.
+    other_names: {name: field}, names from other programs. The error message for such a name gives the field.
     Types: int, float, str, bool, Literal, tuple[int, ...] (--name=1,2 or --name 1 2) and tuple[str, ...].
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -121,11 +121,11 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
                                                        max_help_position=34, width=120))
     preset = {}
     if presets:  # the preset comes first: --help shows its values as defaults
-        first = _Parser(add_help=False, allow_abbrev=False)
-        for p in (first, parser):
+        preset_parser = _Parser(add_help=False, allow_abbrev=False)
+        for p in (preset_parser, parser):
             p.add_argument("--preset", choices=presets, default=next(iter(presets)),
                            help="a set of defaults, shown below (default: %(default)s)")
-        preset = presets[first.parse_known_args(argv)[0].preset]
+        preset = presets[preset_parser.parse_known_args(argv)[0].preset]
     defaults = {field.name: field.default for field in dataclasses.fields(cls)} | preset
     kinds, groups = typing.get_type_hints(cls), {}
     for name, (group, comment) in _help_of(cls).items():
@@ -140,10 +140,11 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
     if unknown:
         name = unknown[0].split("=")[0]
         if other := (other_names or {}).get(name.removeprefix("--")):
-            fail(f"unknown option {name}: here it is called --{other}")
+            fail(f"unknown option {name}: nanoPKM calls it --{other}")
         known = [f"--{field}" for field in (*kinds, "preset", "help")]
-        close = difflib.get_close_matches(name, known, n=1)
-        fail(f"unknown option {name}: " + (f"did you mean {close[0]}?" if close else "--help lists them all"))
+        similar = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {similar[0]}?" if similar else "--help lists all options"
+        fail(f"unknown option {name}: {hint}")
     options = vars(options)
     options.pop("preset", None)
     for name, value in options.items():
@@ -166,7 +167,7 @@ def at_least(low: float, config, *names: str) -> None:
 
 
 def check_choices(config) -> None:
-    """For __post_init__ of a dataclass: a ValueError if a Literal field has another value."""
+    """For __post_init__ of a dataclass: a ValueError if a Literal field has a value that it does not list."""
     for name, kind in typing.get_type_hints(type(config)).items():
         if typing.get_origin(kind) is typing.Literal and getattr(config, name) not in typing.get_args(kind):
             choices = ", ".join(map(str, typing.get_args(kind)))
@@ -174,9 +175,7 @@ def check_choices(config) -> None:
 
 
 def build(function, values: dict):
-    """
-    function(**values). A ValueError becomes a UserError. Its message must start with the name of an option.
-    """
+    """function(**values). A ValueError becomes a UserError; its message must start with an option's name."""
     try:
         return function(**values)
     except ValueError as error:

@@ -1,17 +1,17 @@
 """
-Many processes: who this process is, a pool that they share, and DistributedDataParallel around it.
+Training on many processes: connect them, share a pool, and wrap a model in DistributedDataParallel.
 
-torchrun starts the processes and tells each who it is, and torch.distributed connects them: NCCL between
-GPUs, gloo between CPUs. A process that was started without torchrun is alone: a group of size 1, whose
-exchanges return their input.
+torchrun starts the processes and gives each a rank. torch.distributed connects them, with NCCL between GPUs
+and gloo between CPUs. A process that was started without torchrun is a group of size 1, and its exchanges
+return their input.
 
     pool = ShardedPool(num_values, value_dim)       # in every process, after torch.distributed is initialised
     model = data_parallel(MyModel(pool))            # in place of DistributedDataParallel(MyModel(pool))
     optimizer = PoolOptimizer(pool.parameters(), lr=6e-2, value_blocks=8 // columns_group(pool).size)
 
-In each call of a pool, all processes must have the same number of tokens, and each process's loss must be the
-mean over the same number of targets: as always with DDP, the gradient is the mean over the processes. FSDP
-around a pool is not supported.
+All processes must call a pool with the same number of tokens. The loss of each process must be the mean over
+the same number of targets, because the gradient is the mean over processes, as in DDP. FSDP around a pool is
+not supported.
 """
 
 import atexit
@@ -44,8 +44,8 @@ def start(device: str) -> None:
         torch.cuda.set_device(LOCAL_RANK)
     store = next(dist.rendezvous("env://"))[0]
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        # on one machine a restart may get the old store, with addresses of dead processes: use a new prefix.
-        # On several machines the store is new, and their restart counts may differ
+        # a restart on one machine may get the old store, with the addresses of dead processes: a new prefix
+        # hides them. On several machines the store is new, and restart counts may differ
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
@@ -53,7 +53,7 @@ def start(device: str) -> None:
 
 
 def world_size() -> int:
-    """Connected processes. WORLD_SIZE is the number that torchrun announced."""
+    """The number of connected processes. WORLD_SIZE is the number of processes that torchrun starts."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -76,8 +76,8 @@ def gather_objects(x) -> list:
 @dataclass(frozen=True)
 class Group:
     """
-    Processes that exchange tensors: G = size of them, and this one is number `rank`, each with N tokens. All
-    of them exchange blocks of equal size, and results are in the order of the ranks.
+    Processes that exchange tensors: `size` of them (G in comments), with N tokens each. This process has the
+    number `rank`. They send blocks of the same size, and results are in the order of the ranks.
     """
 
     size: int = 1
@@ -93,7 +93,7 @@ class Group:
         return Group, (self.size, self.rank)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """x (N, k) of each process -> all of them (G*N, k)."""
+        """x (N, k) of each process -> x of all processes (G*N, k)."""
         if self.size == 1:
             return x
         result = x.new_empty(self.size, *x.shape)
@@ -117,15 +117,15 @@ class Group:
         return self._all_to_all(x.unflatten(0, (self.size, -1))).transpose(0, 1).flatten(1)
 
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
-        """Every process has a part of a sum for all tokens (G*N, k) -> the sum for its own tokens (N, k)."""
+        """Sums x (G*N, k) over the processes -> the sum's rows for this process's tokens (N, k)."""
         return self._all_to_all(x.unflatten(0, (self.size, -1))).sum(0)
 
 
 def make_groups(group_size: int) -> tuple[Group, Group]:
     """
-    Each group_size neighbouring ranks share the columns of a pool. Returns this process's group of these, and
-    the group of all processes that hold the same columns as this one. All processes must call this in the
-    same order.
+    Each group of group_size neighbouring ranks shares the columns of one pool. Returns the group of this
+    process, and the group of all processes that hold the same columns as this one. All processes must call
+    make_groups in the same order.
     """
     if world_size() == 1:
         return Group(), Group()
@@ -142,10 +142,10 @@ def make_groups(group_size: int) -> tuple[Group, Group]:
 
 # --- a pool on many processes -------------------------------------------------------------------------------
 #
-# Each of G processes has N tokens and V/G of the pool's columns. It gets the bags of all G*N tokens, computes
-# its columns of their sums, and sends each process the columns of that process's tokens. The backward pass of
-# every exchange is the opposite exchange, so the gradient of a process's columns holds the reads of all G*N
-# tokens.
+# Each of G processes has N tokens and V/G of the pool's columns. It receives the bags of all G*N tokens and
+# computes their sums in its own columns. Then it sends each process the sums for that process's tokens. The
+# backward pass of every exchange is the opposite exchange. So the gradient of a process's columns holds the
+# reads of all G*N tokens.
 
 class _Exchange(torch.autograd.Function):
     """y = exchange(x), and dx = inverse(dy): two exchanges, each the backward pass of the other."""
@@ -163,16 +163,15 @@ class _Exchange(torch.autograd.Function):
 
 class ShardedPool(ValuePool):
     """
-    A ValuePool whose columns are shared out: of G processes, each holds value_dim / G columns of every row,
-    in `values`. It is the same pool for any number of processes, with the same initial values, reads and
-    gradients.
+    A ValuePool that is split by columns: each of G processes holds value_dim / G columns of every row, in
+    `values`. Initial values, reads and gradients are the same for any number of processes.
 
-    group_size: G, neighbouring ranks that share one pool; 0: all processes. If there are more processes, each
-    group has a copy of the pool, and all copies get the same updates. The other arguments are those of
-    ValuePool. Raises a ValueError if sizes do not divide.
+    group_size: G, the number of neighbouring ranks that share one pool; 0: all processes. If there are more
+    processes, each group has a copy of the pool, and all copies get the same updates. The other arguments are
+    those of ValuePool. Raises a ValueError if G does not divide value_dim or the number of processes.
 
-    All processes must do the same with it, in the same order: make it, call it (in evaluation too) and ask
-    for usage.summary(), because each of these waits for the others.
+    All processes must make the pool, call it (also in evaluation) and call usage.summary() in the same order,
+    because each of these calls waits for the other processes.
     """
 
     def __init__(self, num_values: int, value_dim: int, dtype: torch.dtype = torch.float32,
@@ -192,7 +191,7 @@ class ShardedPool(ValuePool):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws all columns, as a ValuePool does, and keeps this process's own."""
+        """Draws all columns, as a ValuePool does, and keeps the columns of this process."""
         if self.values.is_meta:
             return
         for rows in self.values.split(4096):
@@ -215,20 +214,20 @@ class ShardedPool(ValuePool):
         indices = self.check(indices, x, (len(x), indices.size(-1)))
         indices = group.all_gather(indices)  # (G*N, bag)
         x = _Exchange.apply(x, group.tokens_to_columns, group.columns_to_tokens)  # (G*N, V/G)
-        dots = GatherDot.apply(self._shared_values(), indices, x, self.kernel)  # (G*N, bag): of these columns
+        dots = GatherDot.apply(self._shared_values(), indices, x, self.kernel)  # (G*N, bag), these columns
         return _Exchange.apply(dots, group.reduce_scatter, group.all_gather)  # (N, bag)
 
     def _tokens_to_columns(self, dy):
-        # 0 * inf is nan, and reaches all columns of the token: so all processes skip the step
+        # inf or nan in one column makes all columns of its token nan, so that all processes skip the step
         poison = 0 * dy.float().sum(1, keepdim=True)
         return self.columns_group.tokens_to_columns(dy + poison.to(dy.dtype))
 
     def _shared_values(self):
-        """The values. Their gradient holds the reads of all processes that have these columns."""
+        """`values`, with a gradient that holds the reads of all processes with these columns."""
         return _Exchange.apply(self.values, lambda values: values, self._share_reads)
 
     def _share_reads(self, gradient: FactoredGradient) -> FactoredGradient:
-        # divided, because the loss is the mean over all processes
+        # dy is divided, because the loss is the mean over all processes
         return FactoredGradient(gradient, [
             tuple(map(self.replicas_group.all_gather, (indices, weights, dy / world_size())))
             for indices, weights, dy in gradient.reads])
@@ -236,7 +235,7 @@ class ShardedPool(ValuePool):
 
 class ShardedUsage(MemoryUsage):
     """
-    Each process counts what its own tokens read; the summary is over all processes, which must all call it.
+    Each process counts what its own tokens read. summary() adds up all processes, so all must call it.
     """
 
     def summary(self) -> tuple[float, float]:
@@ -260,12 +259,12 @@ def replicas_group(pool: ValuePool) -> Group:
 
 def data_parallel(model: nn.Module, **options) -> nn.Module:
     """
-    The model in DistributedDataParallel, which leaves the pools in it alone: it neither copies their columns
-    from one process to another nor averages their gradients. options: for DistributedDataParallel; with
+    Wraps a model in DistributedDataParallel (DDP). DDP then ignores the pools in the model: it neither copies
+    their columns between processes nor averages their gradients. options: arguments of DDP. With
     init_sync=False, all processes must have started with the same seed.
 
-    Where there is nothing to average (one process, or nothing but pools learns), returns the model itself.
-    Raises a ValueError for a pool that is not a ShardedPool of the processes that are connected now.
+    Returns the model itself if there is nothing to average: one process, or only pools learn. Raises a
+    ValueError for a pool that is not a ShardedPool of the processes that are connected now.
     """
     if world_size() == 1:
         return model

@@ -1,5 +1,5 @@
 """
-What a run prints, and what it leaves in its folder beside the checkpoints: log.jsonl and loss.png.
+Prints the progress of a run, and writes log.jsonl and loss.png to its folder.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes that the process has held at once; on CUDA, that torch has held on the device."""
+    """Peak memory in bytes: of torch on the GPU, or of the process if the device is a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -47,8 +47,8 @@ def peak_memory(device: str) -> int:
 @contextlib.contextmanager
 def stop_signals():
     """
-    Yields a list, which is empty until Ctrl-C or SIGTERM asks the process to end. Python handles signals in
-    its main thread only, so in any other thread the list stays empty.
+    Yields a list, which stays empty until Ctrl-C or SIGTERM asks the process to end. Python handles signals
+    only in its main thread, so in other threads the list is always empty.
     """
     received = []
     if threading.current_thread() is not threading.main_thread():
@@ -57,14 +57,14 @@ def stop_signals():
 
     def on_signal(number, frame):
         if not received and RANK == 0:
-            os.write(1, b"\nasked to stop: saving after this step\n")
+            os.write(1, b"\nstopping: this step is finished and saved first\n")
         received.append(number)
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    old_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: the old handler was not set by Python
 
 
@@ -82,7 +82,7 @@ def one_line_errors(out_dir: str):
     except RuntimeError as error:
         # another process has ended, and prints the reason
         if WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            print(f"process {RANK} ends, having lost another", file=sys.stderr)
+            print(f"process {RANK} ends because another process has ended", file=sys.stderr)
             os._exit(1)
         raise
 
@@ -91,11 +91,11 @@ def one_line_errors(out_dir: str):
 
 class RunLog:
     """
-    Prints a line every log_interval steps, and writes out_dir/log.jsonl. All processes call it, as the use of
-    a pool is counted over all of them; the first one prints and writes. A `with` statement closes the file.
+    Prints a line every log_interval steps, and writes out_dir/log.jsonl. Only the first process prints and
+    writes, but all must call it: slot use is counted over all processes. A `with` block closes the file.
 
-    config: train.TrainConfig. start: the step of the checkpoint that the run resumed from, or 0. note: one
-    sentence about the corpus, for the end of the run.
+    config: train.TrainConfig. start: the step of the checkpoint that the run resumed from, or 0. note: a
+    sentence about the corpus, printed at the end of the run.
     """
 
     def __init__(self, config, start: int, model, optimizers: list, note: str = ""):
@@ -143,14 +143,14 @@ class RunLog:
         line = {"step": done, "loss": loss, "lr": lr, "tokens_per_second": speed}
         slots = ""
         if self.pool is not None:
-            # since the last evaluation
+            # slot use since the last evaluation
             line["slots_used"], line["kl_from_uniform"] = self.pool.usage.summary()
             slots = f"  slot use {evenness(line):.2f}"
         skipped_before, self.skipped_steps = self.skipped_steps, self.count_skipped_steps()
         if self.skipped_steps > skipped_before:
             line["skipped_steps"] = self.skipped_steps
             new = self.skipped_steps - skipped_before
-            print_once(f"the pool skipped {new} {'step' if new == 1 else 'steps'}, as its gradient was not "
+            print_once(f"the pool skipped {new} {'step' if new == 1 else 'steps'}: its gradient was not "
                        f"finite ({self.skipped_steps} so far); a lower --lr or --value_lr may help")
         self.write(**line)
         left = (time.perf_counter() - self.began) / (done - self.start) * (config.max_steps - done)
@@ -168,10 +168,10 @@ class RunLog:
             plot_run(Path(out_dir), self.note)
         except (ImportError, ValueError) as error:  # matplotlib does not import if MPLBACKEND is wrong
             print(f"loss.png was not drawn: {error}")
-        pool = 0 if self.pool is None else self.pool.values.nbytes
-        took = duration(time.perf_counter() - self.began)
-        print(f"{took} {'since it resumed' if self.start else 'in all'}; "
-              f"peak memory {peak_memory(device) / 2**30:.3f} GiB; the pool has {pool / 2**30:.3f} GiB")
+        pool_bytes = 0 if self.pool is None else self.pool.values.nbytes
+        elapsed = duration(time.perf_counter() - self.began)
+        print(f"{elapsed} {'since the run was resumed' if self.start else 'in all'}; "
+              f"peak memory {peak_memory(device) / 2**30:.3f} GiB; the pool has {pool_bytes / 2**30:.3f} GiB")
         print(f"the log, the figure loss.png and the checkpoints are in {out_dir}. Ask the model:\n"
               f"    {python_command()} sample.py --out_dir={out_dir}", flush=True)
 
@@ -184,14 +184,14 @@ def python_command() -> str:
 
 def evenness(measured: dict) -> float:
     """
-    exp(-KL) of slot use from uniform use. 1: all slots are used alike. 1/n, with n slots: one slot does all
-    the work, so the memory has collapsed. nan: nothing was read yet.
+    How evenly slots are used: exp(-KL), with the KL divergence of slot use from uniform use. 1: all slots are
+    used equally. 1/n for n slots: only one slot is used (a collapsed memory). nan: nothing was read yet.
     """
     return math.exp(-measured["kl_from_uniform"]) if measured["slots_used"] else math.nan
 
 
 def trim_log(path: Path, step: int) -> None:
-    """Removes the lines after `step`, which the run will write again, and a line that was cut short."""
+    """Removes lines after `step`, which the resumed run writes again, and a line that was cut short."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     kept = []
     for line in lines:
@@ -212,7 +212,7 @@ def print_start(config, device: str, data, model, checkpoint: Path | None) -> No
                f"{config.batch_size * config.block_size:,} tokens each, on {device}"
                + (f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""))
     print_once(f"GPT with {config.n_layer} blocks, {where}; kernel: {resolve_kernel(config.kernel, device)}")
-    print_once(f"{counts['dense']:,} dense parameters, {counts['memory']:,} in memory; a token uses "
+    print_once(f"{counts['dense']:,} dense parameters, {counts['memory']:,} in the pool; a token uses "
                f"{counts['active']:,} of them, and {config.macs_per_token():,} multiply-adds")
     if checkpoint:
         print_once(f"resumed from {checkpoint}" if step_of(checkpoint) < config.max_steps else
@@ -235,10 +235,10 @@ def print_result(measured: dict) -> None:
 
 def plot_run(out_dir: Path, note: str = "") -> None:
     """
-    Loss, recall and slot use over the steps of a run: out_dir/log.jsonl -> out_dir/loss.png. note: a sentence
-    below the figure.
+    Draws loss, recall and slot use over the steps of a run: out_dir/log.jsonl -> out_dir/loss.png. note: a
+    sentence below the figure.
     """
-    import matplotlib  # here, as it takes time and memory
+    import matplotlib  # imported only here, because it takes time and memory
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in open(out_dir / "log.jsonl", encoding="utf-8")]
@@ -250,7 +250,7 @@ def plot_run(out_dir: Path, note: str = "") -> None:
     panels = 1 + has_recall + has_memory
     style = {"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3,
              "legend.frameon": False}
-    with matplotlib.rc_context(style):  # neither pyplot nor the user's own settings are touched
+    with matplotlib.rc_context(style):  # leaves pyplot and the user's settings as they are
         figure = Figure(figsize=(4.5 * panels, 3.5), layout="constrained")
         axes = iter(figure.subplots(1, panels, squeeze=False)[0])
 
@@ -271,7 +271,7 @@ def plot_run(out_dir: Path, note: str = "") -> None:
                 axis.legend()
         if has_memory:
             axis = next(axes)
-            # [1:]: before step 0 nothing was read
+            # [1:], because nothing was read before step 0
             axis.plot(steps[1:], [evenness(line) for line in evaluated[1:]], "o-")
             axis.set(xlabel="step", ylabel="slot use (1: all slots alike)", ylim=(0, 1.02))
         figure.supxlabel(note, fontsize="small")

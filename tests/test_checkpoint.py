@@ -57,12 +57,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, name, how
     capsys.readouterr()
     run("--resume")
     printed = capsys.readouterr().out
-    assert f"step_000006 is damaged and passed over: {name}" in printed.splitlines()[0]
+    assert f"step_000006 is damaged and skipped: {name}" in printed.splitlines()[0]
     assert f"resumed from {run.out / 'step_000003'}" in printed
     assert_same_checkpoint(run.out / "step_000006", tmp_path / "end")
     for step in (3, 6):
         damage(run.out / f"step_00000{step}" / name, how)
-    assert_fails(lambda: run("--resume"), "no checkpoint", capsys)
+    assert_fails(lambda: run("--resume"), "are damaged", capsys)
 
 
 def test_damaged_newer_checkpoints_do_not_push_out_the_good(run):

@@ -60,7 +60,7 @@ def test_presets():
     "argv, message",
     [
         (["--n_layers=4"], "unknown option --n_layers: did you mean --n_layer?"),
-        (["--wholly_wrong=4"], "unknown option --wholly_wrong: --help lists them all"),
+        (["--wholly_wrong=4"], "unknown option --wholly_wrong: --help lists all options"),
         (["4"], "unknown option 4"),
         (["--n_layer=four"], "--n_layer: invalid int value: 'four'"),
         (["--n_layer=1.5"], "--n_layer: invalid int value: '1.5'"),

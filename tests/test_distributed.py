@@ -377,7 +377,7 @@ train.draw_batch = broken
     ended = start_training(2, facts_folder, [f"--out_dir={tmp_path / 'out'}"], patch).wait()
     assert all(ended.status)
     assert "ZeroDivisionError: of process 1 alone" in ended.err[1] and "Traceback" not in ended.err[0]
-    assert "process 0 ends, having lost another" in ended.err[0]
+    assert "process 0 ends because another process has ended" in ended.err[0]
     assert checkpoint.find_checkpoint(tmp_path / "out").name == "step_000003"
 
 
@@ -415,7 +415,7 @@ def test_a_shared_pool_in_files_and_a_shard_gone(run, together, tmp_path):
     assert_equal_but_for_rounding(run.out, out)
     (out / "step_000006" / "pool_1of2.pt").unlink()
     again = together(2, *options)
-    assert "step_000006 is damaged and passed over: pool_1of2.pt is missing" in again.out[0]
+    assert "step_000006 is damaged and skipped: pool_1of2.pt is missing" in again.out[0]
     assert_equal_but_for_rounding(run.out, out)
 
 

@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_and_damaged_questions_are_named(run, capsys, tmp_p
     assert "--- sample 1" in printed(capsys, here, "--prompt=<|fim_prefix|>", "--max_new_tokens=2"), (
         "kernel or not"
     )
-    for damaged in ("qa.jsonl must be {", "is whole"):
+    for damaged in ("qa.jsonl must be {", "are damaged"):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             sample.main([here])

@@ -2,12 +2,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-train: .venv/run  ## train on generated facts, five to eight minutes on two cores; continues a run that was stopped
+train: .venv/run  ## train on generated facts, two minutes on two cores; continues a run that was stopped
 	$(BIN)/python train.py --resume
-
-compare-quick: .venv/run  ## dense against Memory+ on facts, one run each: ten minutes on two cores
-	$(BIN)/python -m experiments.compare facts --models dense memory+ --lrs=4e-3 --seeds=1 \
-		--results=out/compare-quick --out=out/compare-quick
 
 test: .venv/dev  ## all tests except the slow ones
 	$(BIN)/python -m pytest
@@ -28,4 +24,4 @@ lint: .venv/dev
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	@touch $@
 
-.PHONY: train compare-quick test test-slow lint
+.PHONY: train test test-slow lint

@@ -28,6 +28,7 @@ from runtime.cli import at_least, check_choices
 
 @dataclass
 class GPTConfig:
+    # --- model
     vocab_size: int = 0  # tokens in the vocabulary; 0: train.py takes the number that the corpus has
     block_size: int = 128  # longest context, in tokens
     n_layer: int = 3  # Transformer blocks
@@ -38,6 +39,7 @@ class GPTConfig:
     mlp_width: int = 0  # hidden units of an MLP; 0: 4 * n_embd
     scale_embeddings: bool = False  # multiply by sqrt(n_embd), so that blocks do not drown out the token
 
+    # --- memory
     mem_layers: tuple[int, ...] = ()  # blocks with a memory layer, from 0; the papers spread 3 over the depth
     mem_kind: Literal["product-key", "peer", "hash"] = "product-key"  # see memory.py and baselines.py
     mem_num_keys: int = 128  # half-keys per side; the pool has mem_num_keys squared slots
@@ -51,6 +53,7 @@ class GPTConfig:
     mem_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the pool's values
     kernel: Literal["auto", "triton", "torch"] = "auto"  # auto: triton on a GPU, otherwise torch
 
+    # --- baselines
     moe_layers: tuple[int, ...] = ()  # blocks with a mixture of experts, from 0
     moe_experts: int = 32  # experts per block
     moe_top_k: int = 2  # experts per token, each an MLP with mlp_width / moe_top_k hidden units

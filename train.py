@@ -1,12 +1,17 @@
 """
 Trains a GPT with memory layers.
 
-    python train.py                                 generated facts, five to eight minutes on two cores
-    python train.py --preset=stdlib                 source text of the Python standard library
-    python train.py --mem_layers= --out_dir=out/dense   the same GPT without memory
-    python train.py --resume                        continues from the newest checkpoint in --out_dir
-    torchrun --nproc_per_node=2 train.py            the same run on two processes, half of the pool in each
-    python train.py --help                          every option
+    python train.py                          facts about 200 people: two minutes on two cores
+    python train.py --preset=facts-2000      facts about 2,000 people: seven minutes
+    python train.py --preset=stdlib          source text of the Python standard library: ten minutes
+    python train.py --preset=paper           the 200 people, with Memory+ as published
+    python train.py --mem_layers= --out_dir=out/dense   the first run without memory
+    python train.py --resume                 continues from the newest checkpoint in --out_dir
+    torchrun --nproc_per_node=2 train.py     the first run on two processes, half of the pool in each
+    python train.py --help                   every option
+
+The first three are not Memory+ as published. The previous token also takes part in their queries: see
+--mem_query, and query_sources in model.py.
 
 Ctrl-C saves a checkpoint and ends. A run leaves log.jsonl, loss.png and its checkpoints in --out_dir.
 From Python: model, measured = train(TrainConfig(max_steps=500)); model, encoding, config = load("out/facts").
@@ -37,20 +42,25 @@ from runtime.log import RunLog, one_line_errors, print_once, print_start, stop_s
 
 @dataclass
 class TrainConfig(GPTConfig):
+    # --- memory
     mem_layers: tuple[int, ...] = (0, 2)  # blocks with a memory layer, counted from 0; none: a dense GPT
-    dataset: str = "facts"  # the folder under data/
-    out_dir: str = "out/facts"  # where the log, the figure and the checkpoints go
-    resume: bool = False  # continue from the newest checkpoint in out_dir, if there is one
-    seed: int = 1  # for the weights, the batches and dropout
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    compile: bool = False  # torch.compile the model: a slow start, then faster steps
     mem_group_size: int = 0  # processes that share the pool's columns; 0: all of them
     mem_file: str = ""  # keep the pool's values in this file: they may be larger than memory; CPU only
 
+    # --- files
+    dataset: str = "facts"  # the folder under data/
+    out_dir: str = "out/facts"  # where the log, the figure and the checkpoints go
+    resume: bool = False  # continue from the newest checkpoint in out_dir, if there is one
+    keep: int = 2  # checkpoints to keep
+
+    # --- training
+    seed: int = 1  # for the weights, the batches and dropout
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    compile: bool = False  # torch.compile the model: a slow start, then faster steps
     batch_size: int = 16  # sequences per step, all processes together
     accum_steps: int = 1  # parts of a batch, one after the other; the same result except with dropout or MoE
-    max_steps: int = 3000  # steps in all
-    lr: float = 3e-3  # highest learning rate of the dense parameters
+    max_steps: int = 600  # steps in all
+    lr: float = 4e-3  # highest learning rate of the dense parameters
     value_lr: float = 6e-2  # highest learning rate of the pool; tune this first. With adam, try 2e-2
     value_optimizer: Literal["rowwise", "adam", "sgd"] = "rowwise"  # of the pool; sgd is for finetuning
     value_blocks: int = 8  # rowwise: second moments per row
@@ -62,11 +72,11 @@ class TrainConfig(GPTConfig):
     beta2: float = 0.99  # of AdamW
     grad_clip: float = 1.0  # highest norm of the dense gradient; 0: no limit
 
+    # --- logging
     log_interval: int = 50  # steps between log lines
-    eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
+    eval_interval: int = 200  # steps between evaluations, each followed by a checkpoint
     eval_batches: int = 20  # batches of val.bin per evaluation
     eval_questions: int = 1000  # questions per evaluation, if there is qa.jsonl; the last evaluation asks all
-    keep: int = 2  # checkpoints to keep
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,11 +97,20 @@ class TrainConfig(GPTConfig):
             raise ValueError("value_stochastic_rounding is for --mem_dtype=bfloat16")
 
 
+# Not as published: queries see the previous token too, so a slot can stand for a first and a last name
+TWO_TOKENS = dict(scale_embeddings=True, mem_layers=(0, 1), mem_query="tokens")
 PRESETS = {
-    "facts": {},
+    "facts": TWO_TOKENS,
+    "facts-2000": TWO_TOKENS | dict(dataset="facts-2000", out_dir="out/facts-2000", max_steps=3000, lr=3e-3,
+                                    eval_interval=500),
     "stdlib": dict(dataset="stdlib", out_dir="out/stdlib", block_size=256, n_layer=4, n_embd=128,
-                   mem_layers=(1, 3), mem_num_keys=256, batch_size=8, max_steps=2000, lr=2e-3),
+                   mem_layers=(1, 3), mem_num_keys=256, mem_query="shifted", scale_embeddings=True,
+                   batch_size=8, max_steps=2000, lr=2e-3, eval_interval=500),
+    "paper": dict(out_dir="out/paper"),  # the defaults above: Memory+ as published
 }
+NANOGPT_NAMES = {"learning_rate": "lr", "max_iters": "max_steps", "lr_decay_iters": "max_steps",
+                 "warmup_iters": "warmup_steps", "gradient_accumulation_steps": "accum_steps",
+                 "eval_iters": "eval_batches", "init_from": "resume"}
 
 
 # --- set-up -------------------------------------------------------------------------------------------------
@@ -180,7 +199,7 @@ def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dic
     autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
     print_start(config, device, data, model, checkpoint)
 
-    with RunLog(config, start, model, optimizers) as log, stop_signals() as signals:
+    with RunLog(config, start, model, optimizers, data.note) as log, stop_signals() as signals:
         stopping = False
         for step in range(start, config.max_steps + 1):
             last_step = step == config.max_steps
@@ -259,7 +278,7 @@ def load(out_dir: Path | str):
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    preset, options = parse(TrainConfig, argv, PRESETS, description=__doc__)
+    preset, options = parse(TrainConfig, argv, PRESETS, __doc__, NANOGPT_NAMES)
     config = build(TrainConfig, preset | options)
     with one_line_errors(config.out_dir):
         distributed.start(find_device(config.device))

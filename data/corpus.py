@@ -9,27 +9,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.prepare import CORPORA, DATA, END, encoding_from_json
+from data.prepare import DATA, END, READY_MADE, encoding_from_json
 from runtime.cli import fail
 from runtime.distributed import LOCAL_RANK, RANK, WORLD_SIZE, gather_objects
 
 
 class Dataset:
     """
-    The corpus in data/NAME: the token ids `train` and `val` (mapped, not in memory), `encoding`, `questions`.
-    If the folder is missing, a corpus that needs no download is made.
+    The corpus in data/NAME: the token ids `train` and `val` (mapped, not in memory), `encoding`, `questions`,
+    and `note`, a sentence about it or "". If the folder is missing, a corpus that needs no input is made.
     """
 
     def __init__(self, name: str):
         folder = DATA / name
         if not (folder / "meta.json").exists():
-            if name not in CORPORA or name == "text":
+            if name not in READY_MADE:
                 fail(f"no data in {folder}; make it: python data/prepare.py text --name={name} --input ...")
-            prepare, config_class = CORPORA[name]
-            prepare(config_class())
+            make, config = READY_MADE[name]
+            make(config)
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             self.encoding_json, self.encoding = meta["encoding"], encoding_from_json(meta["encoding"])
+            self.note = meta.get("note", "")
             self.train = np.memmap(folder / "train.bin", meta["dtype"], "r")
             self.val = np.memmap(folder / "val.bin", meta["dtype"], "r")
             for split, tokens in (("train", self.train), ("val", self.val)):

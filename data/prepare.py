@@ -2,8 +2,9 @@
 Makes a corpus ready for train.py: data/NAME/train.bin and val.bin (token ids), meta.json and, where there is
 something to ask, qa.jsonl.
 
-    python data/prepare.py facts --people=2000        generated people and their attributes, with questions
+    python data/prepare.py facts --people=200         generated people and their attributes, with questions
     python data/prepare.py stdlib                     source of the Python standard library on this machine
+    python data/prepare.py code                       Python source of all installed packages
     python data/prepare.py mqar                       pairs of words, to be recalled from the context
     python data/prepare.py text --input FILE ...      any UTF-8 text; --name=NAME says which folder it goes to
     python data/prepare.py facts --help               the options of a corpus
@@ -18,6 +19,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -35,18 +37,20 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 
 # --- tokenizers ---------------------------------------------------------------------------------------------
 
-def build_encoding(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
+def build_encoding(texts: Iterable[str], vocab_size: int, counts: Iterable[int] = repeat(1)):
     """
     A tiktoken encoding of at most `vocab_size` tokens: the 256 bytes, the most frequent pieces of the texts,
-    and END.
+    and END. counts: how often each text stands in the corpus.
 
     A piece that is in the vocabulary is one token, so no merges need to be learnt; any other piece falls
     apart into bytes, or what pairs of them happen to be in it. So every text can be encoded, and decodes to
     itself.
     """
     pieces = Counter()
-    for text in texts:
-        pieces.update(regex.findall(GPT2_SPLIT, text))
+    for text, count in zip(texts, counts, strict=False):
+        if count:
+            found = Counter(regex.findall(GPT2_SPLIT, text))
+            pieces.update({piece: n * count for piece, n in found.items()})
     ranks = {bytes([byte]): byte for byte in range(256)}
     for piece, _ in sorted(pieces.items(), key=lambda item: (-item[1], item[0])):  # ties: by the alphabet
         if len(ranks) + 1 >= vocab_size:
@@ -92,9 +96,38 @@ class Corpus:
             raise ValueError(f"vocab_size={self.vocab_size} must be at least 257 (256 bytes and {END})")
 
 
-def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable[str]],
-                 questions: list[dict] | None = None) -> None:
-    """texts('train') and texts('val') start new iterators; a text that ends a document ends with END."""
+def encode_texts(encoding: tiktoken.Encoding, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """The tokens of each text. tiktoken encodes 64 texts at a time, in several threads."""
+    texts = iter(texts)
+    while batch := list(islice(texts, 64)):
+        encoded = encoding.encode_ordinary_batch([text.removesuffix(END) for text in batch])
+        for text, tokens in zip(batch, encoded, strict=True):
+            yield np.array(tokens + [encoding.eot_token] * text.endswith(END))
+
+
+def encode_fragments(encoding: tiktoken.Encoding, fragments: list[str],
+                     texts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The tokens of texts that consist of few different fragments. Each fragment is encoded only once."""
+    parts = [encoding.encode_ordinary(fragment) for fragment in fragments]
+    lengths, tokens = np.array([len(part) for part in parts]), np.concatenate(parts).astype(np.int64)
+    starts = lengths.cumsum() - lengths  # of each fragment in `tokens`
+    for ids in texts:
+        n = lengths[ids]
+        shift = starts[ids] - (n.cumsum() - n)  # from a place in the result to a place in `tokens`
+        yield tokens[np.arange(n.sum()) + shift.repeat(n)]
+
+
+def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable],
+                 questions: list[dict] | None = None, note: str = "", fragments: list[str] | None = None,
+                 sample: int | None = None, limit: int | None = None) -> None:
+    """
+    texts('train') and texts('val') start new iterators; a text that ends a document ends with END. note: a
+    sentence that training prints in the end.
+
+    fragments: a text is not a string, but an array of indices into these strings. Each of them must start a
+    new piece of GPT2_SPLIT wherever it stands. sample: the tokenizer is built from the first texts only, from
+    so many. limit: most tokens in train.bin. None: all.
+    """
     if Path(name).name != name or name in ("", ".."):
         fail(f"--name={name} must be a plain name: data/NAME is where the corpus goes")
     folder = DATA / name
@@ -103,19 +136,27 @@ def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable[str]
         encoding = named_encoding(config.tokenizer)
     else:
         print(f"{name}: building a tokenizer from the corpus")
-        encoding = build_encoding((text.removesuffix(END) for text in texts("train")), config.vocab_size)
+        if fragments:
+            counts = sum(np.bincount(ids, minlength=len(fragments)) for ids in texts("train"))
+            encoding = build_encoding(fragments, config.vocab_size, counts.tolist())
+        else:
+            encoding = build_encoding((text.removesuffix(END) for text in islice(texts("train"), sample)),
+                                      config.vocab_size)
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
     meta = {"vocab_size": encoding.n_vocab, "dtype": np.dtype(dtype).name}
     for split in ("train", "val"):
         count = 0
         with open(folder / f"{split}.tmp", "wb") as f:
             title = f"{name}: encoding {split}"
-            for text in tqdm(texts(split), title, unit=" texts", leave=False, disable=None):
-                tokens = encoding.encode(text.removesuffix(END), disallowed_special=())
-                if text.endswith(END):
-                    tokens.append(encoding.eot_token)
-                f.write(np.array(tokens, dtype=dtype).tobytes())
+            encoded = (encode_fragments(encoding, fragments, texts(split)) if fragments else
+                       encode_texts(encoding, texts(split)))
+            for tokens in tqdm(encoded, title, unit=" texts", leave=False, disable=None):
+                if limit and split == "train":
+                    tokens = tokens[:limit - count]
+                f.write(tokens.astype(dtype).tobytes())
                 count += len(tokens)
+                if count == limit and split == "train":
+                    break
         if count < 2:
             fail(f"{name}: the text is too short, {split}.bin would be empty")
         meta[f"{split}_tokens"] = count
@@ -129,7 +170,7 @@ def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable[str]
     if questions:
         lines = "".join(json.dumps(question) + "\n" for question in questions)
         (folder / "qa.jsonl").write_text(lines, encoding="utf-8")
-    meta |= {"options": asdict(config), "encoding": encoding_to_json(encoding)}
+    meta |= {"options": asdict(config), "note": note, "encoding": encoding_to_json(encoding)}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     print(f"{name}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate, "
           f"vocabulary of {encoding.n_vocab:,}" + (f", {len(questions):,} questions" if questions else "")
@@ -178,11 +219,12 @@ ATTRIBUTES = {
 @dataclass
 class FactsConfig(Corpus):
     name: str = "facts"  # the folder under data/
-    people: int = 2000  # each with a name of two parts and four attributes
-    exposures: float = 30.0  # how often each attribute is told in train.bin, mean over people
-    zipf: float = 1.0  # the r-th most exposed person is exposed in proportion to r**-zipf; 0 is uniform
+    people: int = 200  # each with a name of two parts and four attributes
+    exposures: float = 60.0  # how often each attribute is told in train.bin, mean over people
+    zipf: float = 0.75  # the r-th most exposed person is exposed in proportion to r**-zipf; 0 is uniform
     ask: float = 0.25  # share of the exposures that are a question with its answer, and not a statement
     held_out: float = 0.1  # share of the people who are never asked about in train.bin, only stated
+    questions: int = 0  # most questions per exposure bin, and about held-out people; 0: all
     seed: int = 1  # of everything that is drawn
 
     def __post_init__(self):
@@ -191,7 +233,7 @@ class FactsConfig(Corpus):
             raise ValueError(f"people={self.people} must be between 1 and 1,000,000")
         if not 1 <= self.exposures < np.inf:
             raise ValueError(f"exposures={self.exposures} must be at least 1")
-        at_least(0, self, "zipf", "seed")
+        at_least(0, self, "zipf", "questions", "seed")
         if self.zipf == np.inf:
             raise ValueError("zipf=inf must be finite")
         for name in ("ask", "held_out"):
@@ -215,35 +257,60 @@ def facts(config: FactsConfig) -> None:
     parts = int(np.ceil(2 * config.people**0.5))
     first, last = make_names(rng, parts, 2), make_names(rng, parts, 3)
     pairs = rng.choice(parts**2, config.people, replace=False)
-    people = [f"{first[pair // parts]} {last[pair % parts]}" for pair in pairs]
     law = np.arange(1, config.people + 1) ** -config.zipf
     exposures = np.maximum(1, np.round(law / law.mean() * config.exposures)).astype(int)
     held_out = rng.permutation(config.people) < config.held_out * config.people
 
-    def tell(person, attribute, value, ask):
-        _, statements, questions = ATTRIBUTES[attribute]
-        if ask:
-            return f"Question: {rng.choice(questions).format(people[person])} Answer: {value}\n"
-        return rng.choice(statements).format(people[person], value) + "\n"
+    # A line is four fragments: up to the name, first name, last name, and the rest with the value. The number
+    # of its rest, in `rests`, says which attribute, statement or question, and value it has
+    fragments = [f" {name}" for name in first + last]
+    rests, beginnings, offsets = [], [], []  # the fragments of each rest, and of the beginning before it
+    for values, statements, questions in ATTRIBUTES.values():
+        offsets.append(len(rests))
+        for form in (*statements, *(f"Question: {question} Answer: {{}}" for question in questions)):
+            beginning, rest = form.split(" {}", 1)
+            beginnings += [len(fragments)] * len(values)
+            rests += range(len(fragments) + 1, len(fragments) + 1 + len(values))
+            fragments += [beginning, *(rest.format(value) + "\n" for value in values)]
+    rests, beginnings = np.array(rests), np.array(beginnings)
 
-    told, val, asked = [], [], []
+    told, val, asked = [], [], []  # lines, as person * len(rests) + number of the rest
     for person in range(config.people):
-        for attribute, (values, _, questions) in ATTRIBUTES.items():
-            value = str(rng.choice(values))
-            for ask in rng.random(exposures[person]) < config.ask:
-                told.append(tell(person, attribute, value, ask and not held_out[person]))
-            val.append(tell(person, attribute, value, False))
-            prompt = f"Question: {rng.choice(questions).format(people[person])} Answer:"
-            asked.append({"prompt": prompt, "answer": value, "exposures": int(exposures[person]),
-                          "held_out": bool(held_out[person])})
+        for offset, (values, statements, questions) in zip(offsets, ATTRIBUTES.values(), strict=True):
+            value = rng.integers(len(values))
+            asks = (rng.random(exposures[person]) < config.ask) & ~held_out[person]
+            asks = np.append(asks, (False, True))  # the last two: a statement for val.bin, and qa.jsonl
+            forms = rng.integers(np.where(asks, len(questions), len(statements))) + asks * len(statements)
+            lines = person * len(rests) + offset + forms * len(values) + value
+            told.append(lines[:-2])
+            val.append(lines[-2])
+            asked.append(lines[-1])
+    told, val, asked = np.concatenate(told), np.array(val), np.array(asked)
     rng.shuffle(told)
     rng.shuffle(val)
 
+    def split_lines(lines):  # (lines, 4): the fragments
+        person, rest = np.divmod(lines, len(rests))
+        pair = pairs[person]
+        return np.stack((beginnings[rest], pair // parts, parts + pair % parts, rests[rest]), axis=1)
+
     def texts(split):
         lines = told if split == "train" else val
-        return ("".join(lines[i:i + 1000]) for i in range(0, len(lines), 1000))
+        return (split_lines(lines[i:i + 2**16]).ravel() for i in range(0, len(lines), 2**16))
 
-    write_corpus(config.name, config, texts, asked)
+    if config.questions:  # some of each exposure bin, which double in width (evaluate.py), and of held_out
+        bins = np.where(held_out, 0, np.frexp(exposures)[1])[asked // len(rests)]
+        order = rng.permutation(len(asked))
+        asked = asked[np.sort(np.concatenate([order[bins[order] == number][:config.questions]
+                                              for number in np.unique(bins)]))]
+    questions = []
+    for person, ids in zip(asked // len(rests), split_lines(asked), strict=True):
+        prompt, answer = "".join(fragments[i] for i in ids).removesuffix("\n").split(" Answer: ")
+        questions.append({"prompt": f"{prompt} Answer:", "answer": answer,
+                          "exposures": int(exposures[person]), "held_out": bool(held_out[person])})
+    note = ("The validation text tells each fact once, the training text tells the facts of some people most "
+            "often: so the validation loss is above the training loss.")
+    write_corpus(config.name, config, texts, questions, note if config.zipf else "", fragments)
 
 
 # --- mqar ---------------------------------------------------------------------------------------------------
@@ -312,18 +379,53 @@ def stdlib(config: SplitConfig) -> None:
         name = path.relative_to(root)
         if not skip & set(name.parts):
             # a file's name decides: the same split on every machine, and a file never in both parts
-            number = int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest()[:8], "big")
-            files["val" if number < config.val_share * 2**64 else "train"].append(path)
+            files["val" if name_number(name) < config.val_share else "train"].append(path)
+    write_corpus("stdlib", config, lambda split: read_sources(files[split]))
 
-    def texts(split: str) -> Iterator[str]:
-        for path in files[split]:
-            try:
-                with tokenize.open(path) as f:  # in the encoding that the file declares
-                    yield f.read() + END
-            except (SyntaxError, UnicodeDecodeError):
-                pass  # lib2to3 has files that are broken on purpose
 
-    write_corpus("stdlib", config, texts)
+def name_number(name: Path) -> float:
+    """A number from 0 to 1 that looks random but depends on the name only."""
+    return int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest()[:8], "big") / 2**64
+
+
+def read_sources(paths: Iterable[Path]) -> Iterator[str]:
+    for path in paths:
+        try:
+            with tokenize.open(path) as f:  # in the encoding that the file declares
+                yield f.read() + END
+        except (SyntaxError, UnicodeDecodeError):
+            pass  # lib2to3 has files that are broken on purpose
+
+
+@dataclass
+class CodeConfig(SplitConfig):
+    input: tuple[str, ...] = ()  # folders with Python source; none: the packages installed for this Python
+    vocab_size: int = 8192  # most tokens that the tokenizer may have; it is built from 4,000 files
+    val_share: float = 0.02  # share of the files that is kept for validation
+    tokens: int = 0  # most tokens in train.bin; 0: no limit
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(0, self, "tokens")
+
+
+def code(config: CodeConfig) -> None:
+    """The Python source of all installed packages. The order of the files depends on their names only."""
+    packages = [name for name in sys.path if Path(name).name in ("site-packages", "dist-packages")]
+    files = []
+    for folder in map(Path, config.input or packages):
+        if not folder.is_dir():
+            fail(f"--input {folder}: no such folder")
+        names = (path.relative_to(folder) for path in folder.rglob("*.py") if path.is_file())
+        files += [(name_number(name), name, folder) for name in names]
+    splits, seen = {"train": [], "val": []}, set()
+    for number, name, folder in sorted(files):
+        content = hashlib.sha256((folder / name).read_bytes()).digest()
+        if content not in seen:  # many packages bring the same file: the first one counts
+            seen.add(content)
+            splits["val" if number < config.val_share else "train"].append(folder / name)
+    write_corpus("code", config, lambda split: read_sources(splits[split]), sample=4000,
+                 limit=config.tokens or None)
 
 
 @dataclass
@@ -363,8 +465,21 @@ def text(config: TextConfig) -> None:
     write_corpus(config.name, config, texts)
 
 
-CORPORA = {"facts": (facts, FactsConfig), "stdlib": (stdlib, SplitConfig), "mqar": (mqar, MqarConfig),
-           "text": (text, TextConfig)}
+CORPORA = {"facts": (facts, FactsConfig), "stdlib": (stdlib, SplitConfig), "code": (code, CodeConfig),
+           "mqar": (mqar, MqarConfig), "text": (text, TextConfig)}
+
+# corpora that training makes when it needs them, by the name of their folder under data/
+READY_MADE = {
+    "facts": (facts, FactsConfig()),
+    "facts-2000": (facts, FactsConfig(name="facts-2000", people=2000, exposures=30.0, zipf=1.0)),
+    "facts-4000": (facts, FactsConfig(name="facts-4000", people=4000, exposures=30.0, zipf=1.0)),
+    # most people are told once or twice
+    "facts-large": (facts, FactsConfig(name="facts-large", people=200_000, exposures=8.0, zipf=1.0,
+                                       questions=256)),
+    "stdlib": (stdlib, SplitConfig()),
+    "code": (code, CodeConfig()),
+    "mqar": (mqar, MqarConfig()),
+}
 
 
 @command

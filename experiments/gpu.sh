@@ -3,7 +3,7 @@
 #
 #   experiments/gpu.sh OUT correct    all tests; kernels against float64; memory checker; NCCL; training in bf16
 #   experiments/gpu.sh OUT fast       speed of kernels, of a step, of the models, and a profile
-#   experiments/gpu.sh OUT evidence   (to be written) facts and code at a scale that a laptop cannot do
+#   experiments/gpu.sh OUT evidence   facts and code at a scale that a laptop cannot do (evidence.sh)
 #
 # A log for each command, and rows of figures as JSON lines, go to the folder OUT. Without a GPU, a part does
 # what a CPU can, in small, and says what it skipped.
@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 mkdir -p "$1"
 OUT=$(cd "$1" && pwd)
 PART=$2
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+export PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 GPU=$($PYTHON -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')
 FAILED=0
 
@@ -83,8 +83,12 @@ fast() {
     [ "$GPU" ] && grep -h "of a copy\|copies run\|times as fast\|CPU waits" "$OUT"/{operations,step*,model}.txt
 }
 
-evidence() {  # experiments.compare on a GPU: to be written
-    skip evidence "this part is not written yet"
+evidence() {
+    if [ "$GPU" ]; then
+        run evidence 470 bash experiments/evidence.sh "$OUT/evidence" 450
+    else
+        skip evidence "no GPU"
+    fi
 }
 
 echo "$PART on ${GPU:-a CPU: what needs a GPU is skipped}"

@@ -3,13 +3,14 @@ Draws figures from the lines that experiments leave, and writes them next to the
 
     python -m experiments.plots experiments/results/facts.jsonl   facts.png and facts_more.png
     python -m experiments.plots experiments/results/step.jsonl    step.png
+    python -m experiments.plots FOLDER/facts-large.jsonl          facts-large.png; code.jsonl: code.png
 
 facts.jsonl comes from experiments.compare, step.jsonl from experiments.speed step --json=FILE.
 """
 
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -17,8 +18,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from experiments.compare import best_runs, read_rows, speed
+from experiments.compare import SUMMARY, best_runs, read_rows
 from runtime.cli import command, fail
+from runtime.log import evenness
 
 # the colours of Okabe and Ito, which colour-blind readers can tell apart
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -28,9 +30,10 @@ LOOK = {"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False,
 # colour, marker and line of each model of experiments.compare, so that no two differ by colour alone
 STYLES = defaultdict(lambda: ("#777777", "h", "-"), {  # the default is for a model of your own
     "dense": ("#000000", "o", "-"), "dense-2x": ("#000000", "o", ":"), "moe": ("#CC79A7", "v", "--"),
-    "hash": ("#56B4E9", "X", ":"), "peer": ("#E69F00", "P", "--"), "memory": ("#882255", "<", "-."),
-    "memory+": ("#0072B2", "s", "-"), "memory+4x": ("#009E73", "D", "-"),
-    "memory+-short": ("#0072B2", "s", ":"), "memory+16x": ("#D55E00", "^", "-")})
+    "hash": ("#56B4E9", "X", ":"), "peer": ("#E69F00", "P", "--"), "shifted-plain": ("#882255", "<", "-."),
+    "memory+": ("#0072B2", "s", "-"), "tokens": ("#D55E00", "^", "-"), "shifted": ("#009E73", "D", "-"),
+    "shifted-4x": ("#009E73", ">", "--"), "shifted-16x": ("#009E73", "p", "-."),
+    "shifted-short": ("#009E73", "D", ":")})
 
 
 # --- a step of the memory -----------------------------------------------------------------------------------
@@ -105,31 +108,29 @@ def draw_facts(runs: dict) -> Figure:
 
 
 def draw_facts_more(runs: dict) -> Figure:
-    """Recall against tokens, seconds and the number of slots; slot use against tokens."""
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    axes = figure.subplots(2, 2)
-    draw_curves(axes[0, 0], runs, lambda rows: 1e6, "million tokens")
-    draw_curves(axes[0, 1], runs, speed, "seconds of training")
-    draw_sizes(axes[1, 0], runs)
-    draw_slot_use(axes[1, 1], runs)
+    """Recall against tokens and against the number of slots; slot use against tokens."""
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3)
+    draw_curves(axes[0], runs)
+    draw_sizes(axes[1], runs)
+    draw_slot_use(axes[2], runs)
     return figure
 
 
-def draw_curves(axis, runs: dict, tokens_per_unit, xlabel: str) -> None:
+def draw_curves(axis, runs: dict) -> None:
     ends = []
     for model, rows in runs.items():
-        unit = tokens_per_unit(rows)
-        points = [point["tokens"] / unit for point in rows[0]["curve"]]
+        points = [point["tokens"] / 1e6 for point in rows[0]["curve"]]
         curves = [[point["recall"]["all"] for point in row["curve"]] for row in rows]
         ends.append(draw(axis, model, points, curves))
-    axis.set(xlabel=xlabel, ylabel="recall", ylim=(-0.02, 1.02))
+    axis.set(xlabel="million tokens", ylabel="recall", ylim=(-0.02, 1.02))
     label_ends(axis, ends)
 
 
 def draw_sizes(axis, runs: dict) -> None:
     recalls = {model: [recall["all"] for recall in rows] for model, rows in final_recalls(runs).items()}
     slots = {model: runs[model][0]["options"]["mem_num_keys"]**2
-             for model in ("memory+", "memory+4x", "memory+16x") if model in runs}
+             for model in ("shifted", "shifted-4x", "shifted-16x") if model in runs}
     axis.plot(list(slots.values()), [np.mean(recalls[model]) for model in slots], color="0.6", zorder=0)
     for model, x in slots.items():
         draw(axis, model, [x], [[recall] for recall in recalls[model]])
@@ -138,7 +139,7 @@ def draw_sizes(axis, runs: dict) -> None:
             axis.axhline(np.mean(recalls[model]), color=STYLES[model][0], linestyle=STYLES[model][2],
                          label=model)
             axis.legend()
-    axis.set(xscale="log", xlabel="slots of memory+", ylabel="recall", ylim=(-0.02, 1.02),
+    axis.set(xscale="log", xlabel="slots, with mem_query=shifted", ylabel="recall", ylim=(-0.02, 1.02),
              xticks=list(slots.values()))
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.xaxis.set_minor_locator(NullLocator())
@@ -150,11 +151,65 @@ def draw_slot_use(axis, runs: dict) -> None:
         if "kl_from_uniform" in rows[0]["curve"][-1]:
             points = [point["tokens"] / 1e6 for point in rows[0]["curve"][1:]]
             ends.append(draw(axis, model, points,
-                             [[point["kl_from_uniform"] for point in row["curve"][1:]] for row in rows]))
-    axis.set(xlabel="million tokens", ylabel="slot use: KL from uniform (nats)")
-    axis.set_ylim(bottom=0)
+                             [[evenness(point) for point in row["curve"][1:]] for row in rows]))
+    axis.set(xlabel="million tokens", ylabel="slot use (1: all slots alike)", ylim=(0, 1.02))
     if ends:
         label_ends(axis, ends)
+
+
+# --- facts-large and code -----------------------------------------------------------------------------------
+
+def runs_of_one_length(path: Path) -> dict[str, list[dict]]:
+    """The runs of each model. Where runs have different lengths: the length that most models have."""
+    rows = [row for row in map(json.loads, open(path, encoding="utf-8")) if row["curve"]]
+    models = Counter(steps for _, steps in {(row["model"], row["options"]["max_steps"]) for row in rows})
+    steps = max(models, key=lambda steps: (models[steps], steps))
+    runs = defaultdict(list)
+    for row in rows:
+        if row["options"]["max_steps"] == steps:
+            runs[row["model"]].append(row)
+    return runs
+
+
+def draw_large(runs: dict) -> Figure:
+    """
+    facts-large: recall against tokens, seconds of training and the number of slots. code: validation loss
+    against tokens. Runs that shared a GPU took longer than a run alone.
+    """
+    def is_size(model):  # memory+ with another number of slots
+        return model.startswith("memory+") and model != "memory+"
+
+    def value(point):
+        return point["recall"]["all"] if has_recall else point["val_loss"]
+
+    has_recall = "recall" in next(iter(runs.values()))[0]["curve"][-1]
+    figure = Figure(figsize=(15 if has_recall else 7, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3 if has_recall else 1, squeeze=False)[0]
+    for axis, name in zip(axes, ("million tokens", "seconds of training"), strict=False):
+        ends = []
+        for model, rows in runs.items():
+            if not is_size(model):
+                unit = 1e6 if axis is axes[0] else rows[0]["tokens_per_second"]
+                curves = [[value(point) for point in row["curve"][1:]] for row in rows]  # [1:]: not step 0
+                x = [point["tokens"] / unit for point in rows[0]["curve"][1:]]
+                ends.append(draw(axis, model, x, curves))
+        axis.set(xlabel=name, ylabel="recall" if has_recall else "validation loss (nats per token)")
+        label_ends(axis, ends)
+    if has_recall:
+        final = {model: [value(row["curve"][-1]) for row in rows] for model, rows in runs.items()}
+        slots = {model: runs[model][0]["options"]["mem_num_keys"]**2
+                 for model in runs if is_size(model) or model == "memory+"}
+        slots = dict(sorted(slots.items(), key=lambda item: item[1]))
+        axes[2].plot(list(slots.values()), [np.mean(final[model]) for model in slots], "s-", color="#0072B2",
+                     label="memory+")
+        for model in runs.keys() - slots.keys():
+            axes[2].axhline(np.mean(final[model]), color=STYLES[model][0], linestyle=STYLES[model][2],
+                            label=model)
+        axes[2].set(xscale="log", xlabel="slots", ylabel="recall", xticks=list(slots.values()))
+        axes[2].xaxis.set_major_formatter("{x:,.0f}")
+        axes[2].xaxis.set_minor_locator(NullLocator())
+        axes[2].legend()
+    return figure
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -165,9 +220,12 @@ def figures(path: Path) -> dict[Path, Figure]:
         runs = best_runs(read_rows(path))
         if not runs:
             fail(f"{path} has no finished run of the models that experiments.compare has now")
-        return {path.with_suffix(".png"): draw_facts(runs),
+        main_runs = {model: rows for model, rows in runs.items() if model in SUMMARY}
+        return {path.with_suffix(".png"): draw_facts(main_runs or runs),
                 path.with_name("facts_more.png"): draw_facts_more(runs)}
     try:
+        if path.name in ("facts-large.jsonl", "code.jsonl"):
+            return {path.with_suffix(".png"): draw_large(runs_of_one_length(path))}
         rows = [row for row in map(json.loads, open(path, encoding="utf-8")) if row["bench"] == "step"]
     except (OSError, ValueError, KeyError, TypeError):
         rows = []

@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F
 
 import kernel
-from experiments.compare import MODELS
+from experiments.compare import MODELS, train_options
 from experiments.compile_kernels import compile_kernel, gpu_targets, kernel_sources
 from memory import product_key_search, pruned_pairs
 from model import GPT
@@ -255,7 +255,7 @@ def host_waits(step) -> list[str]:
 
 
 def measure_model(config: SpeedConfig) -> list[dict]:
-    configs = {name: TrainConfig(vocab_size=754, **options)  # the vocabulary of facts-4000
+    configs = {name: TrainConfig(**train_options("facts", name), vocab_size=754)  # as facts-4000 has
                for name, options in MODELS.items() if "max_steps" not in options}
     steps = {name: train_step(c) for name, c in configs.items()}
     times = measure(steps, 3 * config.repeats)
@@ -264,10 +264,10 @@ def measure_model(config: SpeedConfig) -> list[dict]:
         print(f"  {name:10}{median_and_range(seconds)}, {ratio(times, name, 'dense'):.2f} times dense; "
               f"{configs[name].macs_per_token():,} multiply-adds per token")
     if DEVICE == "cuda":
-        print(f"\nin a step of memory+, the CPU waits for the GPU {len(host_waits(steps['memory+']))} times")
-    print("\nwhere the time of memory+ goes:")
+        print(f"\nin a step of `shifted`, the CPU waits for the GPU {len(host_waits(steps['shifted']))} times")
+    print("\nwhere the time of `shifted` goes:")
     with torch.profiler.profile() as profile:
-        steps["memory+"]()
+        steps["shifted"]()
     sort_by = "self_cuda_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
     print(profile.key_averages().table(sort_by=sort_by, row_limit=12, max_name_column_width=40))
     return [dict(bench="model", method=name, seconds=statistics.median(seconds),

@@ -3,6 +3,7 @@ From a dataclass to a command line: every field is an option, and its comment is
 
     @dataclass
     class Config:
+        # --- model
         n_layer: int = 3  # Transformer blocks
 
     @command
@@ -10,9 +11,10 @@ From a dataclass to a command line: every field is an option, and its comment is
         preset, options = parse(Config, argv)
         config = build(Config, preset | options)
 
-understands --n_layer=4, --n_layer 4 and --help. A user's mistake is a UserError, which is a ValueError.
-`command` turns it into one line on stderr and exit status 2. All other exceptions are bugs and keep their
-traceback.
+understands --n_layer=4, --n_layer 4 and --help, which shows this option under the heading "model".
+
+A user's mistake is a UserError, which is a ValueError. `command` turns it into one line on stderr and exit
+status 2. All other exceptions are bugs and keep their traceback.
 """
 
 import argparse
@@ -88,12 +90,28 @@ def first_word(argv: list[str] | None, words, doc: str, kind: str) -> tuple[str,
     return argv[0], argv[1:]
 
 
-def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = None, description: str = ""):
+def _help_of(cls) -> dict[str, tuple[str, str]]:
+    """{field: (its group, its comment)}, from the source of a dataclass and of the classes it extends."""
+    fields = {}
+    for base in reversed(cls.__mro__[:-1]):
+        group = "options"
+        for line in inspect.getsource(base).splitlines():
+            if match := re.match(r"    # --- (.+)", line):
+                group = match[1]
+            elif match := re.match(r"    (\w+):.*?  # (.*)", line):
+                name, comment = match.groups()
+                fields[name] = fields.get(name, (group,))[0], comment
+    return fields
+
+
+def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = None, description: str = "",
+          other_names: dict[str, str] | None = None):
     """
     Reads the command line's options, which are the fields of the dataclass `cls`. Returns two dicts: the
     values of the preset, and the values that the user gave.
 
     presets: {name: {field: value}}. --preset=NAME chooses one; the default is the first.
+    other_names: {name: field}, names that people know from elsewhere. The error message then names ours.
     Types: int, float, str, bool, Literal, tuple[int, ...] (--name=1,2 or --name 1 2) and tuple[str, ...].
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -109,19 +127,20 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
                            help="a set of defaults, shown below (default: %(default)s)")
         preset = presets[first.parse_known_args(argv)[0].preset]
     defaults = {field.name: field.default for field in dataclasses.fields(cls)} | preset
-    comments = {}
-    for base in reversed(cls.__mro__[:-1]):
-        comments |= dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(base), re.MULTILINE))
-    kinds = typing.get_type_hints(cls)
-    for name, kind in kinds.items():
+    kinds, groups = typing.get_type_hints(cls), {}
+    for name, (group, comment) in _help_of(cls).items():
         default = defaults[name]
         default = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        text = f"{comments[name]} (default: {default if default != '' else 'none'})"
-        parser.add_argument(f"--{name}", help=text.replace("%", "%%"), **_option(kind, name))
+        text = f"{comment} (default: {default if default != '' else 'none'})"
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        groups[group].add_argument(f"--{name}", help=text.replace("%", "%%"), **_option(kinds[name], name))
 
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
+        if other := (other_names or {}).get(name.removeprefix("--")):
+            fail(f"unknown option {name}: here it is called --{other}")
         known = [f"--{field}" for field in (*kinds, "preset", "help")]
         close = difflib.get_close_matches(name, known, n=1)
         fail(f"unknown option {name}: " + (f"did you mean {close[0]}?" if close else "--help lists them all"))

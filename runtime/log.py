@@ -94,16 +94,17 @@ class RunLog:
     Prints a line every log_interval steps, and writes out_dir/log.jsonl. All processes call it, as the use of
     a pool is counted over all of them; the first one prints and writes. A `with` statement closes the file.
 
-    config: train.TrainConfig. start: the step of the checkpoint that the run resumed from, or 0.
+    config: train.TrainConfig. start: the step of the checkpoint that the run resumed from, or 0. note: one
+    sentence about the corpus, for the end of the run.
     """
 
-    def __init__(self, config, start: int, model, optimizers: list):
-        self.config, self.start, self.pool = config, start, model.pool
+    def __init__(self, config, start: int, model, optimizers: list, note: str = ""):
+        self.config, self.start, self.pool, self.note = config, start, model.pool, note
         self.pool_optimizers = optimizers[1:]
         self.skipped_steps = self.count_skipped_steps()
         self.began = time.perf_counter()
         self.seconds, self.steps = 0.0, 0  # since the last printed line
-        self.evaluation = ""
+        self.step_width = len(str(config.max_steps))
         path = Path(config.out_dir) / "log.jsonl"
         if start and RANK == 0:
             trim_log(path, start)
@@ -121,10 +122,14 @@ class RunLog:
     def count_skipped_steps(self) -> int:
         return sum(optimizer.skipped_steps for optimizer in self.pool_optimizers)
 
+    def print_line(self, step: int, text: str) -> None:
+        print_once(f"step {step:{self.step_width}}/{self.config.max_steps}  {text}")
+
     def log_evaluation(self, step: int, measured: dict) -> None:
-        self.evaluation = f"  val {measured['val_loss']:.3f}"
+        text = f"validation loss {measured['val_loss']:.3f}"
         if "recall" in measured:
-            self.evaluation += f"  recall {measured['recall'].get('all', math.nan):.3f}"
+            text += f"  recall {measured['recall'].get('all', math.nan):.3f}"
+        self.print_line(step, text)
         self.write(step=step, seconds=time.perf_counter() - self.began, **measured)
 
     def log_step(self, done: int, loss: float, lr: float, seconds: float) -> None:
@@ -140,7 +145,7 @@ class RunLog:
         if self.pool is not None:
             # since the last evaluation
             line["slots_used"], line["kl_from_uniform"] = self.pool.usage.summary()
-            slots = f"  slots {line['slots_used']:.3f}"
+            slots = f"  slot use {evenness(line):.2f}"
         skipped_before, self.skipped_steps = self.skipped_steps, self.count_skipped_steps()
         if self.skipped_steps > skipped_before:
             line["skipped_steps"] = self.skipped_steps
@@ -149,9 +154,7 @@ class RunLog:
                        f"finite ({self.skipped_steps} so far); a lower --lr or --value_lr may help")
         self.write(**line)
         left = (time.perf_counter() - self.began) / (done - self.start) * (config.max_steps - done)
-        width = len(str(config.max_steps))
-        print_once(f"step {done:{width}}/{config.max_steps}  loss {loss:.3f}{self.evaluation}{slots}  "
-                   f"{speed / 1000:.1f}k tokens/s  {duration(left)} left")
+        self.print_line(done, f"loss {loss:.3f}{slots}  {speed / 1000:.1f}k tokens/s  {duration(left)} left")
 
     def print_end(self, device: str, measured: dict) -> None:
         """Prints the results, draws the figure, and prints the time and the memory that the run took."""
@@ -159,16 +162,32 @@ class RunLog:
             return
         out_dir = self.config.out_dir
         print_result(measured)
+        if self.note:
+            print(self.note)
         try:
-            plot_run(Path(out_dir))
+            plot_run(Path(out_dir), self.note)
         except (ImportError, ValueError) as error:  # matplotlib does not import if MPLBACKEND is wrong
             print(f"loss.png was not drawn: {error}")
         pool = 0 if self.pool is None else self.pool.values.nbytes
         took = duration(time.perf_counter() - self.began)
         print(f"{took} {'since it resumed' if self.start else 'in all'}; "
               f"peak memory {peak_memory(device) / 2**30:.3f} GiB; the pool has {pool / 2**30:.3f} GiB")
-        print(f"log, figure and checkpoints are in {out_dir}; "
-              f"next: python sample.py --out_dir={out_dir}", flush=True)
+        print(f"the log, the figure loss.png and the checkpoints are in {out_dir}. Ask the model:\n"
+              f"    {python_command()} sample.py --out_dir={out_dir}", flush=True)
+
+
+def python_command() -> str:
+    """What to type for this Python: a path if it is in the current folder, such as .venv/bin/python."""
+    path = os.path.relpath(sys.executable)
+    return "python" if path.startswith("..") else path
+
+
+def evenness(measured: dict) -> float:
+    """
+    exp(-KL) of slot use from uniform use. 1: all slots are used alike. 1/n, with n slots: one slot does all
+    the work, so the memory has collapsed. nan: nothing was read yet.
+    """
+    return math.exp(-measured["kl_from_uniform"]) if measured["slots_used"] else math.nan
 
 
 def trim_log(path: Path, step: int) -> None:
@@ -188,13 +207,13 @@ def trim_log(path: Path, step: int) -> None:
 
 def print_start(config, device: str, data, model, checkpoint: Path | None) -> None:
     counts = model.count_parameters()
-    where = ",".join(map(str, config.mem_layers)) or "none"
+    where = f"memory layers in {','.join(map(str, config.mem_layers))}" if config.mem_layers else "no memory"
     print_once(f"{config.dataset}: {len(data.train):,} tokens to train on; {config.max_steps:,} steps with "
                f"{config.batch_size * config.block_size:,} tokens each, on {device}"
                + (f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""))
-    print_once(f"GPT with {config.n_layer} blocks, memory in {where}; parameters: {counts['dense']:,} dense, "
-               f"{counts['memory']:,} memory, {counts['active']:,} active per token; "
-               f"kernel: {resolve_kernel(config.kernel, device)}")
+    print_once(f"GPT with {config.n_layer} blocks, {where}; kernel: {resolve_kernel(config.kernel, device)}")
+    print_once(f"{counts['dense']:,} dense parameters, {counts['memory']:,} in memory; a token uses "
+               f"{counts['active']:,} of them, and {config.macs_per_token():,} multiply-adds")
     if checkpoint:
         print_once(f"resumed from {checkpoint}" if step_of(checkpoint) < config.max_steps else
                    f"{checkpoint} is the end of this run: choose a larger --max_steps, or another --out_dir")
@@ -214,8 +233,11 @@ def print_result(measured: dict) -> None:
                 print(f"  {label:32} {share:.3f}  {'#' * round(40 * share)}")
 
 
-def plot_run(out_dir: Path) -> None:
-    """Loss, recall and slot use over the steps of a run: out_dir/log.jsonl -> out_dir/loss.png."""
+def plot_run(out_dir: Path, note: str = "") -> None:
+    """
+    Loss, recall and slot use over the steps of a run: out_dir/log.jsonl -> out_dir/loss.png. note: a sentence
+    below the figure.
+    """
     import matplotlib  # here, as it takes time and memory
     from matplotlib.figure import Figure
 
@@ -250,6 +272,7 @@ def plot_run(out_dir: Path) -> None:
         if has_memory:
             axis = next(axes)
             # [1:]: before step 0 nothing was read
-            axis.plot(steps[1:], [line["slots_used"] for line in evaluated[1:]], "o-")
-            axis.set(xlabel="step", ylabel="share of slots read since last evaluation", ylim=(0, 1.02))
+            axis.plot(steps[1:], [evenness(line) for line in evaluated[1:]], "o-")
+            axis.set(xlabel="step", ylabel="slot use (1: all slots alike)", ylim=(0, 1.02))
+        figure.supxlabel(note, fontsize="small")
         figure.savefig(out_dir / "loss.png", dpi=120)

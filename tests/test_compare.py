@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import assert_fails
 
 from data import prepare
@@ -23,10 +25,8 @@ from experiments.compare import (
     CompareConfig,
     best_lr,
     best_runs,
-    bits_per_parameter,
     next_runs,
     recall_between,
-    speed,
     tokens_to,
 )
 from model import GPT
@@ -102,7 +102,7 @@ def test_an_experiment_from_its_plan_to_its_table(tiny, capsys, monkeypatch):
     assert first["curve"][-1]["val_loss"] != second["curve"][-1]["val_loss"]
     assert list((tiny / "out" / "compare" / "facts").iterdir()) == [], "finished runs leave no checkpoints"
     printed = capsys.readouterr().out
-    for part in ("0 of 4 runs done", "2 of 4 runs done, about", "| memory+ |", " ± ", "at least 3 times"):
+    for part in ("0 of 4 runs done", "2 of 4 runs done, about", "| memory+ |", " ± "):
         assert part in printed
 
     # a finished run is not run again, whatever the command, unless the options of its model have changed
@@ -206,7 +206,46 @@ def test_runs_of_another_corpus_are_not_mixed_with_ours(tiny, capsys):
     assert_fails(lambda: compare.main(["facts"]), "saw another corpus", capsys)
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_shorter_runs_have_lines_of_their_own(tiny, monkeypatch):
+    """max_steps is one of a line's options: a finished short run is neither a full run nor run again."""
+    options = ["facts", "--models=dense", "--lrs=6e-3", "--seeds=1"]
+    compare.main([*options, "--max_steps=2"])
+    compare.EXPERIMENTS["facts"] = compare.EXPERIMENTS["facts"] | dict(options=TINY)
+    compare.main(options)
+    assert [row["options"]["max_steps"] for row in rows_of(tiny)] == [2, 4]
+    assert [row["curve"][-1]["tokens"] for row in rows_of(tiny)] == [256, 512]
+    monkeypatch.setattr(compare, "start", None)
+    compare.main([*options, "--max_steps=2"])
+
+
+def test_an_experiment_may_have_its_own_defaults_of_learning_rates_and_seeds(tiny, monkeypatch):
+    configs = []
+    monkeypatch.setattr(compare, "run_all", lambda experiment, config: configs.append(config))
+    monkeypatch.setitem(compare.EXPERIMENTS["facts"], "defaults", compare.ONE_RUN)
+    compare.main(["facts"])
+    compare.main(["facts", "--seeds=2"])
+    assert [(config.lrs, config.seeds) for config in configs] == [((2e-3,), 1), ((2e-3,), 2)]
+
+
+def test_a_corpus_older_than_an_option_counts_if_the_option_has_its_default(tiny):
+    """Also: an option that is a tuple is a list in meta.json."""
+    (tiny / "data" / "a.py").write_text("x = 1\n" * 500)
+    (tiny / "data" / "b.py").write_text("y = 1\n" * 500)
+    config = prepare.CodeConfig(input=(str(tiny / "data"),), val_share=0.5)
+    compare.EXPERIMENTS["facts"] = dict(corpus=(prepare.code, config), options=dict(dataset="code"))
+    compare.prepare_corpus("facts", [])
+    path = tiny / "data" / "code" / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["options"]["tokens"]
+    path.write_text(json.dumps(meta))
+    compare.prepare_corpus("facts", [])
+    meta["options"]["val_share"] = 0.4
+    path.write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="made with other options"):
+        compare.prepare_corpus("facts", [])
+
+
+@pytest.mark.parametrize("experiment", sorted(EXPERIMENTS.keys() - {"facts-large", "code"}))
 def test_all_lines_in_results_count(experiment):
     """A change of an option's name or default would make them worthless, without an error."""
     path = RESULTS / f"{experiment}.jsonl"
@@ -243,20 +282,79 @@ def test_figures_are_drawn_from_the_lines_alone(tmp_path):
         for model, seed in itertools.product(MODELS, (1, 2, 3)):  # all models are alike
             row = made_up(model, seed=seed, recall=0.1 * seed)
             for point in row["curve"]:
-                point["kl_from_uniform"] = 0.5
+                point |= {"kl_from_uniform": 0.5, "slots_used": 1.0}
             row["options"] = compare.all_options("facts", model)
             f.write(json.dumps(row) + "\n")
     plots.main([str(path)])
     for name in ("facts.png", "facts_more.png"):
         assert (tmp_path / name).stat().st_size > 20_000
-    # the number of lines on each axis: times told; then tokens, seconds, slots, and slot use
+    # the number of lines on each axis: times told; then tokens, slots, and slot use
     figures = list(plots.figures(path).values())
     lines = [[len(axis.containers) for axis in figure.axes] for figure in figures]
-    assert lines == [[len(MODELS)], [len(MODELS), len(MODELS), 3, len(MODELS)]]
-    for axis, x in zip(figures[1].axes[:2], (0.001, 100.0), strict=True):  # 1,000 tokens, at 10 per second
-        for container in axis.containers:
-            assert container.lines[0].get_xdata()[-1] == x
-            assert math.isclose(container.lines[0].get_ydata()[-1], 0.2), "the mean of 0.1, 0.2 and 0.3"
+    assert lines == [[len(compare.SUMMARY)], [len(MODELS), 3, len(MODELS)]]
+    for container in figures[1].axes[0].containers:
+        assert container.lines[0].get_xdata()[-1] == 0.001, "1,000 tokens"
+        assert math.isclose(container.lines[0].get_ydata()[-1], 0.2), "the mean of 0.1, 0.2 and 0.3"
+
+
+@pytest.mark.parametrize("experiment, axes", [("facts-large", 3), ("code", 1)])
+def test_the_figures_of_the_large_experiments(tmp_path, experiment, axes):
+    """Of runs with different lengths, those are drawn that most models have."""
+    models = EXPERIMENTS[experiment]["models"]
+    path = tmp_path / f"{experiment}.jsonl"
+    with open(path, "w") as f:
+        for model, steps in [*itertools.product(models, (60, 500)), ("dense", 4600)]:
+            row = made_up(model, recall=steps / 1000)
+            row["options"] = compare.all_options(experiment, model) | {"max_steps": steps}
+            if experiment == "code":
+                for point in row["curve"]:
+                    del point["recall"]
+            f.write(json.dumps(row) + "\n")
+    plots.main([str(path)])
+    assert path.with_suffix(".png").stat().st_size > 20_000
+    (figure,) = plots.figures(path).values()
+    drawn = [model for model in models if not re.match(r"memory\+\d", model)]
+    assert [len(axis.containers) for axis in figure.axes] == [len(drawn)] * min(2, axes) + [0] * (axes == 3)
+    x, y = figure.axes[0].containers[0].lines[0].get_data()
+    assert x[-1] == 0.001 and y[-1] == (0.5 if axes == 3 else 2.0)
+    if axes == 3:
+        (x, y), *lines = (line.get_data() for line in figure.axes[2].lines)
+        assert list(x) == [2**n for n in (14, 16, 18, 20, 22)] and set(y) == {0.5}
+        assert len(lines) == 5, "a line across for each model that has no other sizes"
+
+
+def test_evidence_runs_what_fits_and_keeps_the_logs_of_the_rest(tmp_path):
+    """experiments/evidence.sh, with a stand-in for Python that trains nothing."""
+    (tmp_path / "experiments").mkdir()
+    script = Path(shutil.copy(compare.ROOT / "experiments" / "evidence.sh", tmp_path / "experiments"))
+    for name in ("facts-large", "code"):
+        folder = tmp_path / "out" / "compare" / name / "run"
+        folder.mkdir(parents=True)
+        (folder / "log.jsonl").write_text("a line\n")
+        (folder / "printed.txt").write_text("printed\n")
+    row = made_up("dense", tokens_per_second=1000.0)  # made_up has 100 tokens per step: 10 steps per second
+    (tmp_path / "row").write_text(json.dumps(row) + "\n")
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/bash
+echo "$*" >> {tmp_path}/commands
+case "$*" in
+    "- "*) exec {sys.executable} "$@" ;;
+    *compare*--max_steps=60*) cat {tmp_path}/row >> "{tmp_path}/results/$3.jsonl" ;;
+esac
+""")
+    python.chmod(0o755)
+    for _ in range(2):  # the second time it continues with the same number of steps
+        subprocess.run(["bash", script, tmp_path / "results", "1020"], check=True,
+                       env=os.environ | {"PYTHON": str(python)})
+        commands = (tmp_path / "commands").read_text().splitlines()
+        runs = [line.split() for line in commands if "compare" in line]
+        steps = [int(run[-3].removeprefix("--max_steps=")) for run in runs]
+        assert [run[2] for run in runs] == ["facts-large"] * 2 + ["code"] * 2 + ["facts-large"]
+        assert steps[0] == steps[2] == 60 and steps[1] == steps[4] and steps[3] == 1600
+        assert 0.7 * 590 * 10 < steps[1] <= 0.7 * 600 * 10, "three fifths of the time, less a margin"
+        (tmp_path / "commands").unlink()
+    unfinished = {path.name for path in (tmp_path / "results" / "unfinished").iterdir()}
+    assert unfinished == {f"{name}_run.{end}" for name in ("facts-large", "code") for end in ("jsonl", "txt")}
 
 
 def test_drawing_changes_nothing_global(tmp_path):
@@ -323,41 +421,28 @@ def test_measures_are_as_defined():
     row = made_up()
     assert recall_between(row, 8, 32) == (0.5 * 30 + 1.0 * 10) / 40
     assert recall_between(row, 4, 8) == 0.1
-    assert recall_between(row, 8, 32, point=1) == (0.25 * 30 + 0.5 * 10) / 40
     assert math.isnan(recall_between(row, 1, 4))
     assert compare.mean_and_deviation([0.5, math.nan]) == "-"
-    bits = (3 * math.log2(50) + math.log2(336)) / 4  # three attributes of 50 values, and birthdays
-    assert math.isclose(bits_per_parameter(row), (0.5 * 90 + 0.25 * 10) * bits / 200)
     assert tokens_to(0.25, row["curve"]) == 500 and math.isnan(tokens_to(0.51, row["curve"]))
-    assert speed([row, made_up(tokens_per_second=20.0)]) == 20
 
 
-def test_goals_that_are_met_and_goals_that_are_not(capsys):
-    def goals(often=0.5, speed=10.0, **recall):
-        rows = {"dense": [made_up(recall=0.25, often=0.15)]}
-        rows |= {
-            name: [made_up(name, recall=value, often=often, tokens_per_second=speed)]
-            for name, value in recall.items()
-        }
-        compare.print_goals(rows, 0.25)
-        return capsys.readouterr().out
-
-    out = goals(0.44, **{"memory+": 0.6, "memory+-short": 0.3, "moe": 0.5, "memory+16x": 0.55})
-    assert "yes  at least 3 times dense's recall of facts told 8 to 31 times, after 0.0006 M" in out
-    assert "8 to 31 times, after 0.001 M tokens: 2.9" in out and "no   at least 3 times" in out
-    assert "yes  at least twice" in out and "yes  more recall than moe" in out
-    assert "rises with the number of slots: no, 0.600, 0.550" in out
-    assert "yes  dense's recall after at most 0.6 of the tokens: 0.417" in out
-    assert "no   at least 1.4 times dense's recall in dense's time: 1.20 times (100 and 100 s)" in out
-    assert "after 0.001 M tokens: 3.3 times (0.625 and 0.188)" in goals(**{"memory+": 0.6})
-    assert "yes  at least 1.4 times" in goals(**{"memory+": 0.6, "memory+-short": 0.4})
-    assert "no   at least 1.4 times" in goals(speed=9.0, **{"memory+": 0.6, "memory+-short": 0.4})
-    assert "no   more recall than dense-2x: 0.600 and 0.700" in goals(**{"memory+": 0.6, "dense-2x": 0.7})
+def test_the_summary_has_a_row_per_model_and_a_dash_for_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    rows = [made_up(seed=seed, recall=seed / 10) | {"options": compare.all_options("facts", "dense")}
+            for seed in (1, 2)]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    compare.main(["summary", "--results=."])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(compare.SUMMARY)
+    assert lines[2] == "| dense GPT | 0.0 M | 0.15 ± 0.07 | - |" and lines[3].endswith("| - | - | - |")
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_models_that_are_compared_cost_the_same(experiment):
-    """Multiply-adds to 5% (facts: 1%), except dense-2x; and parameters, among the models of one size."""
+    """
+    Multiply-adds to 5% (facts, facts-large, code: 1%), except dense-2x; and parameters, among the models of
+    one size.
+    """
     configs = {
         model: TrainConfig(**compare.train_options(experiment, model), vocab_size=600)
         for model in EXPERIMENTS[experiment]["models"]
@@ -365,9 +450,11 @@ def test_models_that_are_compared_cost_the_same(experiment):
     macs = {model: config.macs_per_token() for model, config in configs.items()}
     if "dense-2x" in macs:
         assert math.isclose(macs.pop("dense-2x"), 2 * macs["dense"], rel_tol=0.05)
-    assert max(macs.values()) <= (1.01 if experiment == "facts" else 1.05) * min(macs.values())
-    counts = [GPT(config).count_parameters() for model, config in configs.items()
-              if model not in ("dense", "dense-2x", "memory+4x", "memory+16x")]
+    exact = experiment in ("facts", "facts-large", "code")
+    assert max(macs.values()) <= (1.01 if exact else 1.05) * min(macs.values())
+    with torch.device("meta"):  # large models take no memory
+        counts = [GPT(config).count_parameters() for model, config in configs.items()
+                  if model not in ("dense", "dense-2x") and not re.search(r"\d[xkM]$", model)]
     parameters = [count["dense"] + count["memory"] for count in counts]
     assert len(parameters) > 1 and max(parameters) <= 1.05 * min(parameters)
 
@@ -381,6 +468,7 @@ def test_models_that_are_compared_cost_the_same(experiment):
         (["facts", "--lrs="], "--lrs must have at least one learning rate"),
         (["facts", "--models=dense,moa"], "--models=moa must be one of dense, "),
         (["facts", "--job=2"], "did you mean --jobs?"),
+        (["summary", "--seeds=5"], "summary has only the option --results"),
         (["table", "--seeds=5"], "table has only the option --results"),
     ],
 )

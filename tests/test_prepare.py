@@ -1,5 +1,6 @@
 """data/prepare.py: text comes back as it was, splits do not overlap, and facts are what their options say."""
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -10,6 +11,7 @@ import tiktoken
 
 from data import prepare
 from data.prepare import END, build_encoding, encoding_from_json, encoding_to_json, main
+from evaluate import exposure_bin
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_a_named_encoding_survives_the_checkpoint_s_json():
 
 
 def test_facts_are_what_the_options_say(data):
-    main(["facts", "--people=60", "--exposures=20", "--held_out=0.2", "--ask=0.5", "--seed=3"])
+    main(["facts", "--people=60", "--exposures=20", "--held_out=0.2", "--ask=0.5", "--zipf=1", "--seed=3"])
     meta, encoding, splits = load(data / "facts")
     assert meta["train_tokens"] == len(splits["train"]) and meta["val_tokens"] == len(splits["val"])
     assert max(splits["train"].max(), splits["val"].max()) < meta["vocab_size"] == encoding.n_vocab
@@ -101,6 +103,35 @@ def test_facts_repeat_with_the_seed(data):
 
     first = made()
     assert made() == first and made("--seed=2")[0] != first[0]
+
+
+def test_facts_stay_as_they_were(data):
+    """The lines in experiments/results come from this text. A faster generator must make the same bytes."""
+    main(["facts", "--people=60", "--exposures=20", "--held_out=0.2", "--ask=0.5", "--zipf=1", "--seed=3",
+          "--vocab_size=300"])
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (data / "facts").iterdir()}
+    assert sums["train.bin"].startswith("932fc8c58589a23a") and sums["val.bin"].startswith("bdbc5e8de5c04edb")
+    assert sums["qa.jsonl"].startswith("5efe7ba9c4d286c1")
+
+
+def test_a_sample_of_the_questions_has_some_of_each_exposure_bin(data):
+    options = ["facts", "--people=300", "--exposures=4"]
+    main([*options, "--name=all"])
+    main([*options, "--name=some", "--questions=20"])
+    assert (data / "all" / "train.bin").read_bytes() == (data / "some" / "train.bin").read_bytes()
+    every, some = (list(map(json.loads, open(data / name / "qa.jsonl"))) for name in ("all", "some"))
+    count = [Counter("held out" if q["held_out"] else exposure_bin(q) for q in asked)
+             for asked in (every, some)]
+    assert count[1] == {name: min(20, n) for name, n in count[0].items()} and len(count[1]) > 5
+    assert [q for q in every if q in some] == some, "the same questions, in the same order"
+
+
+def test_every_word_of_facts_is_one_token(data):
+    main(["facts", "--people=300", "--exposures=2"])
+    _, encoding, splits = load(data / "facts")
+    text = encoding.decode(splits["train"].tolist())
+    assert encoding.encode_ordinary(text) == splits["train"].tolist(), "fragments are encoded as a text is"
+    assert len(splits["train"]) == len(re.findall(r"\w+|[^\w ]", text))
 
 
 def test_many_people_get_as_many_names():
@@ -171,6 +202,32 @@ def test_stdlib_splits_by_file(data, monkeypatch):
     assert Counter(files["train"]).keys().isdisjoint(files["val"]) and len(files["val"]) > 5
 
 
+def test_code_takes_each_file_once_and_splits_by_name(data, monkeypatch):
+    bodies = [f"module_{i} = {i}\n" * 5 for i in range(60)]
+    for i, body in enumerate([*bodies, bodies[0], bodies[7]]):  # the last two are copies
+        path = data / f"v{i % 2}" / "site-packages" / f"package_{i // 10}" / f"m{i}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(body)
+    (path.parent / "broken.py").write_bytes(b"# coding: utf-8\n\xff\xfe")
+    (path.parent / "notes.txt").write_text("no source")
+    folders = [str(data / f"v{i}" / "site-packages") for i in range(2)]
+
+    def made(*options):
+        main(["code", "--val_share=0.3", *options])
+        _, encoding, splits = load(data / "code")
+        return {split: encoding.decode(ids.tolist()).split(END) for split, ids in splits.items()}
+
+    files = made("--input", *folders)
+    train, val = files["train"][:-1], files["val"][:-1]
+    assert sorted(train + val) == sorted(bodies) and len(val) > 5
+    assert train != sorted(train, key=bodies.index), "packages are mixed: the first tokens are a sample"
+    monkeypatch.setattr(prepare.sys, "path", ["/nowhere", *folders])
+    assert made() == files, "without --input: all packages that Python would find"
+    few = made("--tokens=300")
+    assert len(load(data / "code")[2]["train"]) == 300 and few["val"] == files["val"]
+    assert few["train"][:-1] == train[:len(few["train"]) - 1]
+
+
 def test_text_keeps_the_end_of_each_file_for_validation(data):
     (data / "a.txt").write_text("".join(f"line {i} of a\n" for i in range(500)))
     (data / "b.txt").write_text("ohne Zeilenende " * 400, encoding="utf-8")
@@ -216,7 +273,10 @@ def test_text_leaves_questions_that_are_the_user_s(data, capsys):
         (["facts", "--ask=2"], "--ask=2.0 must be between"),
         (["facts", "--tokenizer=gtp2"], "tiktoken has"),
         (["facts", "--vocab_size=10"], "at least 257"),
+        (["facts", "--questions=-1"], "--questions=-1 must not be negative"),
         (["stdlib", "--val_share=1"], "between 0 and 1"),
+        (["code", "--tokens=-1"], "--tokens=-1 must not be negative"),
+        (["code", "--input", "nowhere"], "--input nowhere: no such folder"),
         (["mqar", "--documents=0"], "--documents=0 must be at least 1"),
         (["mqar", "--keys=3"], "--keys=3 must be at least pairs=4"),
         (["mqar", "--values=3"], "--values=3 must be at least pairs=4"),

@@ -1,19 +1,168 @@
-"""The README's code runs as it stands there."""
+"""README.md stays short, its code runs as it stands there, and its table is what the command prints."""
 
+import math
+import re
 from pathlib import Path
 
+import pytest
 import torch
+
+from experiments import compare
+from memory import MemoryLayer, product_key_search
+from pool import ValuePool
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
+def blocks(language: str) -> list[str]:
+    return [part.split("```")[0] for part in README.split(f"```{language}\n")[1:]]
+
+
+def test_it_is_short():
+    lines, words = README.splitlines(), README.split()
+    without_links = re.sub(r"https?://[^ )]*", "", README)
+    numbers = re.findall(r"(?<![\w.])\d[\d,.]*", without_links)
+    assert len(lines) <= 220 and len(words) <= 2200 and len(numbers) <= 200
+    assert "°" not in README
+    assert max(map(len, lines)) <= 130
+
+
+def test_its_table_is_what_the_command_prints(capsys):
+    compare.main(["summary"])
+    table = capsys.readouterr().out.strip()
+    assert table in README
+    assert len(table.splitlines()) <= 2 + 6 and table.splitlines()[0].count("|") == 5
+
+
+def test_its_files_exist():
+    root = Path(compare.ROOT)
+    for link in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (root / link).exists(), link
+
+
+@pytest.mark.parametrize("heads, knn, num_keys", [(1, 1, 1), (2, 3, 4), (4, 16, 32)])
+def test_the_idea_is_the_layer(heads, knn, num_keys):
+    names = {}
+    exec(blocks("python")[0], names)
+    torch.manual_seed(0)
+    layer = MemoryLayer(12, num_keys, heads, knn, key_dim=8, value_dim=10).double()
+    pool = ValuePool(num_keys**2, 10, dtype=torch.float64)
+    x = torch.randn(9, 12, dtype=torch.float64)
+    torch.testing.assert_close(names["product_key_memory"](x, layer, pool.values), layer(x, pool))
+    assert len(blocks("python")[0].splitlines()) <= 30
+
+
+def test_the_example_by_hand():
+    left, right = [1.0, 6, 3, 0], [3.0, 0, 5, 1]
+    assert all(", ".join(f"{score:g}" for score in scores) in README for scores in (left, right))
+    by_brute_force = sorted(((a + b, 4 * i + j) for i, a in enumerate(left) for j, b in enumerate(right)))
+    best = by_brute_force[::-1][:3]
+    assert best == [(11, 6), (9, 4), (8, 10)] and "slots\n6, 4 and 10" in README.replace(" 6, 4", "\n6, 4")
+    weights = torch.tensor([score for score, _ in best]).softmax(0)
+    assert "0.84, 0.11 and 0.04" in README
+    assert [round(weight, 2) for weight in weights.tolist()] == [0.84, 0.11, 0.04]
+    half_keys = torch.tensor([left, right]).view(1, 2, 4, 1)
+    scores, slots = product_key_search(torch.ones(1, 1, 2, 1), half_keys, 3)
+    assert scores.flatten().tolist() == [11, 9, 8] and slots.flatten().tolist() == [6, 4, 10]
+
+
 def test_the_example_of_a_model_of_one_s_own_learns():
-    code = README.split("```python\n")[1].split("```")[0]
+    code = blocks("python")[1]
     names = {}
     torch.manual_seed(0)
     exec(code.replace("range(100)", "range(1)"), names)
     first = names["loss"].item()
-    assert len(names["pool"].values.grad.reads) == 1
     torch.manual_seed(0)
     exec(code, names)
     assert names["loss"].item() < 0.5 * first
+
+
+# --- nanoGPT with memory layers -----------------------------------------------------------------------------
+
+# A small GPT with the names that nanoGPT uses, and a training step as in its train.py
+PLAIN = """
+from dataclasses import dataclass
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50
+    n_layer: int = 12
+    n_embd: int = 32
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.transformer = nn.ModuleDict(dict(
+            wte = nn.Embedding(config.vocab_size, config.n_embd),
+            h = nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, idx, targets):
+        x = self.transformer.wte(idx)
+        for block in self.transformer.h:
+            x = block(x)
+        return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self):
+        param_dict = {pn: p for pn, p in self.named_parameters()}
+        param_dict = {pn: p for pn, p in param_dict.items() if p.requires_grad}
+        return torch.optim.AdamW(param_dict.values(), lr=1e-2)
+
+model = GPT(GPTConfig())
+optimizer = model.configure_optimizers()
+losses = []
+for step in range(60):
+    loss = model(idx, targets)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    losses.append(loss.item())
+"""
+
+
+def apply(diff: str, source: str) -> str:
+    """Lines that the diff does not change stand in `source`, in this order, perhaps with others between."""
+    done, rest = [], source.splitlines()
+    for line in diff.splitlines():
+        if line.startswith("+"):
+            done.append(line[1:])
+        else:
+            text = line[1:]
+            assert text in rest, f"the diff changes {text!r}, which is not there"
+            place = rest.index(text)
+            done += rest[:place] if line.startswith("-") else rest[:place + 1]
+            rest = rest[place + 1:]
+    return "\n".join(done + rest)
+
+
+def test_the_diff_gives_nanogpt_a_memory():
+    class MLP(torch.nn.Sequential):
+        def __init__(self, config):
+            super().__init__(torch.nn.Linear(config.n_embd, config.n_embd))
+
+    diff = blocks("diff")[0]
+    assert 10 <= sum(line.startswith("+") for line in diff.splitlines()) <= 20
+    torch.manual_seed(0)
+    idx, targets = torch.randint(50, (2, 4, 16))
+    names = dict(torch=torch, nn=torch.nn, F=torch.nn.functional, MLP=MLP, idx=idx, targets=targets,
+                 grad_clip=1.0)
+    changed = apply(diff, PLAIN)
+    exec(changed, names)
+    model = names["model"]
+    assert sum(isinstance(module, MemoryLayer) for module in model.modules()) == 3
+    assert model.pool.values.grad is None, "zero_grad has forgotten the last step's reads"
+    start = math.log(50)
+    assert names["losses"][0] > 0.8 * start and names["losses"][-1] < 0.5 * names["losses"][0]
+    assert names["pool_optimizer"].state[model.pool.values]["step"] == 60

@@ -168,10 +168,14 @@ def test_a_run_leaves_what_it_says(run, capsys):
     run("--keep=1")
     assert {path.name for path in run.out.iterdir()} == {"log.jsonl", "loss.png", "step_000006"}
     printed = capsys.readouterr().out
+    assert printed.count("  validation loss ") == 3, "each figure once, where it is new"
     for part in (
+        "the validation loss is above the training loss",
+        "multiply-adds",
+        "step 3/6  validation loss ",
         "step 6/6  loss ",
         "recall",
-        "slots",
+        "slot use ",
         "tokens/s",
         " left",
         "peak memory",
@@ -187,8 +191,8 @@ def test_a_run_leaves_what_it_says(run, capsys):
 def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
     for module in (prepare, corpus):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
-    defaults = ("", 4096, "facts", 8, 2.0, 1.0, 0.25, 0.1, 1)
-    monkeypatch.setattr(prepare.FactsConfig.__init__, "__defaults__", defaults)
+    few = prepare.FactsConfig(people=8, exposures=2)
+    monkeypatch.setitem(prepare.READY_MADE, "facts", (prepare.facts, few))
     run("--max_steps=1")
     assert (tmp_path / "data" / "facts" / "qa.jsonl").exists()
 
@@ -448,10 +452,11 @@ def test_a_skipped_step_is_printed_with_the_next_log_line(run, monkeypatch, caps
 
     monkeypatch.setattr(PoolOptimizer, "step", poisoned)
     run("--log_interval=2", "--max_steps=6")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("the pool", "step "))]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "the pool" in line or " loss " in line]
+    lines = [line for line in lines if "validation" not in line]
     assert "the pool skipped 1 step, as its gradient was not finite (1 so far)" in lines[0]
     assert "the pool skipped 1 step, as its gradient was not finite (2 so far)" in lines[2]
-    assert [line[:8] for line in lines[1::2]] == ["step 2/6", "step 4/6"] and lines[4].startswith("step 6/6")
+    assert [line[:8] for line in lines[1:5:2]] == ["step 2/6", "step 4/6"] and lines[4].startswith("step 6/6")
     skipped = [line.get("skipped_steps") for line in log(run.out) if "loss" in line]
     assert skipped == [1, 2, None]
 

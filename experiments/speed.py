@@ -264,7 +264,8 @@ def measure_model(config: SpeedConfig) -> list[dict]:
         print(f"  {name:10}{median_and_range(seconds)}, {ratio(times, name, 'dense'):.2f} times dense; "
               f"{configs[name].macs_per_token():,} multiply-adds per token")
     if DEVICE == "cuda":
-        print(f"\nin a step of `shifted`, the CPU waits for the GPU {len(host_waits(steps['shifted']))} times")
+        waits = len(host_waits(steps["shifted"]))
+        print(f"\nin a step of `shifted`, the CPU waits for the GPU {waits} times")
     print("\nwhere the time of `shifted` goes:")
     with torch.profiler.profile() as profile:
         steps["shifted"]()

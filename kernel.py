@@ -25,7 +25,6 @@ kernel='auto' uses Triton for tensors on a GPU; 'triton' and 'torch' choose one.
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 
@@ -40,6 +39,7 @@ except ImportError:  # Triton does not exist for this system; PyTorch is enough
 
 CHECK_INDICES = os.environ.get("NANOPKM_CHECK") == "1"  # slow; a wrong index would use foreign memory
 CHUNK = 2**19  # numbers in a chunk of row gradients: 2 MiB of float32, about a core's cache
+PIECE = 128  # places: a row that was read more often is summed in pieces of this length, on a GPU
 
 
 def check_kernel(kernel: str) -> None:
@@ -93,6 +93,8 @@ def gather_dot(values, indices, dy, kernel: str = "auto") -> torch.Tensor:
                                              dy.new_zeros(N * bag, dtype=values.dtype), (N, len(values)),
                                              check_invariants=False)
         dw = torch.sparse.sampled_addmm(places, dy.to(values.dtype), values.t(), beta=0.0).values()
+    elif values.is_cuda and values.dtype == torch.bfloat16:  # which PyTorch's operation does not know there
+        dw = torch.einsum("njv,nv->nj", values[indices], dy.to(values.dtype))
     else:
         token = torch.arange(N, device=indices.device).repeat_interleave(bag)  # the token of each flat index
         dw = torch.ops.aten._embedding_bag_per_sample_weights_backward(
@@ -140,23 +142,21 @@ def sort_reads(reads: list):
     """
     The reads of all layers and micro-batches, sorted by row.
 
-    Returns rows (R,), start (R + 1,), token (places,), weights (places,), dy (tokens of all reads, V). Row
-    rows[i] was read at the places start[i] ... start[i + 1] - 1, and its gradient is the sum over these
-    places of weights[place] * dy[token[place]]. The tokens of all reads are numbered consecutively. A
-    place is a position in the sorted list.
+    Returns row, token, weights (places,) each, and dy (tokens of all reads, V). A place is a position in the
+    sorted list: token[place] read row[place] with weights[place]. All places of a row stand together, and
+    the row's gradient is the sum over them of weights[place] * dy[token[place]]. The tokens of all reads are
+    numbered consecutively.
     """
     indices = torch.cat([indices.reshape(-1) for indices, _, _ in reads])
     weights = torch.cat([weights.reshape(-1) for _, weights, _ in reads])
-    dy = torch.cat([dy for _, _, dy in reads])
+    dy = torch.cat([dy for _, _, dy in reads]) if len(reads) > 1 else reads[0][2]
     first, token = 0, []
     for read_indices, _, _ in reads:
         N, bag = read_indices.size()
         token.append(torch.arange(first, first + N, device=dy.device).unsqueeze(1).expand(N, bag).reshape(-1))
         first += N
-    indices, order = torch.sort(indices, stable=True)
-    rows, counts = torch.unique_consecutive(indices, return_counts=True)
-    token, weights = torch.cat(token).index_select(0, order), weights.index_select(0, order)
-    return rows.long(), F.pad(counts.cumsum(0), (1, 0)), token, weights, dy
+    row, order = torch.sort(indices, stable=True)
+    return row, torch.cat(token).index_select(0, order), weights.index_select(0, order), dy
 
 
 def top_k(x: torch.Tensor, k: int):
@@ -190,8 +190,10 @@ def _top_k_by_numpy(x, k):
 
 # --- PyTorch ------------------------------------------------------------------------------------------------
 
-def row_gradients(rows, start, token, weights, dy, dtype=None):
+def row_gradients(row, token, weights, dy, dtype=None):
     """Yields (rows, g), the gradients g of some rows, from what sort_reads returned. You may overwrite g."""
+    rows, counts = torch.unique_consecutive(row, return_counts=True)
+    rows, start = rows.long(), F.pad(counts.cumsum(0), (1, 0))  # rows[i]: places start[i] to start[i + 1] - 1
     dy = dy.to(dtype or torch.promote_types(dy.dtype, torch.float32))
     weights = weights.to(dy.dtype)
     step = max(1, CHUNK // dy.size(1))
@@ -236,20 +238,19 @@ def _update_torch(values, moments, sorted_reads, lr, beta1, beta2, eps, seed, fi
 
 
 def _round_by_chance(x, rows, seed):
-    """
-    x (rows, V), float32, rounded to bfloat16: random bits are added to the 16 bits that are then cut off.
-    """
-    columns = torch.arange(x.size(1), device=x.device)
-    noise = _noise(rows.unsqueeze(1) * x.size(1) + columns, seed) & 0xFFFF
+    """x (rows, V), float32, rounded to bfloat16: random bits are added to the 16 bits that are cut off."""
+    noise = _noise(rows.unsqueeze(1), torch.arange(x.size(1), device=x.device), seed)
     return (x.view(torch.int32) + noise.to(torch.int32) & -0x10000).view(torch.float32)
 
 
-def _noise(place: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
-    """32 random bits for each place (int64) and seed, equal to _noise_triton's: MurmurHash3's mixing."""
-    x = (place + seed * 0x9E3779B1 & 0xFFFFFFFF) ^ ((place >> 32) * 0x85EBCA6B & 0xFFFFFFFF)
+def _noise(row, column, seed):
+    """16 random bits, equal to _noise_triton's. Mixes the row well (as MurmurHash3), then the column once."""
+    x = row + seed * 0x9E3779B1 & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
-    return x ^ (x >> 16)
+    x = (x ^ (x >> 16)) + column * 0x9E3779B1 & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    return (x ^ (x >> 16)) & 0xFFFF
 
 
 # --- Triton -------------------------------------------------------------------------------------------------
@@ -257,14 +258,16 @@ def _noise(place: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
 # The speed depends on how many bytes are being loaded at once. An H100 needs 3.35 TB/s * 0.7 us = 2.3 MB, or
 # 18 KB for each of its 132 multiprocessors. A program loads a tile of ROWS rows * COLUMNS columns at a time:
 # about 2,048 numbers (8 KB of float32), with four loads of 16 bytes per thread. At 40 registers per thread,
-# 12 such programs fit on a multiprocessor, which is five times the bytes needed. So there is nothing to tune.
+# 12 such programs fit on a multiprocessor, which is five times the bytes needed.
 # A kernel is compiled for each V, dtype and kind of optimiser, and not again for another batch or pool size.
 #
 # Loads are 16 bytes wide where the bytes of a row are a multiple of 16. A row's index is int64 before it is
 # multiplied by V, because a pool may hold more than 2**31 numbers.
+#
+# The CPU runs ahead of the GPU as long as it needs no number from there: no tensor's size depends on indices.
 
 def _jit(function):
-    return triton.jit(function) if triton is not None else function
+    return triton.jit(function, do_not_specialize=["places"]) if triton is not None else function
 
 
 def gather_settings(V: int, element_size: int) -> dict:
@@ -275,16 +278,9 @@ def gather_settings(V: int, element_size: int) -> dict:
 
 
 @_jit
-def gather_sum_kernel(
-        y_ptr,  # (bags, V)
-        values_ptr,  # (num_values, V)
-        indices_ptr, weights_ptr,  # (places,)
-        begin_ptr, end_ptr,  # (bags,): bag n has the places begin[n] ... end[n] - 1
-        V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """y[n] = sum over bag n of weights[place] * values[indices[place]]. A program does COLUMNS of one bag."""
-    n = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    begin, end = tl.load(begin_ptr + n), tl.load(end_ptr + n)
+def _weighted_sum(values_ptr, indices_ptr, weights_ptr, begin, end, column,
+                  V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum of weights[place] * values[indices[place]] over the places begin ... end - 1: (COLUMNS,)."""
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(begin, end, ROWS):
         place = first + tl.arange(0, ROWS)
@@ -293,7 +289,21 @@ def gather_sum_kernel(
         mask = (place < end)[:, None] & (column < V)[None, :]
         tile = tl.load(values_ptr + row[:, None] * V + column[None, :], mask=mask, other=0.0)
         total += weight[:, None] * tile.to(tl.float32)
-    tl.store(y_ptr + n * V + column, tl.sum(total, 0).to(y_ptr.dtype.element_ty), mask=column < V)
+    return tl.sum(total, 0)
+
+
+@_jit
+def gather_sum_kernel(
+        y_ptr,  # (N, V)
+        values_ptr,  # (num_values, V)
+        indices_ptr, weights_ptr,  # (N, bag)
+        bag, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """y[n] = sum_j weights[n, j] * values[indices[n, j]]. A program does COLUMNS columns of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    y = _weighted_sum(values_ptr, indices_ptr, weights_ptr, token * bag, (token + 1) * bag, column,
+                      V, ROWS, COLUMNS)
+    tl.store(y_ptr + token * V + column, y.to(y_ptr.dtype.element_ty), mask=column < V)
 
 
 @_jit
@@ -302,27 +312,56 @@ def gather_dot_kernel(
         values_ptr,  # (num_values, V)
         indices_ptr,  # (N, bag)
         dy_ptr,  # (N, V)
-        bag, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """dw[n, j] = <values[indices[n, j]], dy[n]>. A program does ROWS rows of one token's bag."""
+        bag, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr):
+    """dw[n, j] = <values[indices[n, j]], dy[n]>. A program does TILES * ROWS rows of one token's bag."""
     token = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    row = tl.load(indices_ptr + token * bag + j, mask=j < bag, other=0).to(tl.int64)
-    total = tl.zeros((ROWS,), tl.float32)
-    for first in range(0, V, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        dy = tl.load(dy_ptr + token * V + column, mask=column < V, other=0.0).to(tl.float32)
-        mask = (j < bag)[:, None] & (column < V)[None, :]
-        tile = tl.load(values_ptr + row[:, None] * V + column[None, :], mask=mask, other=0.0)
-        total += tl.sum(tile.to(tl.float32) * dy[None, :], 1)
-    tl.store(dw_ptr + token * bag + j, total.to(dw_ptr.dtype.element_ty), mask=j < bag)
+    first_j = tl.program_id(1) * TILES * ROWS
+    for first in range(first_j, tl.minimum(first_j + TILES * ROWS, bag), ROWS):
+        j = first + tl.arange(0, ROWS)
+        row = tl.load(indices_ptr + token * bag + j, mask=j < bag, other=0).to(tl.int64)
+        total = tl.zeros((ROWS,), tl.float32)
+        for first_column in range(0, V, COLUMNS):
+            column = first_column + tl.arange(0, COLUMNS)
+            dy = tl.load(dy_ptr + token * V + column, mask=column < V, other=0.0).to(tl.float32)
+            mask = (j < bag)[:, None] & (column < V)[None, :]
+            tile = tl.load(values_ptr + row[:, None] * V + column[None, :], mask=mask, other=0.0)
+            total += tl.sum(tile.to(tl.float32) * dy[None, :], 1)
+        tl.store(dw_ptr + token * bag + j, total.to(dw_ptr.dtype.element_ty), mask=j < bag)
 
 
 @_jit
-def _noise_triton(place, seed):
-    x = (place.to(tl.uint32) + seed.to(tl.uint32) * 0x9E3779B1) ^ ((place >> 32).to(tl.uint32) * 0x85EBCA6B)
+def _noise_triton(row, column, seed):
+    x = row.to(tl.uint32) + seed.to(tl.uint32) * 0x9E3779B1
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
-    return x ^ (x >> 16)
+    x = (x ^ (x >> 16)) + column.to(tl.uint32) * 0x9E3779B1
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    return (x ^ (x >> 16)) & 0xFFFF
+
+
+@_jit
+def sum_pieces_kernel(
+        sums_ptr,  # (2 * chunks, V)
+        dy_ptr,  # (tokens of all reads, V)
+        begin_ptr, end_ptr, token_ptr, weights_ptr,  # (places,)
+        places, V: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """
+    Sums the pieces of the rows that were read more than PIECE times. A row's last piece is called its rest.
+
+    Only the GPU knows where pieces are. But in any chunk of PIECE places of the sorted list, at most one rest
+    begins, and its row has the chunk's first place. And at most one other piece does, and it has the chunk's
+    last place. So chunk c has two programs, 2 * c and 2 * c + 1 (rest), with a row of `sums` for each.
+    """
+    chunk, is_rest = tl.program_id(0) // 2, tl.program_id(0) % 2
+    place = tl.minimum(chunk * PIECE + (1 - is_rest) * (PIECE - 1), places - 1)
+    begin, end = tl.load(begin_ptr + place), tl.load(end_ptr + place)
+    rest = begin + (end - begin - 1) // PIECE * PIECE
+    first = tl.where(is_rest == 1, rest, place - (place - begin) % PIECE)
+    if (end - begin > PIECE) & (first // PIECE == chunk) & ((first == rest) == (is_rest == 1)):
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        total = _weighted_sum(dy_ptr, token_ptr, weights_ptr, first, tl.minimum(first + PIECE, end), column,
+                              V, ROWS, COLUMNS)
+        tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * V + column, total, mask=column < V)
 
 
 @_jit
@@ -330,42 +369,49 @@ def update_kernel(
         values_ptr,  # (num_values, V)
         v_ptr,  # rowwise: (num_values, BLOCKS); adam: exp_avg_sq, (num_values, V); sgd: None
         exp_avg_ptr,  # adam: (num_values, V); rowwise and sgd: None
-        rows_ptr, begin_ptr, end_ptr,  # (R,): row rows[i] was read at the places begin[i] ... end[i] - 1
-        token_ptr, weights_ptr,  # (places,)
+        row_ptr, token_ptr, weights_ptr,  # (places,), sorted by row
+        begin_ptr, end_ptr,  # (places,): the row of a place has the places begin ... end - 1
         dy_ptr,  # (tokens of all reads, V)
+        sums_ptr,  # what sum_pieces_kernel wrote
         lr_ptr, seed_ptr, finite_ptr,  # one number each, float32, int64, int32; finite: 0 or 1
         beta1, beta2, eps,
-        V: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr, WIDTH_PADDED: tl.constexpr,
-        ROWS: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """The formulas of scatter_update. A program does one row of the pool; its gradient is in registers."""
+        V: tl.constexpr, PIECE: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr,
+        WIDTH_PADDED: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """The formulas of scatter_update. The program of a row's first place does the row; all others return."""
     WIDTH: tl.constexpr = V // BLOCKS
-    i = tl.program_id(0)
-    row = tl.load(rows_ptr + i).to(tl.int64)
-    begin, end = tl.load(begin_ptr + i), tl.load(end_ptr + i)
+    place = tl.program_id(0)
+    row = tl.load(row_ptr + place).to(tl.int64)
+    begin, end = tl.load(begin_ptr + place), tl.load(end_ptr + place)
+    if place != begin:
+        return
     block = tl.arange(0, BLOCKS_PADDED)
     within = tl.arange(0, WIDTH_PADDED)
     column = block[:, None] * WIDTH + within[None, :]  # (blocks, width): the row's columns, block by block
     mask = (block < BLOCKS)[:, None] & (within < WIDTH)[None, :]
     place_in_pool = row * V + column
     # loaded now, so that they arrive while g is summed
-    values = tl.load(values_ptr + place_in_pool, mask=mask, other=0.0).to(tl.float32)
+    values = tl.load(values_ptr + place_in_pool, mask=mask, other=0.0)
+    if v_ptr is not None and exp_avg_ptr is None:
+        v = tl.load(v_ptr + row * BLOCKS + block, mask=block < BLOCKS, other=0.0)
 
     g = tl.zeros((BLOCKS_PADDED, WIDTH_PADDED), tl.float32)
-    for first in range(begin, end, ROWS):
-        place = first + tl.arange(0, ROWS)
-        token = tl.load(token_ptr + place, mask=place < end, other=0).to(tl.int64)
-        weight = tl.load(weights_ptr + place, mask=place < end, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + token[:, None, None] * V + column[None, :, :],
-                     mask=(place < end)[:, None, None] & mask[None, :, :], other=0.0)
-        g += tl.sum(weight[:, None, None] * dy.to(tl.float32), 0)
+    if end - begin <= PIECE:
+        for p in range(begin, end):
+            token = tl.load(token_ptr + p).to(tl.int64)
+            dy = tl.load(dy_ptr + token * V + column, mask=mask, other=0.0)
+            g += tl.load(weights_ptr + p).to(tl.float32) * dy.to(tl.float32)
+    else:
+        for first in range(begin, end, PIECE):
+            is_rest = (first + PIECE >= end).to(tl.int64)
+            g += tl.load(sums_ptr + (2 * (first // PIECE) + is_rest) * V + column, mask=mask, other=0.0)
 
     lr, finite = tl.load(lr_ptr), tl.load(finite_ptr) != 0
+    values = values.to(tl.float32)
     mask = mask & finite  # nothing is stored where a gradient is not finite
     if v_ptr is None:
         values -= lr * g
     elif exp_avg_ptr is None:
         mean_sq = tl.sum(g * g, 1) / WIDTH
-        v = tl.load(v_ptr + row * BLOCKS + block, mask=block < BLOCKS, other=0.0)
         v = tl.where(v == 0, mean_sq, beta2 * v + (1 - beta2) * mean_sq)
         tl.store(v_ptr + row * BLOCKS + block, v, mask=(block < BLOCKS) & finite)
         values -= lr * g / (tl.sqrt(v) + eps)[:, None]
@@ -378,69 +424,61 @@ def update_kernel(
         tl.store(v_ptr + place_in_pool, exp_avg_sq, mask=mask)
         values -= lr * exp_avg / (tl.sqrt(exp_avg_sq) + eps)
     if STOCHASTIC:
-        bits = values.to(tl.uint32, bitcast=True) + (_noise_triton(place_in_pool, tl.load(seed_ptr)) & 0xFFFF)
+        bits = values.to(tl.uint32, bitcast=True) + _noise_triton(row, column, tl.load(seed_ptr))
         values = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     tl.store(values_ptr + place_in_pool, values.to(values_ptr.dtype.element_ty), mask=mask)
 
 
 def _gather_sum_triton(values, indices, weights):
-    N, bag = indices.size()
-    start = torch.arange(N + 1, device=values.device) * bag
-    y = weights.new_empty(N, values.size(1))
-    _bags_triton(y, values, indices.contiguous(), weights.contiguous(), start[:-1], start[1:])
+    (N, bag), V = indices.size(), values.size(1)
+    y = weights.new_empty(N, V)
+    if y.numel():
+        settings = gather_settings(V, values.element_size())
+        grid = N, triton.cdiv(V, settings["COLUMNS"])
+        gather_sum_kernel[grid](y, values, indices.contiguous(), weights.contiguous(), bag, **settings)
     return y
-
-
-def _bags_triton(y, values, indices, weights, begin, end):
-    if len(y):
-        settings = gather_settings(values.size(1), values.element_size())
-        grid = len(y), triton.cdiv(values.size(1), settings["COLUMNS"])
-        gather_sum_kernel[grid](y, values, indices, weights, begin, end, **settings)
 
 
 def _gather_dot_triton(values, indices, dy):
     N, bag = indices.size()
     dw = dy.new_empty(N, bag)
     if dw.numel():
-        settings = gather_settings(values.size(1), values.element_size())
-        grid = N, triton.cdiv(bag, settings["ROWS"])
+        settings = gather_dot_settings(values.size(1), values.element_size())
+        grid = N, triton.cdiv(bag, settings["ROWS"] * settings["TILES"])
         gather_dot_kernel[grid](dw, values, indices.contiguous(), dy.contiguous(), bag, **settings)
     return dw
 
 
+def gather_dot_settings(V: int, element_size: int) -> dict:
+    """Tiles twice as large, and 8 of them: dy is loaded less often. Measured: 10% to 40% less time."""
+    settings = gather_settings(V, element_size)
+    return settings | dict(ROWS=2 * settings["ROWS"], TILES=8)
+
+
 def update_settings(V: int, blocks: int, element_size: int) -> dict:
-    """As gather_settings, with ROWS places at a time: in a large pool few rows are read often in a step."""
-    width = 1 << (V // blocks - 1).bit_length()
-    padded = 1 << (blocks - 1).bit_length()
-    places = max(1, min(4, 2048 // (padded * width)))
-    return dict(V=V, BLOCKS=blocks, BLOCKS_PADDED=padded, WIDTH_PADDED=width, ROWS=places,
-                num_warps=max(1, min(8, padded * width * element_size // 512)))
+    """A thread loads 32 bytes of dy: on an H100, other numbers of warps gain less than 5%."""
+    width, padded = 1 << (V // blocks - 1).bit_length(), 1 << (blocks - 1).bit_length()
+    return dict(V=V, PIECE=PIECE, BLOCKS=blocks, BLOCKS_PADDED=padded, WIDTH_PADDED=width,
+                num_warps=max(1, min(8, padded * width * element_size // 1024)))
 
 
 def _update_triton(values, moments, sorted_reads, lr, beta1, beta2, eps, seed, finite):
-    rows, start, token, weights, dy = sorted_reads
-    begin, end = start[:-1].clone(), start[1:].clone()
+    row, token, weights, dy = sorted_reads
+    V, places, device = dy.size(1), len(token), dy.device
+    begin = torch.searchsorted(row, row, out_int32=True)
+    end = torch.searchsorted(row, row, right=True, out_int32=True)
     # a row that very many tokens read would keep one program busy while all others wait. So its places are
     # cut into pieces, one program sums each piece, and the row's own program then only adds these sums
-    piece = max(64, math.isqrt(len(token)))
-    long = (end - begin > piece).nonzero()[:, 0]
-    if len(long):
-        pieces = (end[long] - begin[long] + piece - 1) // piece
-        first = pieces.cumsum(0) - pieces
-        parent = torch.arange(len(long), device=dy.device).repeat_interleave(pieces)  # the row of each piece
-        number = torch.arange(len(parent), device=dy.device)
-        piece_begin = begin[long][parent] + piece * (number - first[parent])
-        piece_end = torch.minimum(piece_begin + piece, end[long][parent])
-        sums = torch.empty(len(parent), dy.size(1), device=dy.device)
-        _bags_triton(sums, dy, token, weights, piece_begin, piece_end)
-        begin[long], end[long] = len(token) + first, len(token) + first + pieces
-        token = torch.cat((token, len(dy) + number))
-        weights = torch.cat((weights, weights.new_ones(len(parent))))
-        dy = torch.cat((dy.float(), sums))
+    sums = torch.empty(2 * triton.cdiv(places, PIECE), V, device=device)
+    settings = gather_settings(V, dy.element_size())
+    sum_pieces_kernel[len(sums), triton.cdiv(V, settings["COLUMNS"])](
+        sums, dy, begin, end, token, weights, places, PIECE=PIECE, **settings)
     blocks = moments[0].size(1) if len(moments) == 1 else 1
     exp_avg, v = (None, None, *moments)[-2:]  # rowwise has only v, sgd neither
-    lr = torch.as_tensor(lr, dtype=torch.float32, device=dy.device)
-    finite = torch.ones((), device=dy.device) if finite is None else finite
-    update_kernel[(len(rows),)](
-        values, v, exp_avg, rows, begin, end, token, weights, dy, lr, seed, finite.int(), beta1, beta2, eps,
-        STOCHASTIC=seed is not None, **update_settings(values.size(1), blocks, dy.element_size()))
+    if not torch.is_tensor(lr):
+        lr = torch.full((), lr, device=device)  # filled there: a copy from the CPU would make the CPU wait
+    finite = torch.ones((), device=device) if finite is None else finite
+    update_kernel[(places,)](
+        values, v, exp_avg, row, token, weights, begin, end, dy, sums, lr.float(), seed, finite.int(),
+        beta1, beta2, eps, STOCHASTIC=seed is not None,
+        **update_settings(V, blocks, dy.element_size()))

@@ -40,6 +40,17 @@ def pruned_pairs(knn: int) -> list[list[int]]:
     return [[i for i, _ in pairs], [j for _, j in pairs]]
 
 
+_pairs_on_device = {}
+
+
+@torch.compiler.assume_constant_result
+def pruned_pairs_on(device: torch.device, knn: int) -> torch.Tensor:
+    """The pairs as a tensor (2, pairs). Kept, because a copy from the CPU waits for all work of the GPU."""
+    if (device, knn) not in _pairs_on_device:
+        _pairs_on_device[device, knn] = torch.tensor(pruned_pairs(knn), device=device)
+    return _pairs_on_device[device, knn]
+
+
 def product_key_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int):
     """
     The `knn` slots with the highest scores of all S*S slots, exactly (Lample et al. 2019, section 3.1).
@@ -54,8 +65,7 @@ def product_key_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int)
     # choosing the slots has no gradient
     with torch.no_grad():
         best, best_half_keys = top_k(half_scores, knn)  # (N, H, 2, K): the best of each side
-        ranks = torch.tensor(pruned_pairs(knn), device=best.device)  # (2, pairs)
-        ranks = ranks.expand(*best.shape[:2], -1, -1)  # (N, H, 2, pairs)
+        ranks = pruned_pairs_on(best.device, knn).expand(*best.shape[:2], -1, -1)  # (N, H, 2, pairs)
         left, right = best.gather(-1, ranks).unbind(2)  # (N, H, pairs)
         winners = top_k(left + right, knn)[1].unsqueeze(2).expand(-1, -1, 2, -1)  # (N, H, 2, K): which pairs
         chosen = best_half_keys.gather(-1, ranks.gather(-1, winners))  # (N, H, 2, K): half-keys of K slots

@@ -16,6 +16,7 @@ backward accumulates it over micro-batches and layers, requires_grad_(False) fre
 optimisers would need the whole gradient: they get a ValueError that says what to do instead.
 """
 
+import functools
 import math
 
 import torch
@@ -198,7 +199,8 @@ class FactoredGradient(torch.Tensor):
 
     def bound(self) -> torch.Tensor:
         """An upper bound of the gradient's absolute numbers, on its device; inf or nan if a read has one."""
-        bounds = [weights.abs().amax().float() * dy.abs().amax() * indices.numel()
+        largest = functools.partial(torch.linalg.vector_norm, ord=math.inf)
+        bounds = [largest(weights).float() * largest(dy) * indices.numel()
                   for indices, weights, dy in self.reads if indices.numel()]
         return sum(bounds, torch.zeros((), device=self.device))
 

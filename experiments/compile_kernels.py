@@ -20,25 +20,26 @@ def gpu_targets() -> dict:
 
 def kernel_sources(V: int, dtype: str):
     """Yields (name, function, constants) of each kernel for values of `dtype`."""
-    gather = kernel.gather_settings(V, {"fp32": 4, "bf16": 2}[dtype])
+    size = {"fp32": 4, "bf16": 2}[dtype]
     by_row = kernel.update_settings(V, 1, 4) | {"STOCHASTIC": dtype == "bf16"}
     by_block = by_row | kernel.update_settings(V, 8, 4)
-    yield "gather_sum", kernel.gather_sum_kernel, gather
-    yield "gather_dot", kernel.gather_dot_kernel, gather
+    yield "gather_sum", kernel.gather_sum_kernel, kernel.gather_settings(V, size)
+    yield "gather_dot", kernel.gather_dot_kernel, kernel.gather_dot_settings(V, size)
+    yield "sum_pieces", kernel.sum_pieces_kernel, kernel.gather_settings(V, 4) | {"PIECE": kernel.PIECE}
     yield "rowwise", kernel.update_kernel, by_block | {"exp_avg_ptr": None}
     yield "adam", kernel.update_kernel, by_row
     yield "sgd", kernel.update_kernel, by_row | {"v_ptr": None, "exp_avg_ptr": None}
 
 
 def argument_type(name: str, dtype: str) -> str:
-    """The type that an argument has in training: values are `dtype`, indices int64, and all else float32."""
+    """The type that an argument has in training: values are `dtype`, indices int32, and most else float32."""
     if name == "values_ptr":
         return f"*{dtype}"
-    if name in ("indices_ptr", "begin_ptr", "end_ptr", "rows_ptr", "token_ptr", "seed_ptr"):
+    if name in ("token_ptr", "seed_ptr"):
         return "*i64"
-    if name == "finite_ptr":
+    if name in ("indices_ptr", "begin_ptr", "end_ptr", "row_ptr", "finite_ptr"):
         return "*i32"
-    return "*fp32" if name.endswith("_ptr") else "i32" if name == "bag" else "fp32"
+    return "*fp32" if name.endswith("_ptr") else "i32" if name in ("bag", "places") else "fp32"
 
 
 def compile_kernel(function, dtype: str, constants: dict, target) -> dict:

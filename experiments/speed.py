@@ -5,6 +5,7 @@ alternately in one run, so that noise hits all of them.
     python -m experiments.speed step       a step of the memory, and other ways to write it in PyTorch
     python -m experiments.speed search     pruned and full grid, our top_k and torch.topk
     python -m experiments.speed model      a training step of the models of experiments.compare, and a profile
+    python -m experiments.speed operations the three operations on the pool beside a copy; goals for a GPU
     python -m experiments.speed kernels    the Triton kernels, compiled for GPUs that are not needed here
     python -m experiments.speed step --help      the options; --json=FILE keeps the rows of the table
 """
@@ -15,8 +16,10 @@ import math
 import os
 import statistics
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -31,6 +34,8 @@ from runtime.cli import at_least, build, command, fail, first_word, parse
 from train import TrainConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CALLS = 10 if DEVICE == "cuda" else 1  # per measurement: the CPU runs ahead of a GPU, as in training
+GOALS = {"gather_sum": 0.8, "gather_dot": 0.8, "rowwise update": 0.6}  # shares of a copy's speed, on a GPU
 
 
 @dataclass
@@ -50,6 +55,7 @@ class StepConfig(SpeedConfig):
     peers_up_to: int = 1_048_576  # largest pool for the peers, which need up to 4 times its memory
     value_dim: int = 256  # columns of a row
     bag: int = 128  # rows that a token reads
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the values, weights and gradients
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,17 +72,18 @@ class StepConfig(SpeedConfig):
 
 
 def measure(functions: dict, repeats: int) -> dict:
-    """{name: function} -> {name: sorted seconds}. The functions are called alternately."""
+    """{name: function} -> {name: sorted seconds per call}. The functions are called alternately."""
     times = {name: [] for name in functions}
     for i, (name, function) in itertools.product(range(repeats + 1), functions.items()):
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         t0 = time.perf_counter()
-        function()
+        for _ in range(CALLS):
+            function()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         if i > 0:
-            times[name].append(time.perf_counter() - t0)
+            times[name].append((time.perf_counter() - t0) / CALLS)
     return {name: sorted(seconds) for name, seconds in times.items()}
 
 
@@ -85,13 +92,18 @@ def ratio(times: dict, a: str, b: str) -> float:
     return statistics.median(times[a]) / statistics.median(times[b])
 
 
+def device_name() -> str:
+    return torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
 def median_and_range(times: list[float]) -> str:
-    return f"{1e3 * statistics.median(times):8.1f} ms ({1e3 * times[0]:.1f} to {1e3 * times[-1]:.1f})"
+    return f"{1e3 * statistics.median(times):8.2f} ms ({1e3 * times[0]:.2f} to {1e3 * times[-1]:.2f})"
 
 
 def copy_bandwidth(repeats: int) -> float:
     """Bytes per second of a large copy. Bytes read and bytes written both count."""
-    source, target = torch.ones(2**26, device=DEVICE), torch.empty(2**26, device=DEVICE)
+    size = 2**28 if DEVICE == "cuda" else 2**26  # far more than a cache holds
+    source, target = torch.ones(size, device=DEVICE), torch.empty(size, device=DEVICE)
     times = measure({"copy": lambda: target.copy_(source)}, repeats)["copy"]
     return 2 * source.nbytes / statistics.median(times)
 
@@ -99,24 +111,25 @@ def copy_bandwidth(repeats: int) -> float:
 # --- step ---------------------------------------------------------------------------------------------------
 
 def our_step(kind: str, num_values: int, indices, weights, dy):
-    pool = ValuePool(num_values, dy.size(1), device=DEVICE)
-    optimizer = PoolOptimizer(pool.parameters(), lr=1e-3, kind=kind)
+    pool = ValuePool(num_values, dy.size(1), dy.dtype, device=DEVICE)
+    optimizer = PoolOptimizer(pool.parameters(), lr=1e-3, kind=kind,
+                              stochastic_rounding=dy.dtype == torch.bfloat16)
 
     def step():
-        optimizer.zero_grad()
         pool(indices, weights.requires_grad_()).backward(dy)
         optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
 
 def peer_step(kind: str, num_values: int, indices, weights, dy):
-    parameter = torch.nn.Parameter(torch.empty(num_values, dy.size(1), device=DEVICE).normal_())
+    values = torch.empty(num_values, dy.size(1), dtype=dy.dtype, device=DEVICE).normal_()
+    parameter = torch.nn.Parameter(values)
     sparse = kind == "embedding_bag, SparseAdam"
     optimizer = torch.optim.SparseAdam([parameter]) if sparse else torch.optim.AdamW([parameter], fused=True)
 
     def step():
-        optimizer.zero_grad()
         w = weights.requires_grad_()
         if kind == "indexing, AdamW":
             y = torch.einsum("nk,nkv->nv", w, parameter[indices])
@@ -124,6 +137,7 @@ def peer_step(kind: str, num_values: int, indices, weights, dy):
             y = F.embedding_bag(indices, parameter, per_sample_weights=w, mode="sum", sparse=sparse)
         y.backward(dy)
         optimizer.step()
+        optimizer.zero_grad()  # frees a gradient as large as the pool before another method is measured
 
     return step
 
@@ -140,33 +154,40 @@ def draw_indices(reads: str, num_values: int, N: int, bag: int) -> torch.Tensor:
 
 
 def measure_step(config: StepConfig) -> list[dict]:
-    V, bag, table = config.value_dim, config.bag, []
+    V, bag, dtype, table = config.value_dim, config.bag, getattr(torch, config.dtype), []
     bandwidth = copy_bandwidth(config.repeats)
-    print(f"V={V}, bag={bag}, float32, {DEVICE}, {torch.get_num_threads()} threads; copies run at "
-          f"{bandwidth / 1e9:.1f} GB/s. A step is the forward pass, both gradients and the optimiser")
+    print(f"\nV={V}, bag={bag}, {config.dtype}, {device_name()}; copies run at {bandwidth / 1e9:,.1f} GB/s. "
+          "A step is the forward pass, both gradients and the optimiser")
+    options = dict(device=DEVICE, dtype=dtype)
+    # PyTorch has no gradient of embedding_bag's weights in bfloat16 on a GPU
+    peers = PEERS if dtype == torch.float32 or DEVICE == "cpu" else ("indexing, AdamW",)
     for reads, num_values, N in itertools.product(config.reads, config.rows, config.tokens):
         indices = draw_indices(reads, num_values, N, bag)
-        data = num_values, indices, torch.rand(N, bag, device=DEVICE), torch.randn(N, V, device=DEVICE)
+        data = num_values, indices, torch.rand(N, bag, **options), torch.randn(N, V, **options)
         steps = {kind: our_step(kind, *data) for kind in ("rowwise", "adam")}
         if num_values <= config.peers_up_to:
-            steps |= {kind: peer_step(kind, *data) for kind in PEERS}
+            steps |= {kind: peer_step(kind, *data) for kind in peers}
         times = measure(steps, config.repeats)
         del steps  # the pools of the next size need the memory
         touched = len(indices.unique())
         print(f"\n{num_values:,} rows, {N:,} tokens, {reads} reads: {touched:,} rows touched")
-        fastest = min((times[name] for name in PEERS if name in times), key=statistics.median, default=None)
+        fastest = min((times[name] for name in peers if name in times), key=statistics.median, default=None)
         for name, seconds in times.items():
             row = dict(bench="step", method=name, rows=num_values, tokens=N, reads=reads, touched=touched,
-                       times=seconds, seconds=statistics.median(seconds))
+                       V=V, dtype=config.dtype, device=device_name(), times=seconds,
+                       seconds=statistics.median(seconds))
             line = f"  {name:26}{median_and_range(seconds)}"
             if name in ("rowwise", "adam"):
                 # each read loads a row twice; each touched row, and adam's two moments, are loaded and stored
-                moved = 4 * V * (2 * N * bag + (6 if name == "adam" else 2) * touched)
+                moved = 2 * V * dtype.itemsize * (N * bag + touched)
+                moved += 4 * V * 4 * touched if name == "adam" else 0
                 row |= dict(bytes=moved, seconds_at_copy_bandwidth=moved / bandwidth)
                 line += f"; {moved / 1e6:,.0f} MB must move: {1e3 * moved / bandwidth:.1f} ms at copy speed"
                 if fastest:
                     row["times_faster_than_peers"] = statistics.median(fastest) / row["seconds"]
                     line += f"; {row['times_faster_than_peers']:.1f} times as fast as the fastest peer"
+                    if PEERS[0] in times:
+                        line += f", {ratio(times, PEERS[0], name):.1f} times as fast as {PEERS[0]}"
             print(line)
             table.append(row)
     return table
@@ -221,6 +242,18 @@ def train_step(config: TrainConfig):
     return step
 
 
+def host_waits(step) -> list[str]:
+    """One message for each time that the CPU waits for the GPU in a step."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [str(warning.message) for warning in caught if "synchronizing" in str(warning.message)]
+
+
 def measure_model(config: SpeedConfig) -> list[dict]:
     configs = {name: TrainConfig(**train_options("facts", name), vocab_size=754)  # as facts-4000 has
                for name, options in MODELS.items() if "max_steps" not in options}
@@ -230,10 +263,14 @@ def measure_model(config: SpeedConfig) -> list[dict]:
     for name, seconds in times.items():
         print(f"  {name:10}{median_and_range(seconds)}, {ratio(times, name, 'dense'):.2f} times dense; "
               f"{configs[name].macs_per_token():,} multiply-adds per token")
+    if DEVICE == "cuda":
+        waits = len(host_waits(steps["shifted"]))
+        print(f"\nin a step of `shifted`, the CPU waits for the GPU {waits} times")
     print("\nwhere the time of `shifted` goes:")
     with torch.profiler.profile() as profile:
         steps["shifted"]()
-    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
+    sort_by = "self_cuda_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
+    print(profile.key_averages().table(sort_by=sort_by, row_limit=12, max_name_column_width=40))
     return [dict(bench="model", method=name, seconds=statistics.median(seconds),
                  macs=configs[name].macs_per_token()) for name, seconds in times.items()]
 
@@ -245,7 +282,7 @@ BAG = 128  # rows that a token reads
 
 
 def measure_kernels(config: SpeedConfig) -> list[dict]:
-    """Compiles all kernels for all targets. Times are measured only where there is a GPU."""
+    """Compiles all kernels for all targets."""
     if kernel.triton is None or os.environ.get("TRITON_INTERPRET") == "1":
         fail("kernels needs the package triton, and TRITON_INTERPRET must not be set")
     table = []
@@ -256,7 +293,7 @@ def measure_kernels(config: SpeedConfig) -> list[dict]:
             for target_name, target in gpu_targets().items():
                 row = dict(bench="kernels", kernel=name, dtype=dtype, V=V, target=target_name)
                 row |= compile_kernel(function, dtype, constants, target)
-                tile = constants["ROWS"] * V * (2 if dtype == "bf16" and "gather" in name else 4)
+                tile = constants.get("ROWS", 1) * V * (2 if dtype == "bf16" and "gather" in name else 4)
                 # the bytes that a multiprocessor loads at once: one tile for each program that fits on it
                 in_flight = f"{row['programs'] * tile / 1024:.0f} KB" if "programs" in row else "-"
                 occupancy = f"{row['occupancy']:.0%}" if "occupancy" in row else "-"
@@ -270,33 +307,49 @@ def measure_kernels(config: SpeedConfig) -> list[dict]:
     for name, rows_moved in (("gather_sum", 1), ("gather_dot", 1), ("rowwise update", 2), ("adam update", 6)):
         moved = 4 * V * BAG * rows_moved
         print(f"  {name:16} {moved / 1e6:6.2f} MB  {1e9 * moved / H100_BANDWIDTH:6.0f} ns")
-    if DEVICE == "cuda":
-        table += measure_operations(config)
     return table
 
 
-def measure_operations(config: SpeedConfig, num_values: int = 1_048_576, V: int = 256) -> list[dict]:
+# --- operations ---------------------------------------------------------------------------------------------
+
+def measure_operations(config: SpeedConfig) -> list[dict]:
+    if DEVICE == "cpu":
+        return measure_three_operations(config, 65_536, 256, torch.float32, "uniform")
+    return [row for V, dtype in ((256, torch.float32), (1024, torch.float32), (1024, torch.bfloat16))
+            for reads in ("uniform", "zipf")
+            for row in measure_three_operations(config, 1_048_576, V, dtype, reads)]
+
+
+def measure_three_operations(config: SpeedConfig, num_values: int, V: int, dtype: torch.dtype,
+                             reads: str) -> list[dict]:
     """Bytes per second of each operation on this device, also as a share of the speed of a copy."""
     N, table = 4096, []
     bandwidth = copy_bandwidth(config.repeats)
-    values = torch.randn(num_values, V, device=DEVICE)
-    indices = torch.randint(num_values, (N, BAG), device=DEVICE)
-    weights, dy = torch.rand(N, BAG, device=DEVICE), torch.randn(N, V, device=DEVICE)
-    reads, state = [(indices, weights, dy)], {"v": torch.zeros(num_values, 8, device=DEVICE)}
-    row_bytes, touched = V * values.element_size(), len(indices.unique())
+    values = torch.empty(num_values, V, device=DEVICE, dtype=dtype).normal_()
+    indices = draw_indices(reads, num_values, N, BAG).int()
+    weights, dy = torch.rand(N, BAG, device=DEVICE), torch.randn(N, V, device=DEVICE, dtype=dtype)
+    state = {"v": torch.zeros(num_values, 8, device=DEVICE), "step": torch.ones((), dtype=int, device=DEVICE)}
+    seed = 1 if dtype == torch.bfloat16 else None
     times = measure({
         "gather_sum": lambda: kernel.gather_sum(values, indices, weights),
         "gather_dot": lambda: kernel.gather_dot(values, indices, dy),
-        "rowwise update": lambda: kernel.scatter_update(values, reads, state, lr=1e-3),
+        "rowwise update": lambda: kernel.scatter_update(values, [(indices, weights, dy)], state, lr=1e-3,
+                                                        seed=seed),
+        "index_select": lambda: values.index_select(0, indices.view(-1)),
     }, config.repeats)
-    print(f"\non this {DEVICE} device, where a copy moves {bandwidth / 1e9:,.0f} GB/s:")
+    touched = len(indices.unique())
+    print(f"\n{reads} reads of {num_values:,} rows x {V}, {str(dtype)[6:]}, {N:,} tokens x {BAG} rows, "
+          f"{touched:,} rows touched, on {device_name()}, where a copy moves {bandwidth / 1e9:,.0f} GB/s:")
     for name, seconds in times.items():
-        moved = row_bytes * (2 * touched if name == "rowwise update" else N * BAG)
-        speed = moved / statistics.median(seconds)
+        # a touched row is loaded and stored; index_select also stores what it reads
+        rows_moved = {"rowwise update": 2 * touched, "index_select": 2 * N * BAG}.get(name, N * BAG)
+        speed = V * dtype.itemsize * rows_moved / statistics.median(seconds)
+        goal = f" (goal: {GOALS[name]:.0%})" if name in GOALS and reads == "uniform" else ""
         print(f"  {name:16}{median_and_range(seconds)}, {speed / 1e9:,.0f} GB/s, "
-              f"{speed / bandwidth:.0%} of a copy")
-        table.append(dict(bench="operations", method=name, bytes_per_second=speed,
-                          share_of_copy=speed / bandwidth))
+              f"{speed / bandwidth:.0%} of a copy{goal}")
+        table.append(dict(bench="operations", method=name, rows=num_values, V=V, dtype=str(dtype)[6:],
+                          reads=reads, touched=touched, device=device_name(), bytes_per_second=speed,
+                          share_of_copy=speed / bandwidth, seconds=statistics.median(seconds)))
     return table
 
 
@@ -304,6 +357,7 @@ MEASUREMENTS = {  # name: (function, its options)
     "step": (measure_step, StepConfig),
     "search": (measure_search, SpeedConfig),
     "model": (measure_model, SpeedConfig),
+    "operations": (measure_operations, SpeedConfig),
     "kernels": (measure_kernels, SpeedConfig),
 }
 

@@ -168,8 +168,9 @@ def test_sigterm_also_ends_the_runs_after_they_have_saved(tiny, monkeypatch):
 def test_a_run_that_fails_is_named(tiny, monkeypatch, capsys):
     monkeypatch.setitem(compare.EXPERIMENTS["facts"]["models"]["dense"], "block_size", 10_000)
     assert_fails(lambda: compare.main(["facts", "--models=dense"]), "the run of dense stopped: see", capsys)
-    printed = next((tiny / "out").glob("**/printed.txt")).read_text()
-    assert "block_size=10000 is too large" in printed
+    # with many cores other runs are started too, and stopped before they print anything
+    printed = [path.read_text() for path in (tiny / "out").glob("**/printed.txt")]
+    assert any("block_size=10000 is too large" in text for text in printed)
 
 
 def test_a_run_that_diverges_is_a_result_and_the_plan_continues(tiny, monkeypatch, capsys):

@@ -346,6 +346,22 @@ def test_the_update_in_triton_equals_the_one_in_pytorch(N, bag, V, num_values, h
         assert_close(state[name], their_state[name].double(), 1e-5)
 
 
+@pytest.mark.skipif(len(SIDES) < 2, reason="no Triton here")
+@pytest.mark.parametrize("lengths", [[4, 5, 1, 8], [9, 9, 9], [3, 13, 5, 5, 12], [1, 4, 40, 6], [16]])
+def test_rows_that_are_summed_in_pieces(monkeypatch, lengths):
+    """Pieces of 4 places, and rows that end before, at and after a piece, side by side."""
+    monkeypatch.setattr(kernel, "PIECE", 4)
+    results = []
+    for side in SIDES:
+        values, _, weights, dy = make_read(sum(lengths), 1, 8, 2 * len(lengths))
+        row = torch.arange(len(lengths), device=DEVICE) * 2 + 1  # odd rows only
+        indices = row.repeat_interleave(torch.tensor(lengths, device=DEVICE))
+        indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0)).to(DEVICE)]
+        update(values, [(indices.view(-1, 1), weights, dy)], new_state("sgd", len(values), 8), kernel=side)
+        results.append(values)
+    assert_close(results[1], results[0].double(), 1e-6)
+
+
 # --- 16-bit values ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("side", SIDES)
@@ -485,26 +501,29 @@ def compiled(tmp_path_factory):
 
 @pytest.mark.skipif(len(SIDES) < 2, reason="no Triton here")
 def test_kernels_compile_ahead_of_time_spill_nothing_and_load_16_bytes(compiled):
-    targets = {row["target"] for row in compiled if "target" in row}
+    targets = {row["target"] for row in compiled}
     assert targets == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    compiled = [row for row in compiled if "target" in row]  # with a GPU, measured times follow
     kernels = {(row["kernel"], row["dtype"], row["V"]) for row in compiled}
-    assert {name for name, _, _ in kernels} == {"gather_sum", "gather_dot", "rowwise", "adam", "sgd"}
+    names = {"gather_sum", "gather_dot", "sum_pieces", "rowwise", "adam", "sgd"}
+    assert {name for name, _, _ in kernels} == names
     assert len(compiled) == len(targets) * len(kernels)
     for row in compiled:
         assert row["spilled_bytes"] == 0, row
-        assert row["wide_loads"] > 0, row
+        # an AMD warp has 64 threads, so that each has only 8 bytes of a row of 16-bit numbers
+        if (row["target"], row["dtype"]) != ("gfx942", "bf16"):
+            assert row["wide_loads"] > 0, row
         assert row["registers"] <= 128, row
 
 
 @pytest.mark.skipif(len(SIDES) < 2, reason="no Triton here")
 def test_nothing_that_changes_with_the_batch_or_the_pool_is_compiled_in():
-    for name in ("gather_sum_kernel", "gather_dot_kernel", "update_kernel"):
+    sizes = {"V", "ROWS", "COLUMNS", "TILES", "PIECE", "BLOCKS", "BLOCKS_PADDED", "WIDTH_PADDED"}
+    for name in ("gather_sum_kernel", "gather_dot_kernel", "sum_pieces_kernel", "update_kernel"):
         function = getattr(kernel, name).fn
         annotations = function.__annotations__.items()
         constants = {argument for argument, kind in annotations if "constexpr" in str(kind)}
         others = set(function.__code__.co_varnames[: function.__code__.co_argcount]) - constants
-        assert constants <= {"V", "ROWS", "COLUMNS", "BLOCKS", "BLOCKS_PADDED", "WIDTH_PADDED", "STOCHASTIC"}
-        # Triton compiles again for some values of an integer: the only one is the bag, which a model fixes
+        assert constants <= sizes | {"STOCHASTIC"}
+        # Triton compiles again for some values of an integer, except of `places`: so the bag is the only one
         numbers = {argument for argument in others if not argument.endswith("_ptr")}
-        assert numbers <= {"bag", "beta1", "beta2", "eps"}
+        assert numbers <= {"bag", "places", "beta1", "beta2", "eps"}

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import assert_fails
 
 from experiments import plots, speed
@@ -31,8 +32,8 @@ def test_a_measurement_runs_and_keeps_its_rows(argv, methods, tmp_path, capsys):
 
 
 def test_operations_are_measured_as_on_a_gpu(capsys):
-    rows = speed.measure_operations(speed.SpeedConfig(repeats=1), num_values=4096, V=16)
-    assert [row["method"] for row in rows] == ["gather_sum", "gather_dot", "rowwise update"]
+    rows = speed.measure_three_operations(speed.SpeedConfig(repeats=1), 4096, 16, torch.float32, "zipf")
+    assert [row["method"] for row in rows] == ["gather_sum", "gather_dot", "rowwise update", "index_select"]
     assert "of a copy" in capsys.readouterr().out
 
 

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# What only a GPU can show. Each part takes less than 8 minutes on one, and needs no other part.
+#
+#   experiments/gpu.sh OUT correct    all tests; kernels against float64; memory checker; NCCL; training in bf16
+#   experiments/gpu.sh OUT fast       speed of kernels, of a step, of the models, and a profile
+#   experiments/gpu.sh OUT evidence   facts and code at a scale that a laptop cannot do (evidence.sh)
+#
+# A log for each command, and rows of figures as JSON lines, go to the folder OUT. Without a GPU, a part does
+# what a CPU can, in small, and says what it skipped.
+
+set -u
+cd "$(dirname "$0")/.."
+[ $# -eq 2 ] || { sed -n '2,11s/^# \{0,1\}//p' experiments/gpu.sh; exit 2; }
+mkdir -p "$1"
+OUT=$(cd "$1" && pwd)
+PART=$2
+export PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+GPU=$($PYTHON -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')
+FAILED=0
+
+run() {  # run NAME SECONDS COMMAND...: a line that says how it ended; what it printed is in OUT/NAME.txt
+    local name=$1 limit=$2 begin=$SECONDS
+    shift 2
+    if timeout -k 10 "$limit" "$@" > "$OUT/$name.txt" 2>&1; then
+        echo "$name: passed, $((SECONDS - begin)) s"
+    else
+        echo "$name: FAILED with status $?, $((SECONDS - begin)) s; the end of $OUT/$name.txt:"
+        tail -n 5 "$OUT/$name.txt"
+        FAILED=1
+    fi
+}
+
+skip() { echo "$1: skipped, $2"; }
+
+correct() {
+    local parallel="" device="cpu" size="--people=200 --exposures=40"
+    $PYTHON -c 'import xdist' 2> /dev/null && parallel="-n $(($(nproc) > 4 ? $(nproc) - 4 : 1))"
+    [ "$GPU" ] && device="cuda"
+    run float64 100 $PYTHON -m experiments.gpu_checks
+    if [ "$GPU" ] && command -v compute-sanitizer > /dev/null; then
+        run memory_checker 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode=1 \
+            $PYTHON -m experiments.gpu_checks small
+    else
+        skip memory_checker "it needs a GPU and compute-sanitizer"
+    fi
+    if [ "$GPU" ]; then run nccl 60 $PYTHON -m experiments.gpu_checks nccl; else skip nccl "no GPU"; fi
+
+    # a corpus of its own, so that your data/facts stays as it is
+    run facts 60 $PYTHON data/prepare.py facts --name=gpu-facts $size
+    local train="train.py --dataset=gpu-facts --device=$device --eval_interval=30 --warmup_steps=10 --keep=1"
+    [ "$GPU" ] && train="$train --mem_dtype=bfloat16 --value_stochastic_rounding --mem_num_keys=256"
+    rm -rf "$OUT"/run_*
+    run torchrun 90 $PYTHON -m torch.distributed.run --nproc_per_node=1 $train --max_steps=30 \
+        --out_dir="$OUT/run_torchrun"
+    for options in "" "--compile"; do
+        [ "$options" ] && [ ! "$GPU" ] && { skip compile "too slow without a GPU"; continue; }
+        local name=train$(echo $options | tr -d -)
+        run $name 100 $PYTHON $train $options --max_steps=30 --out_dir="$OUT/run_$name"
+        run ${name}_resumed 100 $PYTHON $train $options --max_steps=60 --out_dir="$OUT/run_$name" --resume
+    done
+    rm -rf data/gpu-facts "$OUT"/run_*
+    run tests 240 $PYTHON -m pytest $parallel -o addopts="-m 'not slow'" -v -rf --tb=short
+    grep -a "^FAILED" "$OUT/tests.txt" | sort -u
+}
+
+fast() {
+    local repeats=9
+    [ "$GPU" ] || repeats=1
+    run operations 100 $PYTHON -m experiments.speed operations --repeats=$repeats \
+        --json="$OUT/operations.jsonl"
+    if [ "$GPU" ]; then
+        run step 150 $PYTHON -m experiments.speed step --json="$OUT/step.jsonl"
+        for dtype in float32 bfloat16; do  # the size of the goal: 6 times embedding_bag + AdamW
+            run step_1024_$dtype 60 $PYTHON -m experiments.speed step --value_dim=1024 --dtype=$dtype \
+                --rows=1048576 --reads=uniform --tokens=2048,4096 --json="$OUT/step_1024_$dtype.jsonl"
+        done
+    else
+        skip "step at full size" "no GPU"
+        run step 100 $PYTHON -m experiments.speed step --rows=65536 --tokens=512 --repeats=$repeats \
+            --json="$OUT/step.jsonl"
+    fi
+    run model 150 $PYTHON -m experiments.speed model --repeats=$repeats --json="$OUT/model.jsonl"
+    [ "$GPU" ] && grep -h "of a copy\|copies run\|times as fast\|CPU waits" "$OUT"/{operations,step*,model}.txt
+}
+
+evidence() {
+    if [ "$GPU" ]; then
+        run evidence 470 bash experiments/evidence.sh "$OUT/evidence" 450
+    else
+        skip evidence "no GPU"
+    fi
+}
+
+echo "$PART on ${GPU:-a CPU: what needs a GPU is skipped}"
+case $PART in
+    correct | fast | evidence) $PART ;;
+    *) echo "error: the parts are correct, fast and evidence"; exit 2 ;;
+esac
+exit $FAILED

@@ -105,19 +105,19 @@ EXPERIMENTS = {
 # Experiments for a GPU, with steps of 64k tokens. By default one learning rate, 2e-3, and one seed.
 # Memory layers stand where the papers have them, spread over the depth. The first four models differ in how
 # slots are chosen, and in mlp_width, so that all models except dense-2x cost the same
-LARGE = dict(n_layer=6, n_embd=256, mem_layers=(1, 3, 5), mem_num_keys=512, mem_key_dim=64, accum_steps=2,
-             log_interval=20, eval_batches=4)
+LARGE = dict(n_layer=6, n_embd=256, scale_embeddings=True, mem_layers=(1, 3, 5), mem_num_keys=512,
+             mem_key_dim=64, accum_steps=2, log_interval=20, eval_batches=4)
 LARGE_MODELS = {
     "dense": dict(mem_layers=(), mlp_width=1024),
-    "memory+": dict(mlp_width=1376),  # 2^18 slots; the state chooses them, as published
+    "memory+": UNSCALED | dict(mlp_width=1376),  # 2^18 slots; the state chooses them, as published
     "tokens": dict(mem_query="tokens", mlp_width=1376),
     "hash": dict(mem_kind="hash", mlp_width=1728),
 }
 SIZES = {
-    "memory+16k": dict(mem_num_keys=128, mlp_width=1568),  # slots
-    "memory+64k": dict(mem_num_keys=256, mlp_width=1504),
-    "memory+1M": dict(mem_num_keys=1024, mlp_width=1120),
-    "memory+4M": dict(mem_num_keys=2048, mlp_width=608),
+    "memory+16k": UNSCALED | dict(mem_num_keys=128, mlp_width=1568),  # slots
+    "memory+64k": UNSCALED | dict(mem_num_keys=256, mlp_width=1504),
+    "memory+1M": UNSCALED | dict(mem_num_keys=1024, mlp_width=1120),
+    "memory+4M": UNSCALED | dict(mem_num_keys=2048, mlp_width=608),
     "dense-2x": dict(mem_layers=(), mlp_width=2824),
     "moe": dict(mem_layers=(), moe_layers=(1, 3, 5), moe_experts=88, mlp_width=1008),  # the size of memory+
 }
@@ -258,11 +258,17 @@ def run_folder(experiment: str, run: tuple, config: CompareConfig) -> Path:
     return ROOT / config.out / experiment / f"{model}_{lr:g}_{seed}_{checksum:x}"
 
 
+def command_line(options: dict) -> list[str]:
+    """The words that tell train.py these options. What they do not name has the default of TrainConfig."""
+    words = [f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+             for name, value in options.items()]
+    return ["--preset=paper", *words]  # the only preset that keeps the defaults
+
+
 def start(experiment: str, run: tuple, out_dir: Path, jobs: int) -> subprocess.Popen:
     model, lr, seed = run
     options = train_options(experiment, model) | RUN_OPTIONS | dict(lr=lr, seed=seed, out_dir=out_dir)
-    words = [f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
-             for name, value in options.items()]
+    words = command_line(options)
     out_dir.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, cores // jobs)

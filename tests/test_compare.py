@@ -30,7 +30,8 @@ from experiments.compare import (
     tokens_to,
 )
 from model import GPT
-from train import TrainConfig
+from runtime.cli import build, parse
+from train import PRESETS, TrainConfig
 
 RESULTS = compare.ROOT / "experiments" / "results"
 TINY = dict(
@@ -251,6 +252,15 @@ def test_all_lines_in_results_count(experiment):
     path = RESULTS / f"{experiment}.jsonl"
     with open(path, encoding="utf-8") as lines:
         assert len(compare.read_rows(path)) == len(list(lines))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_run_has_the_options_that_its_line_names(experiment):
+    """train.py's presets have other defaults than TrainConfig, and a line names the latter."""
+    for model in EXPERIMENTS[experiment]["models"]:
+        options = compare.train_options(experiment, model)
+        preset, given = parse(TrainConfig, compare.command_line(options | dict(out_dir="x")), PRESETS)
+        assert build(TrainConfig, preset | given) == TrainConfig(**options, out_dir="x")
 
 
 def made_up(model="dense", lr=1e-3, seed=1, recall=0.5, often=0.5, **changes):

@@ -2,7 +2,7 @@
 Lets a trained model answer questions or continue a text, and shows which slots of the memory it read.
 
     python sample.py                                    the newest run: a few questions, or some text
-    python sample.py --questions=10 --trace             ten questions, and the slots read for every token
+    python sample.py --questions=1 --trace              a question, and the slots that each token reads
     python sample.py --out_dir=out/stdlib --prompt='def main('
 """
 
@@ -35,7 +35,7 @@ class SampleConfig:
     top_k: int = 50  # draw from the k likeliest tokens only; 0: from all
     seed: int = 1  # seed of the random draws
     questions: int = 0  # ask this many questions of the corpus, instead of continuing a text
-    trace: bool = False  # for each generated token, show the slots with most weight in each memory layer
+    trace: bool = False  # show the slots that each token reads with most weight, for each memory layer
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
 
     def __post_init__(self):
@@ -59,17 +59,21 @@ def newest_run(out_dir: Path) -> Path:
 
 
 class Trace:
-    """Records what the last token reads in each forward pass: (indices, weights) for each memory layer."""
+    """Records what each token reads: (indices, weights) for each memory layer, all heads together."""
 
     def __init__(self, model: GPT):
         self.layers, self.passes = model.config.mem_layers, []
         model.register_forward_pre_hook(lambda module, args: self.passes.append([]))
         model.pool.register_forward_pre_hook(
-            lambda module, read: self.passes[-1].append(tuple(part[-1].cpu() for part in read)))
+            lambda module, read: self.passes[-1].append(tuple(part.cpu() for part in read)))
 
     def print(self, tokens: list[str]) -> None:
-        """Prints the slots with most weight in the pass that chose each token, all heads together."""
-        for token, layers in zip(tokens, self.passes, strict=False):
+        """tokens: the prompt, which the first pass reads, and the new tokens, one for each later pass."""
+        # the last token was never read. A full context is read again, and only its last token is new
+        reads = [[(indices[row], weights[row]) for indices, weights in layers]
+                 for number, layers in enumerate(self.passes)
+                 for row in (range(len(layers[0][0])) if number == 0 else [-1])]
+        for token, layers in zip(tokens, reads, strict=False):
             for layer, (indices, weights) in zip(self.layers, layers, strict=True):
                 slots, place = indices.unique(return_inverse=True)  # several heads may read the same slot
                 weights = weights.abs()  # PEER also has negative weights
@@ -92,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     path = DATA / trained.dataset / "qa.jsonl"
     # without other options, ask some questions if the corpus has any
     if options.keys() <= {"out_dir", "device", "seed"} and path.exists():
-        config.questions, config.trace = 5, bool(trained.mem_layers)
+        config.questions = 5
     if config.trace and not trained.mem_layers:
         fail("--trace: this model has no memory layers")
     trace = Trace(model) if config.trace else None
@@ -114,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
             verdict = "right" if text == question["answer"] else f"wrong: {question['answer']}"
             exposures = f", told {question['exposures']} times" if "exposures" in question else ""
             print(f"{question['prompt']} {text}   [{verdict}{exposures}]")
-            show_trace(tokens)
+            show_trace(encoding.encode(question["prompt"], disallowed_special=()) + tokens)
         print(f"{right} of {len(questions)} right")
     else:
         prompt = encoding.encode(config.prompt or "\n", allowed_special={END}, disallowed_special=())
@@ -124,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
                                  seed=config.seed + i, stop=encoding.eot_token)
             tokens = idx[0, len(prompt):].tolist()
             print(f"--- sample {i + 1} of {config.num_samples}\n{config.prompt}{decode(encoding, tokens)}")
-            show_trace(tokens)
+            show_trace(prompt + tokens)
 
 
 if __name__ == "__main__":

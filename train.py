@@ -1,10 +1,10 @@
 """
 Trains a GPT with memory layers.
 
-    python train.py                          facts about 200 people: two minutes on two cores
+    python train.py                          facts about 400 people: two minutes on two cores
     python train.py --preset=facts-2000      facts about 2,000 people: seven minutes
     python train.py --preset=stdlib          source text of the Python standard library: ten minutes
-    python train.py --preset=paper           the 200 people, with Memory+ as published
+    python train.py --preset=paper           the 400 people, with Memory+ as published
     python train.py --mem_layers= --out_dir=out/dense   the first run without memory
     python train.py --resume                 continues from the newest checkpoint in --out_dir
     torchrun --nproc_per_node=2 train.py     the first run on two processes, half of the pool in each
@@ -59,7 +59,7 @@ class TrainConfig(GPTConfig):
     compile: bool = False  # torch.compile the model: a slow start, then faster steps
     batch_size: int = 16  # sequences per step, in all processes together
     accum_steps: int = 1  # parts of a batch, computed one after the other to save memory
-    max_steps: int = 600  # training steps
+    max_steps: int = 700  # training steps
     lr: float = 4e-3  # highest learning rate of the dense parameters: all except the pool
     value_lr: float = 6e-2  # highest learning rate of the pool; tune this first. With adam, try 2e-2
     value_optimizer: Literal["rowwise", "adam", "sgd"] = "rowwise"  # the pool's optimiser; sgd to finetune
@@ -74,7 +74,7 @@ class TrainConfig(GPTConfig):
 
     # --- logging
     log_interval: int = 50  # steps between log lines
-    eval_interval: int = 200  # steps between evaluations, each followed by a checkpoint
+    eval_interval: int = 175  # steps between evaluations, each followed by a checkpoint
     eval_batches: int = 20  # validation batches per evaluation
     eval_questions: int = 1000  # questions per evaluation, if the corpus has any; the last evaluation: all
 

@@ -2,7 +2,7 @@
 Makes a corpus for train.py. It writes train.bin and val.bin (token ids), meta.json and, if the corpus has
 questions, qa.jsonl to the folder data/NAME.
 
-    python data/prepare.py facts --people=200         generated people and their attributes, with questions
+    python data/prepare.py facts --people=400         generated people and their attributes, with questions
     python data/prepare.py stdlib                     source of the Python standard library on this machine
     python data/prepare.py code                       Python source of all installed packages
     python data/prepare.py mqar                       pairs of words, to be recalled from the context
@@ -219,7 +219,7 @@ ATTRIBUTES = {
 @dataclass
 class FactsConfig(Corpus):
     name: str = "facts"  # the folder under data/
-    people: int = 200  # people in the corpus, each with a name of two parts and four attributes
+    people: int = 400  # people in the corpus, each with a name of two parts and four attributes
     exposures: float = 60.0  # how often train.bin tells each attribute, on average over people
     zipf: float = 0.75  # the r-th most exposed person gets exposures in proportion to r**-zipf; 0: all alike
     ask: float = 0.25  # share of exposures that are a question and its answer; the others are statements

@@ -128,13 +128,15 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
         preset = presets[preset_parser.parse_known_args(argv)[0].preset]
     defaults = {field.name: field.default for field in dataclasses.fields(cls)} | preset
     kinds, groups = typing.get_type_hints(cls), {}
-    for name, (group, comment) in _help_of(cls).items():
+    helps = _help_of(cls)
+    for name, kind in kinds.items():
+        group, comment = helps[name]
         default = defaults[name]
         default = ",".join(map(str, default)) if isinstance(default, tuple) else default
         text = f"{comment} (default: {default if default != '' else 'none'})"
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        groups[group].add_argument(f"--{name}", help=text.replace("%", "%%"), **_option(kinds[name], name))
+        groups[group].add_argument(f"--{name}", help=text.replace("%", "%%"), **_option(kind, name))
 
     options, unknown = parser.parse_known_args(argv)
     if unknown:

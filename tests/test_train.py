@@ -188,6 +188,30 @@ def test_a_run_leaves_what_it_says(run, capsys):
     assert (run.out / "loss.png").stat().st_size > 10_000
 
 
+def test_the_default_is_the_published_layer(capsys):
+    """Memory+ of Berges et al. 2024: each query from one token's state. Presets that differ say so in --help."""
+    paper = train.TrainConfig(**train.PRESETS["paper"])
+    assert paper == train.TrainConfig(out_dir="out/paper")
+    assert (paper.mem_query, paper.scale_embeddings, paper.mem_layers) == ("state", False, (0, 2))
+    assert paper.mem_kind == "product-key" and paper.mem_swilu and paper.mem_qk_norm
+    plain = train.GPTConfig(vocab_size=50)
+    assert plain.mem_layers == () and train.GPT(plain).pool is None and plain.mem_query == "state"
+    others = {name for name, preset in train.PRESETS.items() if train.TrainConfig(**preset).mem_query != "state"}
+    assert others == {"facts", "facts-2000", "stdlib"}
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert "The first three are not Memory+ as published." in text
+    heads = re.findall(r"^([a-z]+):$", text, re.MULTILINE)
+    assert heads == ["options", "model", "memory", "baselines", "files", "training", "logging"]
+    assert text.index("memory:\n") < text.index("\n  --mem_layers") < text.index("baselines:\n")
+
+
+def test_names_of_nanogpt_get_a_hint(capsys):
+    for name, ours in [("max_iters", "max_steps"), ("learning_rate", "lr")]:
+        assert_fails(lambda name=name: train.main([f"--{name}=3"]), f"nanoPKM calls it --{ours}", capsys)
+
+
 def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
     for module in (prepare, corpus):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")

@@ -189,14 +189,15 @@ def test_a_run_leaves_what_it_says(run, capsys):
 
 
 def test_the_default_is_the_published_layer(capsys):
-    """Memory+ of Berges et al. 2024: each query from one token's state. Presets that differ say so in --help."""
+    """Memory+ of Berges et al. 2024: a query from one token's state. Presets that differ say so in --help."""
     paper = train.TrainConfig(**train.PRESETS["paper"])
     assert paper == train.TrainConfig(out_dir="out/paper")
     assert (paper.mem_query, paper.scale_embeddings, paper.mem_layers) == ("state", False, (0, 2))
     assert paper.mem_kind == "product-key" and paper.mem_swilu and paper.mem_qk_norm
     plain = train.GPTConfig(vocab_size=50)
     assert plain.mem_layers == () and train.GPT(plain).pool is None and plain.mem_query == "state"
-    others = {name for name, preset in train.PRESETS.items() if train.TrainConfig(**preset).mem_query != "state"}
+    configs = {name: train.TrainConfig(**preset) for name, preset in train.PRESETS.items()}
+    others = {name for name, config in configs.items() if config.mem_query != "state"}
     assert others == {"facts", "facts-2000", "stdlib"}
     with pytest.raises(SystemExit):
         train.main(["--help"])

@@ -4,8 +4,8 @@ The operations of a memory layer on its pool of values: functions that take tens
     gather_sum      y[n]     = sum_j weights[n, j] * values[indices[n, j]]         forward pass
     gather_dot      dw[n, j] = <values[indices[n, j]], dy[n]>                      gradient of the weights
     scatter_update  g[r]     = sum of weights[n, j] * dy[n] over all (n, j) with indices[n, j] = r
-                    for each row r that was read: g[r], and the optimiser's update of row r
-    top_k           the k largest numbers of each row, as x.topk(k), but faster
+                    computes g[r] and updates row r, for each row r that was read
+    top_k           the k greatest numbers of each row of a tensor, as x.topk(k), but faster
 
     values            (num_values, V)  the pool: float16, bfloat16, float32 or float64
     indices, weights  (N, bag)         the rows that each of N tokens reads, and their weights
@@ -118,14 +118,13 @@ def scatter_update(values, reads: list, state: dict, lr: float, betas: tuple[flo
     One step of the pool's optimiser, in place. Only the rows that were read change, in `values` and `state`.
 
     The tensors in `state` choose the optimiser. state['step'] is int64: the caller sets it to 1 for the first
-    step, 2 for the second, and so on. The others are float32 (float64 for float64 values). g is the gradient
-    of row r.
-    rowwise: state has 'v' (num_values, blocks). For each block c of columns, with m = mean of g[c]**2:
+    step, 2 for the second, and so on. The others are float32 (float64 for float64 values).
+    rowwise: state has 'v' (num_values, blocks). For each block c of columns, with m = mean of g[r, c]**2:
         v[r, c] = m when row r is read for the first time, and beta2 * v[r, c] + (1 - beta2) * m later
-        values[r, c] -= lr * g[c] / (sqrt(v[r, c]) + eps)
+        values[r, c] -= lr * g[r, c] / (sqrt(v[r, c]) + eps)
     adam: state has 'exp_avg' and 'exp_avg_sq', both as large as values. The formula is Adam's. The moments of
         a row only move when the row is read, as in torch.optim.SparseAdam.
-    sgd: state has no further tensor. values[r] -= lr * g
+    sgd: state has no further tensor. values[r] -= lr * g[r]
 
     seed: turns on stochastic rounding, for bfloat16 values only. A new value is then rounded up or down at
         random, drawn from (seed, step, row, column). Without it, changes smaller than half of the distance to
@@ -138,7 +137,7 @@ def scatter_update(values, reads: list, state: dict, lr: float, betas: tuple[flo
         if values.dtype != torch.bfloat16:
             raise ValueError(f"stochastic rounding is for bfloat16 values, and these are {values.dtype}")
         seed = (seed + state["step"]) % 2**31
-    if "exp_avg" in state:  # Adam's correction of the bias, for both moments
+    if "exp_avg" in state:  # Adam's bias correction, for both moments
         step = state["step"].double()
         lr = lr * (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
     sorted_reads = sort_reads(reads)
@@ -193,13 +192,13 @@ def _top_k_by_groups(x, k):
 
 def _top_k_by_numpy(x, k):
     """
-    numpy sorts numbers 4 times as fast as torch, but does not say where they stood. So each float32 number
-    becomes a float64, which has 29 more bits, and its column is written into the lowest 28 of them.
+    numpy sorts a row 4 times as fast as torch, but does not return the columns of the sorted numbers. So each
+    float32 number becomes a float64, and its column is written into the lowest 28 of the 29 new bits.
     """
     S = x.size(-1)
     rows = x.double()
     rows.view(torch.int64).bitwise_or_(torch.arange(S))
-    if S > 64:  # it is faster to sort a shorter row completely
+    if S > 64:  # a long row need not be sorted completely
         rows.numpy().partition(S - k, -1)  # moves the greatest k to the end
         rows = rows[..., -k:].contiguous()
     rows.numpy().sort(-1)
@@ -216,16 +215,15 @@ def row_gradients(row, token, weights, dy, dtype=None):
     an update of many rows takes about half the time.
     """
     rows, counts = torch.unique_consecutive(row, return_counts=True)
-    rows, start = rows.long(), F.pad(counts.cumsum(0), (1, 0))  # rows[i]: places start[i] to start[i + 1] - 1
+    first_places = counts.cumsum(0) - counts  # of each row
     dy = dy.to(dtype or torch.promote_types(dy.dtype, torch.float32))
     weights = weights.to(dy.dtype)
     size = max(1, CHUNK // dy.size(1))  # rows per chunk
-    edges = [*start[:-1:size].tolist(), len(token)]  # the first place of each chunk, and the end
-    for i, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
-        chunk = slice(i * size, min((i + 1) * size, len(rows)))
-        g = F.embedding_bag(token[begin:end], dy, start[chunk] - begin, per_sample_weights=weights[begin:end],
-                            mode="sum")
-        yield rows[chunk], g
+    edges = [*first_places[::size].tolist(), len(token)]  # the first place of each chunk, and the end
+    chunks = zip(rows.long().split(size), first_places.split(size), edges[:-1], edges[1:], strict=True)
+    for chunk, first, begin, end in chunks:
+        yield chunk, F.embedding_bag(token[begin:end], dy, first - begin, mode="sum",
+                                     per_sample_weights=weights[begin:end])
 
 
 def _update_torch(values, state, sorted_reads, lr, beta1, beta2, eps, seed, finite):
@@ -251,9 +249,9 @@ def _update_torch(values, state, sorted_reads, lr, beta1, beta2, eps, seed, fini
             g = exp_avg.add_(change).div_(exp_avg_sq.add_(change_sq).sqrt_().add_(eps))
         if values.dtype == g.dtype:
             _add_to_rows(values, rows, g, alpha=-lr)
-            continue
-        new = values[rows].to(g.dtype).sub_(g, alpha=lr)
-        values[rows] = (new if seed is None else _round_by_chance(new, rows, seed)).to(values.dtype)
+        else:
+            new = values[rows].to(g.dtype).sub_(g, alpha=lr)
+            values[rows] = (new if seed is None else _round_by_chance(new, rows, seed)).to(values.dtype)
 
 
 def _add_to_rows(matrix, rows, change, alpha=1.0):
@@ -264,9 +262,9 @@ def _add_to_rows(matrix, rows, change, alpha=1.0):
 
 def _round_by_chance(values, rows, seed):
     """
-    Rounds values (rows, V) from float32 to bfloat16, which has 16 bits less. Random bits are added to these
-    16 bits, and then they are cut off. So the nearer neighbour is more likely, and the mean is right. The
-    random bits are a hash of row, column and seed (the mixing is MurmurHash3's): Triton computes the same.
+    Rounds values (rows, V) from float32 to bfloat16, which has 16 bits less. A random number is added to
+    these 16 bits, and then they are cut off. So the nearer neighbour is more likely, and the mean is right.
+    The random number is a hash of row, column and seed (mixed as in MurmurHash3), and the same in Triton.
     """
     x = rows.unsqueeze(1) + seed * 0x9E3779B1 & 0xFFFFFFFF
     x = (x ^ (x >> 16)) * 0x85EBCA6B & 0xFFFFFFFF

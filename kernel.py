@@ -383,9 +383,9 @@ def sum_pieces_kernel(
         begin_ptr, end_ptr, token_ptr, weights_ptr,  # (places,)
         places, V: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """
-    A row that very many tokens read would keep one program busy while all others wait. So the places of a
-    row with more than PIECE places are cut into pieces of PIECE places, and here each piece has a program.
-    The last piece of a row is called its rest, and may be shorter.
+    Sums the pieces of rows that were read very often. One program alone would need long for such a row, while
+    all others wait. So a row with more than PIECE places is cut into pieces of PIECE places, and each piece
+    has a program here. The last piece of a row is called its rest, and may be shorter.
 
     The CPU does not know where the pieces are, so it starts programs for every possible piece. Cut the list
     of all places into chunks of PIECE places. At most one rest begins in a chunk, and its row has the first
@@ -412,7 +412,7 @@ def update_kernel(
         row_ptr, token_ptr, weights_ptr,  # (places,), sorted by row
         begin_ptr, end_ptr,  # (places,): the row of this place has the places begin ... end - 1
         dy_ptr,  # (tokens of all reads, V)
-        sums_ptr,  # what sum_pieces_kernel wrote
+        sums_ptr,  # (2 * chunks, V), from sum_pieces_kernel
         lr_ptr, seed_ptr, finite_ptr,  # one number each: float32, int64 and int32 (0 or 1)
         beta1, beta2, eps,
         V: tl.constexpr, PIECE: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr,
@@ -425,12 +425,12 @@ def update_kernel(
     if place != begin:
         return
     block = tl.arange(0, BLOCKS_PADDED)
-    within = tl.arange(0, WIDTH_PADDED)
-    column = block[:, None] * WIDTH + within[None, :]  # (blocks, width): the row's columns, block by block
-    mask = (block < BLOCKS)[:, None] & (within < WIDTH)[None, :]
-    place_in_pool = row * V + column
+    column_in_block = tl.arange(0, WIDTH_PADDED)
+    column = block[:, None] * WIDTH + column_in_block[None, :]  # (blocks, width): all columns of the row
+    mask = (block < BLOCKS)[:, None] & (column_in_block < WIDTH)[None, :]
+    offset = row * V + column
     # these loads start now, and the numbers arrive while g is summed
-    values = tl.load(values_ptr + place_in_pool, mask=mask, other=0.0)
+    values = tl.load(values_ptr + offset, mask=mask, other=0.0)
     if v_ptr is not None:
         v = tl.load(v_ptr + row * BLOCKS + block, mask=block < BLOCKS, other=0.0)
 
@@ -454,18 +454,18 @@ def update_kernel(
         tl.store(v_ptr + row * BLOCKS + block, v, mask=(block < BLOCKS) & finite)
         values -= lr * g / (tl.sqrt(v) + eps)[:, None]
     elif exp_avg_ptr is not None:  # adam
-        exp_avg = tl.load(exp_avg_ptr + place_in_pool, mask=mask, other=0.0)
-        exp_avg_sq = tl.load(exp_avg_sq_ptr + place_in_pool, mask=mask, other=0.0)
+        exp_avg = tl.load(exp_avg_ptr + offset, mask=mask, other=0.0)
+        exp_avg_sq = tl.load(exp_avg_sq_ptr + offset, mask=mask, other=0.0)
         exp_avg = beta1 * exp_avg + (1 - beta1) * g
         exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * g * g
-        tl.store(exp_avg_ptr + place_in_pool, exp_avg, mask=mask)
-        tl.store(exp_avg_sq_ptr + place_in_pool, exp_avg_sq, mask=mask)
+        tl.store(exp_avg_ptr + offset, exp_avg, mask=mask)
+        tl.store(exp_avg_sq_ptr + offset, exp_avg_sq, mask=mask)
         values -= lr * exp_avg / (tl.sqrt(exp_avg_sq) + eps)
     else:  # sgd
         values -= lr * g
     if STOCHASTIC:
         values = _round_by_chance_triton(values, row, column, tl.load(seed_ptr))
-    tl.store(values_ptr + place_in_pool, values.to(values_ptr.dtype.element_ty), mask=mask)
+    tl.store(values_ptr + offset, values.to(values_ptr.dtype.element_ty), mask=mask)
 
 
 def _gather_sum_triton(values, indices, weights):

@@ -1,7 +1,7 @@
 """
 Does memory help, where, and at what cost? Trains models of equal cost and prints how well they do.
 
-    python -m experiments.compare facts         facts about people, to know by heart: all models of MODELS
+    python -m experiments.compare facts         questions about facts learnt in training: all models of MODELS
     python -m experiments.compare ablation      the model "shifted", with one thing changed at a time
     python -m experiments.compare stdlib        validation loss on the source of Python's standard library
     python -m experiments.compare mqar          answers that stand in the context: memory should not help here
@@ -142,7 +142,7 @@ class CompareConfig:
     lrs: tuple[float, ...] = (4e-3, 8e-3)  # learning rates to try; with only one there is no tuning
     seeds: int = 3  # runs of each model at its best learning rate
     jobs: int = 2  # runs at the same time, which share the CPU cores
-    max_steps: int = 0  # steps per run, if not 0; other numbers of steps are other runs
+    max_steps: int = 0  # steps of each run; 0: the steps of the experiment. Lengths have separate results
     results: str = "experiments/results"  # folder for the lines of finished runs, relative to the repository
     out: str = "out/compare"  # folder for the runs in progress, relative to the repository
 

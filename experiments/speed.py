@@ -2,7 +2,7 @@
 How fast is nanoPKM? Each number is the median of several measurements. Functions that are compared run
 alternately, so noise affects all of them.
 
-    python -m experiments.speed step        a training step of a pool, and other ways to write the step
+    python -m experiments.speed step        a training step of a pool, with nanoPKM and with plain PyTorch
     python -m experiments.speed search      the search for the best slots, and its parts
     python -m experiments.speed model       a training step of the models of experiments.compare; a profile
     python -m experiments.speed operations  the operations on the pool, compared with a copy
@@ -52,7 +52,7 @@ class StepConfig(SpeedConfig):
     rows: tuple[int, ...] = (65_536, 262_144, 1_048_576, 4_194_304)  # sizes of the pool
     tokens: tuple[int, ...] = (512, 2048)  # tokens per step
     reads: tuple[str, ...] = ("uniform", "zipf")  # the distribution of the rows that are read: uniform, zipf
-    peers_up_to: int = 1_048_576  # largest pool for the other ways, which need up to 4 times its memory
+    peers_up_to: int = 1_048_576  # largest pool for plain PyTorch, which needs up to 4 times its memory
     value_dim: int = 256  # columns of a row
     bag: int = 128  # rows that a token reads
     dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the values, weights and gradients
@@ -185,7 +185,7 @@ def measure_step(config: StepConfig) -> list[dict]:
                 line += f"; {moved / 1e6:,.0f} MB must move, {1e3 * moved / bandwidth:.1f} ms at copy speed"
                 if fastest:
                     row["times_faster_than_peers"] = statistics.median(fastest) / row["seconds"]
-                    line += f"; {row['times_faster_than_peers']:.1f} times as fast as the fastest other way"
+                    line += f"; {row['times_faster_than_peers']:.1f} times as fast as plain PyTorch"
                     if PEERS[0] in times:
                         line += f", {ratio(times, PEERS[0], name):.1f} times as fast as {PEERS[0]}"
             print(line)

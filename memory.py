@@ -1,24 +1,24 @@
 """
 Product-key memory: a layer that looks things up in a large table of learnt values.
 
-Lample et al. 2019, "Large Memory Layers with Product Keys" (arXiv 1907.05242), and Berges et al. 2024,
-"Memory Layers at Scale" (arXiv 2412.09764), whose Memory+ is the default here.
+The layer is from Lample et al. 2019, "Large Memory Layers with Product Keys" (arXiv 1907.05242). Its default
+form here is Memory+, from Berges et al. 2024, "Memory Layers at Scale" (arXiv 2412.09764).
 
     N  tokens (batch * time)    S    num_keys, half-keys per side    slot  one row of the pool
-    C  width of the model       D    key_dim, width of a query       bag   the H*K slots of a token, or
+    C  width of the model       D    key_dim, width of a query       bag   the H*K slots of a token
     H  heads                    V    value_dim, width of a value     side  left or right half of a query
-    K  knn, slots per head      S*S  num_values, rows of the pool          their number
+    K  knn, slots per head      S*S  num_values, rows of the pool
 
 The algorithm, for each token and head:
   1. make a query in two halves, q_left and q_right, with D/2 numbers each;
   2. score the S half-keys of each side: left[i] = <q_left, key_left[i]>, right[j] = <q_right, key_right[j]>;
-  3. slot (i, j) has the score left[i] + right[j]. A half-key that is not among the K best of its side cannot
-     win, because K better ones make better slots with the same partner. So the best K of all S*S slots are
-     among the K*K sums of the best K of each side: exact, for 2*S dot products instead of S*S;
+  3. slot (i, j) has the score left[i] + right[j]. Find the K slots with the highest scores. They are among
+     the K*K sums of the K best left and the K best right half-keys: if i is not one of the K best, then K
+     other left half-keys make better slots with the same j. So 2*S dot products are enough for S*S slots;
   4. a softmax over the K best scores gives weights; the weighted sum of these K rows is the answer;
   5. sum the answers of all heads, multiply the sum by a gate (Memory+), and project it back to width C.
 
-The values are learnt like any parameter, but their gradient is never a tensor as large as the pool: pool.py.
+The values are learnt like other parameters, but their gradient is never a tensor of their size: see pool.py.
 """
 
 import torch
@@ -31,10 +31,11 @@ from pool import ValuePool
 
 def pruned_pairs(knn: int) -> list[list[int]]:
     """
-    The pairs (i, j) of ranks, from 0, that can be among the best `knn` sums of two descending lists.
+    Take the sums a[i] + b[j] of two descending lists. Returns the pairs (i, j) that can be among the `knn`
+    greatest sums, as [list of all i, list of all j].
 
-    Pair (i, j) has (i+1) * (j+1) - 1 other pairs at least as good. So only pairs with (i+1) * (j+1) <= knn
-    can win: 119 of the 32 * 32 pairs for knn = 32. Returns [every i, every j].
+    Indices up to i and up to j form (i+1) * (j+1) - 1 other pairs. Their sums are at least as great as that
+    of pair (i, j). So only pairs with (i+1) * (j+1) <= knn are needed: 119 of 32 * 32 pairs for knn = 32.
     """
     pairs = [(i, j) for i in range(knn) for j in range(knn // (i + 1))]
     return [[i for i, _ in pairs], [j for _, j in pairs]]
@@ -45,7 +46,7 @@ _pairs_on_device = {}
 
 @torch.compiler.assume_constant_result
 def pruned_pairs_on(device: torch.device, knn: int) -> torch.Tensor:
-    """The pairs as a tensor (2, pairs). Kept, because a copy from the CPU waits for all work of the GPU."""
+    """pruned_pairs as a tensor (2, pairs). Copied to a GPU only once, because the CPU waits for each copy."""
     if (device, knn) not in _pairs_on_device:
         _pairs_on_device[device, knn] = torch.tensor(pruned_pairs(knn), device=device)
     return _pairs_on_device[device, knn]
@@ -57,25 +58,25 @@ def product_key_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int)
 
     queries (N, H, 2, D/2), half_keys (H, 2, S, D/2), both with the same floating dtype, and knn <= S. Slot
     i*S + j of head h has the score <queries[n, h, 0], half_keys[h, 0, i]> + <queries[n, h, 1], half_keys[h,
-    1, j]>. Returns scores (N, H, K), descending and differentiable, and indices (N, H, K), int64. Which of
-    several slots with equal scores are returned is not defined.
+    1, j]>. Returns scores (N, H, K), descending and differentiable, and indices (N, H, K), int64. Slots with
+    equal scores are in any order, and any of them may be left out.
     """
     S = half_keys.size(2)
     half_scores = torch.einsum("nhpd,hpsd->nhps", queries, half_keys)  # (N, H, 2, S), p: the side
-    # choosing the slots has no gradient
+    # first choose the slots, without a gradient
     with torch.no_grad():
-        best, best_half_keys = top_k(half_scores, knn)  # (N, H, 2, K): the best of each side
+        best, best_half_keys = top_k(half_scores, knn)  # (N, H, 2, K): the best half-keys of each side
         ranks = pruned_pairs_on(best.device, knn).expand(*best.shape[:2], -1, -1)  # (N, H, 2, pairs)
         left, right = best.gather(-1, ranks).unbind(2)  # (N, H, pairs)
-        winners = top_k(left + right, knn)[1].unsqueeze(2).expand(-1, -1, 2, -1)  # (N, H, 2, K): which pairs
-        chosen = best_half_keys.gather(-1, ranks.gather(-1, winners))  # (N, H, 2, K): half-keys of K slots
-    # the same scores again, now with a gradient
+        best_pairs = top_k(left + right, knn)[1].unsqueeze(2).expand(-1, -1, 2, -1)  # (N, H, 2, K)
+        chosen = best_half_keys.gather(-1, ranks.gather(-1, best_pairs))  # (N, H, 2, K): the K slots
+    # then compute the scores of the chosen slots again, with a gradient
     scores = half_scores.gather(-1, chosen).sum(2)
     return scores, chosen[:, :, 0] * S + chosen[:, :, 1]
 
 
 def normalize(x: torch.Tensor) -> torch.Tensor:
-    """x / |x| over the last dimension, in float32 at least. Where |x| < 1e-6: 0, without a gradient."""
+    """x / |x| over the last dimension, in float32 or float64. If |x| < 1e-6: 0, and no gradient."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / norm.masked_fill(norm < 1e-6, torch.inf)
@@ -83,13 +84,14 @@ def normalize(x: torch.Tensor) -> torch.Tensor:
 
 class MemoryLayer(nn.Module):
     """
-    A product-key memory in place of a Transformer's MLP. The default is Memory+ (Berges et al. 2024). With
-    swilu and qk_norm off, it is the formula of Lample et al. 2019, section 3, with an output projection.
+    A product-key memory, which replaces the MLP of a Transformer block. The default is Memory+ (Berges et al.
+    2024). Without swilu and qk_norm, the layer is that of Lample et al. 2019, section 3, plus an output
+    projection.
 
-    swilu    out = W_o (y * silu(W_g x)), the gate of Memory+ (Berges et al. 2024, section 2.2)
-    qk_norm  halves of queries, and half-keys, get length 1; queries then get a learnt scale per head. Without
-             it, perhaps only a few slots come into use
-    bias     in all projections
+    swilu    the gate of Memory+ (Berges et al. 2024, section 2.2): out = W_o (y * silu(W_g x))
+    qk_norm  half-keys and the halves of queries get length 1, and each head learns a scale for its queries.
+             Without qk_norm, the model may use only a few slots
+    bias     all projections have a bias
 
     Raises a ValueError for impossible sizes.
     """
@@ -115,14 +117,14 @@ class MemoryLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises half-keys and scale; the Linears have initialised themselves."""
+        """Initialises half_keys and scale. (The nn.Linear modules initialise themselves.)"""
         D = 2 * self.half_keys.size(3)
         nn.init.uniform_(self.half_keys, -(D**-0.5), D**-0.5)
-        if self.scale is not None:  # a cosine of random halves has the variance 2/D: half-scores then have 1
+        if self.scale is not None:  # half-scores start with variance 1: a cosine has 2/D
             nn.init.constant_(self.scale, (D / 2) ** 0.5)
 
     def search(self, x: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None):
-        """As forward, but without a pool -> weights (N, H*K), indices (N, H*K)."""
+        """Chooses the slots for x. Arguments as for forward -> weights (N, H*K), indices (N, H*K)."""
         left, right = ((x if source is None else source).reshape(-1, x.size(-1))
                        for source in (left, right))  # (N, C) each
         halves = self.query_left(left), self.query_right(right)  # (N, H*D/2) each
@@ -131,7 +133,7 @@ class MemoryLayer(nn.Module):
         if self.scale is not None:
             queries = normalize(queries) * self.scale.view(-1, 1, 1)
             half_keys = normalize(half_keys)
-        # many scores would be equal in 16 bits, so they are float32 in a 16-bit layer and under autocast too
+        # scores are always float32 or float64: many different scores would be equal with 16 bits
         dtype = torch.promote_types(half_keys.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             scores, indices = product_key_search(queries.to(dtype), half_keys.to(dtype), self.knn)
@@ -140,9 +142,10 @@ class MemoryLayer(nn.Module):
     def forward(self, x: torch.Tensor, pool: ValuePool, left: torch.Tensor | None = None,
                 right: torch.Tensor | None = None) -> torch.Tensor:
         """
-        x (..., C) -> (..., C). The pool has num_keys**2 rows of width value_dim, otherwise a ValueError.
+        x (..., C) -> (..., C). The pool must have num_keys**2 rows of width value_dim.
 
-        left, right: like x, the sources of the halves of the queries. By default both are x, as published.
+        The left half of each query is computed from `left`, and the right half from `right`. Both have the
+        shape of x. By default both are x, as published.
         """
         check_pool(pool, self.num_keys**2, self.value_dim)
         if any(source is not None and source.shape != x.shape for source in (left, right)):
@@ -155,7 +158,7 @@ class MemoryLayer(nn.Module):
 
 
 def check_pool(pool: ValuePool, num_values: int, value_dim: int) -> None:
-    """Refuses a pool that does not fit: an index beyond its last row would read foreign memory."""
+    """Raises a ValueError if the pool has another size: an index could then point outside the pool."""
     if (pool.num_values, pool.value_dim) != (num_values, value_dim):
         raise ValueError(f"the pool has {pool.num_values:,} rows of width {pool.value_dim}, and this layer "
                          f"needs {num_values:,} of width {value_dim}")

@@ -1,19 +1,20 @@
 """
 The pool of values that memory layers read, its gradient and its optimiser.
 
-    ValuePool         the rows: `values` (num_values, value_dim), and differentiable sums of them
-    FactoredGradient  values.grad: the list of reads of a step, instead of a tensor as large as the pool
-    PoolOptimizer     a torch.optim.Optimizer that learns from such gradients
+    ValuePool         the pool: `values` (num_values, value_dim), and weighted sums of its rows
+    FactoredGradient  the gradient, values.grad: a list of reads, instead of a tensor as large as the pool
+    PoolOptimizer     the optimiser: a torch.optim.Optimizer that learns from this gradient
     MemoryUsage       how much of the pool is in use
 
-A step reads few rows of the pool, so its time and memory grow with the rows that it reads, not with the size
-of the pool. The backward pass keeps each *read*: (indices, weights, dy), where dy is the gradient of the loss
-by what the read returned. PoolOptimizer computes the gradient of a few rows at a time from the reads, and
-updates these rows at once (kernel.py).
+A training step reads few rows of the pool. Its time and memory depend on the number of rows that it reads,
+not on the size of the pool. For each time that a layer reads the pool, the backward pass keeps one *read*:
+the tuple (indices, weights, dy), where dy is the gradient of the loss with respect to the weighted sums. From
+the reads, PoolOptimizer computes the gradient of a few rows, updates them, and goes on to the next rows
+(kernel.py).
 
-`values` is an ordinary parameter, and PyTorch's own rules hold for it. zero_grad() forgets its gradient,
-backward accumulates it over micro-batches and layers, requires_grad_(False) freezes it. Clipping and other
-optimisers would need the whole gradient: they get a ValueError that says what to do instead.
+`values` is an ordinary parameter. zero_grad() clears its gradient, backward() adds up the gradients of all
+micro-batches and layers, and requires_grad_(False) freezes it. Gradient clipping and other optimisers would
+need the whole gradient: they raise a ValueError that says what to do instead.
 """
 
 import functools
@@ -38,11 +39,11 @@ from kernel import (
 
 class ValuePool(nn.Module):
     """
-    The rows that memory layers read: `values` (num_values, value_dim). A layer gets the pool as an argument
-    of its forward, so that several layers can share one pool (Berges et al. 2024, section 2.2).
+    The table of rows that memory layers read: `values` (num_values, value_dim). The pool is an argument of a
+    layer's forward, so several layers can share one pool (Berges et al. 2024, section 2.2).
 
-    values.grad is a FactoredGradient, and PoolOptimizer learns from it. kernel: 'auto', 'triton' or 'torch'
-    (kernel.py). dtype: float32, float64, bfloat16 or float16.
+    values.grad is a FactoredGradient: only PoolOptimizer can learn from it. kernel: 'auto', 'triton' or
+    'torch' (see kernel.py). dtype: float32, float64, bfloat16 or float16.
     """
 
     def __init__(self, num_values: int, value_dim: int, dtype: torch.dtype = torch.float32,
@@ -62,7 +63,7 @@ class ValuePool(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Normal with the standard deviation value_dim**-0.5, drawn in float32, 4,096 rows at a time."""
+        """Normal with standard deviation value_dim**-0.5. 4,096 rows at a time, to need little memory."""
         if self.values.is_meta:
             return
         for rows in self.values.split(4096):
@@ -70,7 +71,7 @@ class ValuePool(nn.Module):
 
     @torch.compiler.disable  # a compiled graph cannot hold a gradient that is a list of reads
     def forward(self, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """indices (N, bag), weights (N, bag) -> weighted sums of rows (N, value_dim), in weights' dtype."""
+        """indices, weights (N, bag) -> weighted sums of rows (N, value_dim), in the dtype of weights."""
         indices = self.check(indices, weights, weights.shape)
         self.count(indices, weights)
         return GatherSum.apply(self.values, indices, weights, self.kernel)
@@ -78,17 +79,17 @@ class ValuePool(nn.Module):
     @torch.compiler.disable
     def dot(self, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """
-        indices (N, bag), x (N, value_dim) -> dot products of rows with x (N, bag), in x's dtype. Not counted
-        as use: PEER reads the same slots with forward too.
+        indices (N, bag), x (N, value_dim) -> dot products of rows with x (N, bag), in the dtype of x. For
+        PEER (baselines.py). It does not count as use, because PEER also reads the same slots with forward.
         """
         indices = self.check(indices, x, (len(x), indices.size(-1)))
         return GatherDot.apply(self.values, indices, x, self.kernel)
 
     def check(self, indices, other, shape) -> torch.Tensor:
-        """Returns the indices as int32. On a GPU their range is only checked with NANOPKM_CHECK=1."""
+        """Returns the indices as int32. On a GPU, their range is only checked with NANOPKM_CHECK=1."""
         if indices.dim() != 2 or indices.shape != shape or not indices.size(1):
-            raise ValueError(f"indices {tuple(indices.shape)} must be (N, bag) with bag >= 1 and fit the "
-                             f"other argument, {tuple(other.shape)}")
+            raise ValueError(f"indices {tuple(indices.shape)} must be (N, bag) with bag >= 1, and fit "
+                             f"the shape of the other argument, {tuple(other.shape)}")
         if indices.dtype not in (torch.int32, torch.int64) or not other.is_floating_point():
             raise ValueError(f"indices must be int32 or int64 and the other argument floating point, not "
                              f"{indices.dtype} and {other.dtype}")
@@ -97,12 +98,12 @@ class ValuePool(nn.Module):
         return indices.int()
 
     def count(self, indices, weights) -> None:
-        """Notes which slots are in use, in training. torch.utils.checkpoint's second pass does not count."""
+        """In training, counts the use of the slots. A forward pass inside of backward() does not count."""
         if self.training and not is_in_backward():
             self.usage.add(indices, weights)
 
     def _apply(self, fn, recurse=True):
-        """to(), half() and the like also convert the gradient, as PyTorch does with other gradients."""
+        """For to(), half() and so on: converts the gradient too, as PyTorch does for other parameters."""
         gradient, self.values.grad = self.values.grad, None
         try:
             return super()._apply(fn, recurse)
@@ -118,7 +119,7 @@ class GatherSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values, indices, weights, kernel):
-        # values are saved too, so that a step between forward and backward is an error, not a wrong gradient
+        # with saved values, PyTorch raises an error if they change between forward and backward
         ctx.save_for_backward(values, indices, weights)
         ctx.kernel = kernel
         return gather_sum(values, indices, weights, kernel)  # (N, V)
@@ -136,7 +137,7 @@ class GatherSum(torch.autograd.Function):
 
 
 class GatherDot(torch.autograd.Function):
-    """dots[n, j] = <values[indices[n, j]], x[n]>. Its backward pass is a GatherSum, and vice versa."""
+    """dots[n, j] = <values[indices[n, j]], x[n]>. The gradient of x is a gather_sum."""
 
     @staticmethod
     def forward(ctx, values, indices, x, kernel):
@@ -157,12 +158,12 @@ class GatherDot(torch.autograd.Function):
 
 
 def _make_read(*tensors) -> tuple:
-    """Copies, because autograd may add to dy in place, and the user may change weights or indices."""
+    """Copies: autograd may change dy in place later, and you may change weights or indices."""
     return tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in tensors)
 
 
 def is_in_backward() -> bool:
-    """True in a forward pass within a backward pass: torch.utils.checkpoint computes a block again there."""
+    """True during backward(). torch.utils.checkpoint then runs the forward pass of a block a second time."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -170,12 +171,12 @@ def is_in_backward() -> bool:
 
 class FactoredGradient(torch.Tensor):
     """
-    The gradient of a pool's values, as a list of reads. It has the shape, dtype and device of the values, but
-    no memory of its own.
+    The gradient of a pool's values, as a list of reads. To PyTorch it looks like a tensor with the shape,
+    dtype and device of the values, but its numbers are not in memory.
 
     reads: [(indices (N, bag), weights (N, bag), dy (N, value_dim)), ...]. Row r of the gradient is the sum of
-    weights[n, j] * dy[n] over all reads and all (n, j) with indices[n, j] = r; `to_dense()` writes it out. A
-    read owns its tensors, and nobody changes them.
+    weights[n, j] * dy[n] over all reads and all (n, j) with indices[n, j] = r. to_dense() computes all rows.
+    The tensors of a read are copies, and never change.
     """
 
     @staticmethod
@@ -190,7 +191,7 @@ class FactoredGradient(torch.Tensor):
         return f"FactoredGradient({len(self.reads)} reads, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def to_dense(self) -> torch.Tensor:
-        """The gradient as an ordinary tensor, as large as the pool. For tests and for the curious."""
+        """The gradient as an ordinary tensor, as large as the pool. For tests."""
         dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         if sum(indices.numel() for indices, _, _ in self.reads):
             for rows, g in row_gradients(*sort_reads(self.reads)):
@@ -198,7 +199,7 @@ class FactoredGradient(torch.Tensor):
         return dense
 
     def bound(self) -> torch.Tensor:
-        """An upper bound of the gradient's absolute numbers, on its device; inf or nan if a read has one."""
+        """No number of the gradient has a larger absolute value. inf or nan if a number of a read is."""
         largest = functools.partial(torch.linalg.vector_norm, ord=math.inf)
         bounds = [largest(weights).float() * largest(dy) * indices.numel()
                   for indices, weights, dy in self.reads if indices.numel()]
@@ -207,9 +208,9 @@ class FactoredGradient(torch.Tensor):
     @classmethod
     @torch.compiler.disable
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        """Does on the list of reads what PyTorch does with gradients: copy, add, zero. Refuses the rest."""
+        """PyTorch calls this for operations on a gradient. Only copying, adding and zeroing work."""
         aten = torch.ops.aten
-        if operation is aten._amp_foreach_non_finite_check_and_unscale_.default:  # by GradScaler
+        if operation is aten._amp_foreach_non_finite_check_and_unscale_.default:  # GradScaler
             gradients, found_inf, factor = args
             if not all(isinstance(g, cls) for g in gradients):
                 raise ValueError(_USE_POOL_OPTIMIZER)
@@ -217,7 +218,7 @@ class FactoredGradient(torch.Tensor):
                 found_inf.logical_or_(~g.bound().isfinite())
                 g.reads[:] = [(indices, weights, dy * factor) for indices, weights, dy in g.reads]
             return None
-        if operation is aten.new_empty_strided.default:  # backward may copy a gradient into an empty one
+        if operation is aten.new_empty_strided.default:  # backward() may copy a gradient into a new one
             return cls(args[0], [])
         if operation is aten._to_copy.default:  # the reads keep their dtype
             return cls(args[0], args[0].reads, kwargs.get("dtype"), kwargs.get("device"))
@@ -225,7 +226,7 @@ class FactoredGradient(torch.Tensor):
             return cls(args[0], args[0].reads)
         if operation is aten.detach.default:
             detached = cls(args[0], [])
-            detached.reads = args[0].reads  # the same list, as other tensors share their memory
+            detached.reads = args[0].reads  # the same list, as detach() shares memory
             return detached
         if not kwargs and all(isinstance(x, cls) for x in args) and len({x.shape for x in args}) == 1:
             a, b = args[0], args[-1]
@@ -236,11 +237,11 @@ class FactoredGradient(torch.Tensor):
             if operation in reads_in_place:
                 a.reads[:] = reads_in_place[operation]
                 return a
-            if operation is aten.isnan.default:  # by detect_anomaly, which only needs one bool
+            if operation is aten.isnan.default:  # detect_anomaly: one bool is enough
                 return a.bound().isnan()
         name = operation.name()
         raise ValueError(next((sentence for part, sentence in _REFUSALS.items() if part in name), (
-            f"the gradient of a pool is a list of reads, and {name} would need a tensor as large as the "
+            f"the gradient of a pool is a list of reads, but {name} needs a tensor as large as the "
             "pool: leave the pool's values out, or use values.grad.to_dense()")))
 
     def share_memory_(self):
@@ -251,21 +252,22 @@ class FactoredGradient(torch.Tensor):
 
 class PoolOptimizer(torch.optim.Optimizer):
     """
-    Learns the values of pools: PoolOptimizer(pool.parameters(), lr=6e-2). Only rows that were read move,
-    there is no weight decay, and a step costs what was read. Give all other parameters to another optimiser.
+    The optimiser for the values of pools: PoolOptimizer(pool.parameters(), lr=6e-2). Give all other
+    parameters to another optimiser. A step changes only the rows that were read, and its time
+    depends on their number. There is no weight decay.
 
     kind='rowwise'  one second moment for each of `value_blocks` equal blocks of a row's columns
-    kind='adam'     as torch.optim.SparseAdam: two moments for each value
-    kind='sgd'      no state; for finetuning
-    kernel.scatter_update has the formulas. The moments are float32 for values with 16 bits.
+    kind='adam'     two moments for each value, as torch.optim.SparseAdam
+    kind='sgd'      no moments; for finetuning
+    kernel.scatter_update has the formulas. For values with 16 bits, the moments are float32.
 
-    rowwise and adam do not depend on the scale of the gradient, so there is no need to clip it. If a read has
-    an inf or nan, or is so large that a gradient or its square could overflow, the whole step is skipped: no
-    value and no moment changes, and skipped_steps counts it. On a GPU the CPU does not wait for this test.
+    You need not clip the gradient: the steps of rowwise and adam do not depend on its scale. If a gradient is
+    inf or nan, or so large that its square could overflow, the step is skipped: no value and no moment
+    changes, and skipped_steps counts the step. On a GPU, the CPU does not wait for this test.
 
-    stochastic_rounding: for bfloat16 values. A number between two neighbours is rounded to one of them
-    by chance, to the nearer one more often, drawn from (seed, step, row, column). Without it, small changes
-    vanish. kernel: see kernel.py.
+    stochastic_rounding: for bfloat16 values. A new value is rounded up or down at random, more often to the
+    nearer number. Without it, small changes are lost. The random numbers depend on (seed, step, row, column).
+    kernel: see kernel.py.
     """
 
     def __init__(self, params, lr: float, kind: str = "rowwise", value_blocks: int = 8,
@@ -273,7 +275,7 @@ class PoolOptimizer(torch.optim.Optimizer):
                  stochastic_rounding: bool = False, seed: int = 0, kernel: str = "auto"):
         super().__init__(params, dict(lr=lr, kind=kind, value_blocks=value_blocks, betas=betas, eps=eps,
                                       stochastic_rounding=stochastic_rounding, seed=seed, kernel=kernel))
-        self._skipped = 0  # becomes a number on the device, so that the CPU need not wait for it
+        self._skipped = 0  # later a tensor on the device: the CPU need not wait for it
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
@@ -287,8 +289,8 @@ class PoolOptimizer(torch.optim.Optimizer):
         if not 0 <= group["lr"] < math.inf:
             raise ValueError(f"lr={group['lr']} must be at least 0 and finite")
         if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas={group['betas']} must be two numbers of at least 0 and less than 1")
-        if not 0 < group["eps"] < math.inf:  # with 0, a gradient of 0 would be divided by 0
+            raise ValueError(f"betas={group['betas']} must be two numbers, at least 0 and less than 1")
+        if not 0 < group["eps"] < math.inf:  # with eps=0, a gradient of 0 is divided by 0
             raise ValueError(f"eps={group['eps']} must be more than 0")
         if group["kind"] not in ("rowwise", "adam", "sgd"):
             raise ValueError(f"kind={group['kind']!r} must be 'rowwise', 'adam' or 'sgd'")
@@ -305,7 +307,7 @@ class PoolOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _moments(p, group: dict) -> dict[str, tuple]:
-        """The shapes of the moments of p, by name."""
+        """The names and shapes of the moments of p."""
         return {"rowwise": {"v": (len(p), group["value_blocks"])}, "sgd": {},
                 "adam": {"exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}}[group["kind"]]
 
@@ -318,7 +320,7 @@ class PoolOptimizer(torch.optim.Optimizer):
     @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure=None):
-        """One step on all pools that were read. closure: as for torch's optimisers. Returns its loss."""
+        """Updates all pools that were read. closure: as in torch.optim. Returns the loss of the closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -334,35 +336,35 @@ class PoolOptimizer(torch.optim.Optimizer):
                 self._check_state(p, group, self.state[p])
             else:
                 self.state[p] = self._new_state(p, group)
-        # one test for all pools: the square, because a second moment of inf would never go away
+        # one test for all pools. It squares the bound, because a second moment must never become inf
         finite = sum(p.grad.bound().to(params[0][0].device) for p, _ in params).square().isfinite()
         self._skipped = self._skipped + (~finite).long()
         for p, group in params:
-            state, learns = self.state[p], finite.to(p.device)
-            state["step"] += learns
+            state, is_finite = self.state[p], finite.to(p.device)
+            state["step"] += is_finite
             seed = group["seed"] if group["stochastic_rounding"] else None
-            scatter_update(p, p.grad.reads, state, group["lr"], group["betas"], group["eps"], seed, learns,
-                           group["kernel"])
+            scatter_update(p, p.grad.reads, state, group["lr"], group["betas"], group["eps"], seed,
+                           is_finite, group["kernel"])
         return loss
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that changed nothing because a gradient was not finite, since this optimiser was made."""
+        """The number of steps that this optimiser has skipped, because a gradient was too large or nan."""
         return int(self._skipped)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """A state from another kind of optimiser, or from a pool of another size, is a ValueError."""
+        """Raises a ValueError if the state is from another kind of optimiser, or a pool of another size."""
         if len(state_dict["param_groups"]) == len(self.param_groups):
             for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
                 if saved.get("kind") != group["kind"]:
                     raise ValueError(f"the state is from kind={saved.get('kind')!r}, not {group['kind']!r}")
-                saved = saved | {"kernel": group["kernel"]}  # which depends on the machine
+                saved = saved | {"kernel": group["kernel"]}  # not from the state: it depends on the machine
                 self._check(group | saved | {"params": group["params"]})
                 for p, number in zip(group["params"], saved["params"], strict=False):
                     self._check_state(p, group, state_dict["state"].get(number))
         kernels = [group["kernel"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        # torch has cast the moments to the dtype of the values, which may have fewer bits
+        # torch has converted the moments to the dtype of the values, which may be 16 bits. Take the originals
         for group, saved, kernel in zip(self.param_groups, state_dict["param_groups"], kernels, strict=True):
             group["kernel"] = kernel
             for p, number in zip(group["params"], saved["params"], strict=True):
@@ -372,7 +374,7 @@ class PoolOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._skipped = 0
-        for group in self.param_groups:  # options that are newer than a saved state
+        for group in self.param_groups:  # an older state lacks newer options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
@@ -386,12 +388,12 @@ class PoolOptimizer(torch.optim.Optimizer):
 # --- how much is in use -------------------------------------------------------------------------------------
 
 class MemoryUsage(nn.Module):
-    """How much of a pool was used since `reset`, by the measures of Lample et al. 2019, section 4.2."""
+    """How much of a pool was used since `reset`. The measures are from Lample et al. 2019, section 4.2."""
 
     def __init__(self, num_values: int, device=None):
         super().__init__()
         device = torch.device(device or torch.get_default_device())
-        if device.type == "meta":  # a checkpoint will give the values, but no counts
+        if device.type == "meta":  # a checkpoint has the values of the pool, but no counts
             device = "cpu"
         total_weight = torch.zeros(num_values, dtype=torch.float32, device=device)
         self.register_buffer("total_weight", total_weight, persistent=False)
@@ -403,13 +405,13 @@ class MemoryUsage(nn.Module):
     def reset(self) -> None:
         self.total_weight.zero_()
 
-    reset_parameters = reset  # for whoever makes a module real with to_empty()
+    reset_parameters = reset  # to be called after to_empty()
 
     def summary(self) -> tuple[float, float]:
         """
-        Returns (share of the slots that were read, KL divergence in nats of their use from uniform use). The
-        divergence is 0 if all slots are used alike, and ln(num_values) if one slot does all the work. Returns
-        (0, 0) if nothing was read.
+        Returns two numbers: the share of the slots that were read, and the KL divergence of their use from
+        uniform use, in nats. The divergence is 0 if all slots are used equally, and ln(num_values) if only
+        one slot is used. Returns (0, 0) if nothing was read.
         """
         used = self.total_weight[self.total_weight > 0].double()
         if len(used) == 0:
@@ -419,7 +421,7 @@ class MemoryUsage(nn.Module):
         return len(used) / num_values, math.log(num_values) + (p * p.log()).sum().item()
 
     def _apply(self, fn, recurse=True):
-        """Follows the model to another device, but stays float32: small numbers would be lost in bfloat16."""
+        """For to(): moves the counts to the device, but keeps float32. bfloat16 would lose small weights."""
         before = self.total_weight
         super()._apply(fn, recurse)
         if self.total_weight.dtype != before.dtype:
@@ -427,14 +429,14 @@ class MemoryUsage(nn.Module):
         return self
 
 
-# --- what is refused ----------------------------------------------------------------------------------------
+# --- operations that a pool refuses -------------------------------------------------------------------------
 
 _USE_POOL_OPTIMIZER = ("only PoolOptimizer can learn the values of a pool: give every other optimiser all "
                        "parameters except the pool's values")
-_NO_CLIPPING = ("the gradient of a pool cannot be clipped: leave the pool's values out of clipping. The "
-                "rowwise and adam steps of PoolOptimizer do not depend on the scale of the gradient")
+_NO_CLIPPING = ("the gradient of a pool cannot be clipped: leave the pool's values out of clipping. With "
+                "rowwise and adam, the steps of PoolOptimizer do not depend on the scale of the gradient")
 _NO_SCALING = "the gradient of a pool cannot be scaled: scale the loss instead"
-_REFUSALS = {  # part of the name of a PyTorch operation -> what to do instead; the first match counts
+_REFUSALS = {  # part of the name of a PyTorch operation -> error message; the first match counts
     "vector_norm": _NO_CLIPPING,
     "foreach_norm": _NO_CLIPPING,
     "clamp": _NO_CLIPPING,
@@ -446,14 +448,14 @@ _REFUSALS = {  # part of the name of a PyTorch operation -> what to do instead; 
     "fused": _USE_POOL_OPTIMIZER,
     "add":
         "the gradient of a pool can only be added to another gradient of this pool, without alpha. A loss "
-        "must not use pool.values itself, for example to penalise their size, but only what a layer reads",
+        "must not use pool.values itself, for example to penalise large values: it must use what layers read",
     "mul": _NO_SCALING,
     "div": _NO_SCALING,
 }
 
 
 def _refuse_other_optimizers(optimizer, args, kwargs):
-    """Before the step of any optimiser, because AdamW would first decay the values and only then fail."""
+    """Runs before each step of any optimiser. AdamW would otherwise decay the values before it fails."""
     if isinstance(optimizer, PoolOptimizer):
         return None
 

@@ -1,10 +1,10 @@
 """
 Does memory help, where, and at what cost? Trains models of equal cost and prints how well they do.
 
-    python -m experiments.compare facts         questions without a text to look at: all models of MODELS
-    python -m experiments.compare ablation      shifted with one thing changed at a time
+    python -m experiments.compare facts         questions about facts learnt in training: all models of MODELS
+    python -m experiments.compare ablation      the model "shifted", with one thing changed at a time
     python -m experiments.compare stdlib        validation loss on the source of Python's standard library
-    python -m experiments.compare mqar          words to find in the context: memory should not help here
+    python -m experiments.compare mqar          answers that stand in the context: memory should not help here
     python -m experiments.compare facts-large   200,000 people and larger models: needs a GPU
     python -m experiments.compare code          the source of all installed Python packages: needs a GPU
     python -m experiments.compare table         tables of all finished runs, without training
@@ -12,14 +12,14 @@ Does memory help, where, and at what cost? Trains models of equal cost and print
     python -m experiments.compare facts --help  the options: which models, how many seeds and runs at a time
 
 With the same seed, all models see the same tokens in the same order. All models are tuned in the same way.
-First comes one run with seed 1 for each learning rate in --lrs. If the highest (lowest) learning rate is the
-best, then twice (half) of it is tried too. The best learning rate, by recall, is then repeated with other
-seeds. The pool's learning rate is not tuned: it is the default of train.py.
+First, each learning rate in --lrs is tried in one run with seed 1. If the highest is the best, then twice
+this learning rate is tried too. If the lowest is the best, then half of it is tried. Runs with other seeds
+use the learning rate with the best recall. The pool's learning rate is not tuned: it is train.py's default.
 
-A finished run is one line in experiments/results/NAME.jsonl and is not run again. A stopped run continues
-from its last checkpoint. So hours of runs add up, and figures are drawn without training. Two of these
-commands may run at the same time if they have different --models. A line records the options of its run, but
-not the code. If you changed the code, choose another folder: --results=FOLDER.
+A finished run becomes one line of experiments/results/NAME.jsonl, and is not run again. A stopped run
+continues from its last checkpoint. So you can spread the runs over many days. Two of these commands may run
+at the same time if their --models differ. A line records the options of its run, but not the code. If you
+change the code, choose another folder: --results=FOLDER.
 """
 
 import contextlib
@@ -48,15 +48,15 @@ from train import TrainConfig
 ROOT = Path(__file__).resolve().parents[1]
 RUN_OPTIONS = dict(lr=0.0, seed=0, out_dir="", resume=True, keep=1)  # these differ between runs of one model
 
-# Memory+ as published: the query comes from this token's state, and the memory layers are spread
+# Memory+ as published: the query comes from the state of its token, and memory layers are spread over depth
 PUBLISHED = dict(mem_query="state", scale_embeddings=False, mem_layers=(0, 2))
-# What helps on facts: half of the query comes from the previous token, and memory stands in the first blocks
+# Better on facts: half of the query comes from the previous token, and the first blocks have the memory
 SHIFTED = dict(mem_query="shifted", scale_embeddings=True, mem_layers=(0, 1))
-UNSCALED = dict(scale_embeddings=False)  # better on facts for the models without learnt keys
+UNSCALED = dict(scale_embeddings=False)  # on facts, this is better for models without learnt keys
 
-# Each model as options of train.py, on top of the options of its experiment. All models except dense-2x cost
-# the same multiply-adds per token (on facts to 1%). A memory layer costs less than an MLP, so the remaining
-# MLPs are wider. Larger pools have narrower queries
+# The options of each model, in addition to those of the experiment. All models except dense-2x cost the same
+# multiply-adds per token (on facts, within 1%). A memory layer costs less than an MLP, so models with memory
+# have wider MLPs in the other blocks. Models with larger pools have narrower queries
 MODELS = {
     "dense": UNSCALED | dict(mem_layers=(), mlp_width=276),
     "memory+": PUBLISHED,
@@ -66,13 +66,13 @@ MODELS = {
     "moe": UNSCALED | dict(mem_layers=(), mlp_width=268, moe_layers=(1, 2)),  # as many parameters as memory+
     "dense-2x": UNSCALED | dict(mem_layers=(), mlp_width=872),
     "shifted-16x": dict(mem_num_keys=512, mem_key_dim=16, mlp_width=64),
-    "shifted-short": dict(max_steps=1500),  # in less time than dense: a step takes less than twice as long
+    "shifted-short": dict(max_steps=1500),  # half of the steps: each takes less than twice the time of dense
     "hash": UNSCALED | dict(mem_kind="hash", mlp_width=572),
-    "shifted-plain": dict(mem_layers=(0,), mem_swilu=False, mlp_width=288),  # one layer, no gate
-    "peer": dict(mem_kind="peer", mem_num_keys=90, mlp_width=392),  # an expert is two rows
+    "shifted-plain": dict(mem_layers=(0,), mem_swilu=False, mlp_width=288),  # one memory layer, no gate
+    "peer": dict(mem_kind="peer", mem_num_keys=90, mlp_width=392),  # an expert of PEER has two rows
 }
 ABLATIONS = {
-    "shifted": {},  # each of the others changes one thing, and mlp_width to cost the same
+    "shifted": {},  # the others change one thing, and mlp_width where this keeps the cost equal
     "mem_query=state": dict(mem_query="state"),
     "mem_query=tokens": dict(mem_query="tokens"),
     "layers 1 and 2": dict(mem_layers=(1, 2)),
@@ -95,36 +95,36 @@ EXPERIMENTS = {
                    options=SHIFTED | dict(dataset="stdlib", max_steps=2000, eval_interval=250),
                    models={name: MODELS[name] | dict(scale_embeddings=name != "memory+") for name in (
                        "dense", "memory+", "shifted", "tokens", "moe", "shifted-16x", "hash")}),
-    "mqar": dict(corpus=READY_MADE["mqar"],  # two layers with one head are enough to learn this
+    "mqar": dict(corpus=READY_MADE["mqar"],  # two layers with one head can learn this
                  options=SHIFTED | dict(dataset="mqar", n_layer=2, n_head=1, block_size=64, batch_size=32,
                                         max_steps=1000, eval_interval=100),
                  models={"dense": dict(mem_layers=()), "shifted": dict(mem_layers=(1,)),
                          "moe": dict(mem_layers=(), moe_layers=(1,), moe_experts=64)}),
 }
 
-# Experiments for a GPU, with steps of 64k tokens. By default one learning rate, 2e-3, and one seed.
-# Memory layers stand where the papers have them, spread over the depth. The first four models differ in how
-# slots are chosen, and in mlp_width, so that all models except dense-2x cost the same
+# Experiments for a GPU, with 64k tokens per step. By default each model has one run (learning rate 2e-3).
+# Memory layers are spread over the depth, as in the papers. The first four models differ in how slots are
+# chosen. mlp_width makes the cost of all models except dense-2x equal
 LARGE = dict(n_layer=6, n_embd=256, scale_embeddings=True, mem_layers=(1, 3, 5), mem_num_keys=512,
              mem_key_dim=64, accum_steps=2, log_interval=20, eval_batches=4)
 LARGE_MODELS = {
     "dense": dict(mem_layers=(), mlp_width=1024),
-    "memory+": UNSCALED | dict(mlp_width=1376),  # 2^18 slots; the state chooses them, as published
+    "memory+": UNSCALED | dict(mlp_width=1376),  # 2^18 slots. The state chooses them, as published
     "tokens": dict(mem_query="tokens", mlp_width=1376),
     "hash": dict(mem_kind="hash", mlp_width=1728),
 }
 SIZES = {
-    "memory+16k": UNSCALED | dict(mem_num_keys=128, mlp_width=1568),  # slots
+    "memory+16k": UNSCALED | dict(mem_num_keys=128, mlp_width=1568),  # 16k slots
     "memory+64k": UNSCALED | dict(mem_num_keys=256, mlp_width=1504),
     "memory+1M": UNSCALED | dict(mem_num_keys=1024, mlp_width=1120),
     "memory+4M": UNSCALED | dict(mem_num_keys=2048, mlp_width=608),
     "dense-2x": dict(mem_layers=(), mlp_width=2824),
-    "moe": dict(mem_layers=(), moe_layers=(1, 3, 5), moe_experts=88, mlp_width=1008),  # the size of memory+
+    "moe": dict(mem_layers=(), moe_layers=(1, 3, 5), moe_experts=88, mlp_width=1008),  # as large as memory+
 }
-ONE_RUN = dict(lrs=(2e-3,), seeds=1)  # other defaults of CompareConfig
+ONE_RUN = dict(lrs=(2e-3,), seeds=1)  # instead of the defaults of CompareConfig
 EXPERIMENTS |= {
-    # 72 M tokens, which a full run sees four times. The questions are a sample with as many about rarely told
-    # people as about often told ones, so the recall of "all" is no mean over people
+    # 72 M tokens, which a full run sees four times. As many questions are about facts that the text tells
+    # rarely as about facts that it tells often. So the recall "all" is not the mean over all facts
     "facts-large": dict(corpus=READY_MADE["facts-large"],
                         options=LARGE | dict(dataset="facts-large", block_size=128, batch_size=512,
                                              max_steps=4600, eval_interval=460),
@@ -138,11 +138,11 @@ EXPERIMENTS |= {
 
 @dataclass
 class CompareConfig:
-    models: tuple[str, ...] = ()  # which models, the most urgent first; none: all models of the experiment
-    lrs: tuple[float, ...] = (4e-3, 8e-3)  # learning rates to try; with a single one there is no tuning
+    models: tuple[str, ...] = ()  # which models, the most urgent first; empty: all models of the experiment
+    lrs: tuple[float, ...] = (4e-3, 8e-3)  # learning rates to try; with only one there is no tuning
     seeds: int = 3  # runs of each model at its best learning rate
-    jobs: int = 2  # runs at the same time, each on its share of the cores
-    max_steps: int = 0  # shorter runs, which have lines of their own; 0: the steps of the experiment
+    jobs: int = 2  # runs at the same time, which share the CPU cores
+    max_steps: int = 0  # steps of each run; 0: the steps of the experiment. Lengths have separate results
     results: str = "experiments/results"  # folder for the lines of finished runs, relative to the repository
     out: str = "out/compare"  # folder for the runs in progress, relative to the repository
 
@@ -156,7 +156,7 @@ class CompareConfig:
 
 
 def set_max_steps(experiment: str, steps: int) -> None:
-    """Changes the length of an experiment's runs, and so which lines of results belong to it."""
+    """Changes the length of an experiment's runs. Results of another length are then ignored."""
     options = EXPERIMENTS[experiment]["options"] | dict(max_steps=steps, eval_interval=max(50, steps // 10))
     EXPERIMENTS[experiment] = EXPERIMENTS[experiment] | dict(options=options)
 
@@ -164,22 +164,22 @@ def set_max_steps(experiment: str, steps: int) -> None:
 # --- runs ---------------------------------------------------------------------------------------------------
 
 def train_options(experiment: str, model: str) -> dict:
-    """The options of train.py that all runs of a model share."""
+    """The options of train.py that are the same in all runs of a model."""
     options = EXPERIMENTS[experiment]["options"]
     return options | EXPERIMENTS[experiment]["models"][model]
 
 
 def all_options(experiment: str, model: str) -> dict:
     """
-    The options of the corpus and of train.py. Two runs with the same options, learning rate and seed are the
-    same run.
+    The options of the corpus and of train.py. A run is identified by these options, its learning rate and its
+    seed.
     """
     return merge_options(EXPERIMENTS[experiment]["corpus"][1],
                          TrainConfig(**train_options(experiment, model) | RUN_OPTIONS))
 
 
 def merge_options(corpus: Corpus, run: TrainConfig) -> dict:
-    """Both sets of options, in the form that they have in a line of results."""
+    """Both sets of options in one dict, as a line of results has them."""
     run_options = asdict(run)
     corpus_options = {f"corpus_{name}" if name in run_options else name: value
                       for name, value in asdict(corpus).items()}
@@ -187,16 +187,16 @@ def merge_options(corpus: Corpus, run: TrainConfig) -> dict:
 
 
 def prepare_corpus(experiment: str, rows: list[dict]) -> None:
-    """Makes the corpus if it does not exist. Fails if it is another corpus than the one that `rows` saw."""
+    """Makes the corpus if it does not exist. Fails if the runs in `rows` had another corpus."""
     make, config = EXPERIMENTS[experiment]["corpus"]
     folder = DATA / EXPERIMENTS[experiment]["options"]["dataset"]
     if not (folder / "meta.json").exists():
         make(config)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    made_with = asdict(type(config)()) | meta["options"]  # a corpus older than an option had its default
+    made_with = asdict(type(config)()) | meta["options"]  # an older corpus lacks newer options
     if made_with != json.loads(json.dumps(asdict(config))):
-        fail(f"{folder} was made with other options: move it away, and it is made again")
-    # the options do not tell everything: stdlib differs between versions of Python
+        fail(f"{folder} was made with other options: move it away, then this command makes it again")
+    # the same options can give another corpus: stdlib differs between versions of Python
     if any(row.get("train_tokens") != meta["train_tokens"] for row in rows):
         fail(f"the finished runs saw another corpus than {folder}: choose another folder with --results")
 
@@ -207,25 +207,25 @@ def rows_path(experiment: str, results: str) -> Path:
 
 def read_rows(path: Path) -> list[dict]:
     """
-    The lines of finished runs, in the order of the models. Lines of a model that has other options now are
-    left out, so the model is run again.
+    The lines of finished runs, in the order of the models. If the options of a model have changed, its old
+    lines are left out, so its runs are done again.
     """
     experiment, rows = path.stem, {}
-    known = {model: all_options(experiment, model) for model in EXPERIMENTS[experiment]["models"]}
-    # a line that is older than an option had the option's default
+    options = {model: all_options(experiment, model) for model in EXPERIMENTS[experiment]["models"]}
+    # an older line lacks newer options: its run had their defaults
     default = merge_options(type(EXPERIMENTS[experiment]["corpus"][1])(), TrainConfig())
     for line in open(path, encoding="utf-8") if path.exists() else ():
-        with contextlib.suppress(ValueError):  # an incomplete line
+        with contextlib.suppress(ValueError):  # ignores an incomplete line
             row = json.loads(line)
-            if default | row["options"] == known.get(row["model"]):
+            if default | row["options"] == options.get(row["model"]):
                 rows[row["model"], row["lr"], row["seed"]] = row
-    order = list(known)
+    order = list(options)
     return sorted(rows.values(), key=lambda row: order.index(row["model"]))
 
 
 def score(row: dict) -> tuple:
-    """Runs are compared by recall, then by validation loss (if there are no questions, by this alone)."""
-    if not row["curve"]:  # diverged: worse than all others, and a higher learning rate is worse still
+    """Greater is better. Recall decides. If it is equal or there are no questions, the loss decides."""
+    if not row["curve"]:  # diverged: worse than all others; the lower learning rate is better
         return -math.inf, -row["lr"]
     final = row["curve"][-1]
     return final.get("recall", {}).get("all", 0), -final["val_loss"]
@@ -236,33 +236,33 @@ def best_lr(rows: list[dict], model: str) -> float:
 
 
 def next_runs(config: CompareConfig, models, rows: list[dict]) -> list[tuple]:
-    """(model, lr, seed) of the next runs. A model's other seeds come once all its learning rates are done."""
+    """(model, lr, seed) of the next runs. First all learning rates of a model, then the other seeds."""
     done = {(row["model"], row["lr"], row["seed"]) for row in rows}
     runs = []
     for model in models:
-        wanted = [(model, lr, 1) for lr in config.lrs]
-        if done.issuperset(wanted):
-            tried = {lr for name, lr, _ in done if name == model}
+        model_runs = [(model, lr, 1) for lr in config.lrs]
+        if done.issuperset(model_runs):
+            tried_lrs = {lr for name, lr, _ in done if name == model}
             best = best_lr(rows, model) if len(config.lrs) > 1 else config.lrs[0]
-            wanted = [(model, best, seed) for seed in range(2, config.seeds + 1)]
-            if len(config.lrs) > 1 and best in (min(tried), max(tried)):  # a better one may lie beyond
-                wanted = [(model, 2 * best if best == max(tried) else best / 2, 1)]
-        runs += [run for run in wanted if run not in done]
+            model_runs = [(model, best, seed) for seed in range(2, config.seeds + 1)]
+            if len(config.lrs) > 1 and best in (min(tried_lrs), max(tried_lrs)):  # is the next one better?
+                model_runs = [(model, 2 * best if best == max(tried_lrs) else best / 2, 1)]
+        runs += [run for run in model_runs if run not in done]
     return runs
 
 
 def run_folder(experiment: str, run: tuple, config: CompareConfig) -> Path:
-    """The folder of a run. Its name has a checksum of the options: with other options it is another run."""
+    """The folder of a run. Its name has a checksum of the options, so other options get another folder."""
     model, lr, seed = run
     checksum = zlib.crc32(json.dumps(all_options(experiment, model)).encode())
     return ROOT / config.out / experiment / f"{model}_{lr:g}_{seed}_{checksum:x}"
 
 
 def command_line(options: dict) -> list[str]:
-    """The words that tell train.py these options. What they do not name has the default of TrainConfig."""
+    """The arguments for train.py. Options that are not in `options` keep the defaults of TrainConfig."""
     words = [f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
              for name, value in options.items()]
-    return ["--preset=paper", *words]  # the only preset that keeps the defaults
+    return ["--preset=paper", *words]  # this preset is the defaults
 
 
 def start(experiment: str, run: tuple, out_dir: Path, jobs: int) -> subprocess.Popen:
@@ -294,11 +294,11 @@ def make_row(experiment: str, run: tuple, out_dir: Path) -> dict:
     tokens_per_step = config.batch_size * config.block_size
     log = [json.loads(line) for line in open(out_dir / "log.jsonl", encoding="utf-8")]
     curve = [line | {"tokens": line["step"] * tokens_per_step} for line in log if "val_loss" in line]
-    speeds = [line["tokens_per_second"] for line in log if "loss" in line]  # of training, without evaluation
-    asked = Counter("held_out" if question.get("held_out") else exposure_bin(question)
-                    for question in read_questions(DATA / config.dataset / "qa.jsonl"))
+    speeds = [line["tokens_per_second"] for line in log if "loss" in line]  # without evaluation
+    counts = Counter("held_out" if question.get("held_out") else exposure_bin(question)
+                     for question in read_questions(DATA / config.dataset / "qa.jsonl"))
     return row | {"macs": config.macs_per_token(), "parameters": GPT(config).count_parameters(),
-                  "asked": asked, "tokens_per_second": median(speeds), "curve": curve}
+                  "asked": counts, "tokens_per_second": median(speeds), "curve": curve}
 
 
 def append_row(path: Path, row: dict) -> None:
@@ -314,9 +314,9 @@ def run_all(experiment: str, config: CompareConfig) -> None:
     path = rows_path(experiment, config.results)
     prepare_corpus(experiment, read_rows(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that no run is left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: stops the runs too
     running = {}  # run: (process, folder, start time)
-    durations = []  # of the runs that finished here
+    durations = []  # seconds of the runs that this command has finished
     try:
         while True:
             rows = read_rows(path)
@@ -346,33 +346,33 @@ def run_all(experiment: str, config: CompareConfig) -> None:
         for process, *_ in running.values():
             process.terminate()
         for process, *_ in running.values():
-            process.wait()  # it saves a checkpoint, and the next command may need it at once
+            process.wait()  # it saves a checkpoint first
 
 
 def print_progress(config: CompareConfig, models, rows: list[dict], running: dict, durations: list) -> None:
-    """Each model needs (learning rates + seeds - 1) runs, and more if its best learning rate is at an end."""
+    """Estimates (learning rates + seeds - 1) runs per model. Some models then need more learning rates."""
     done = sum(row["model"] in models for row in rows)
     total = max(len(models) * (len(config.lrs) + config.seeds - 1), done + len(running))
-    left = ""
+    time_left = ""
     if durations:
-        left = f", about {duration(mean(durations) * (total - done) / config.jobs)} left"
+        time_left = f", about {duration(mean(durations) * (total - done) / config.jobs)} left"
     names = ", ".join(f"{model} (lr {lr:g}, seed {seed})" for model, lr, seed in running)
-    print(f"{time.strftime('%H:%M')}  {done} of {total} runs done{left}; running: {names}", flush=True)
+    print(f"{time.strftime('%H:%M')}  {done} of {total} runs done{time_left}; running: {names}", flush=True)
 
 
 # --- results ------------------------------------------------------------------------------------------------
 
 def best_runs(rows: list[dict]) -> dict[str, list[dict]]:
-    """For each model the runs at its best learning rate, without those that diverged."""
-    tuned = dict.fromkeys(row["model"] for row in rows if row["seed"] == 1)
-    best = {model: best_lr(rows, model) for model in tuned}
+    """For each model the runs at its best learning rate, except runs that diverged."""
+    models = dict.fromkeys(row["model"] for row in rows if row["seed"] == 1)
+    best = {model: best_lr(rows, model) for model in models}
     runs = {model: [row for row in rows if row["model"] == model and row["lr"] == lr and row["curve"]]
             for model, lr in best.items()}
     return {model: rows for model, rows in runs.items() if rows}
 
 
 def recall_between(row: dict, low: int, high: int) -> float:
-    """The final recall of facts told low ... high - 1 times in training; both are powers of two."""
+    """The final recall of facts that training told low ... high - 1 times. Both must be powers of two."""
     shares = row["curve"][-1]["recall"]["by_exposure"]
     bins = [key for key in shares if low <= int(key) < high]
     if not bins:
@@ -381,7 +381,7 @@ def recall_between(row: dict, low: int, high: int) -> float:
 
 
 def tokens_to(recall: float, curve: list[dict]) -> float:
-    """The number of tokens when the curve first reaches this recall (linear between its points), or nan."""
+    """The number of tokens at which the curve (lines between its points) reaches this recall, or nan."""
     points = [(point["tokens"], point["recall"]["all"]) for point in curve]
     for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
         if y1 >= recall:
@@ -390,7 +390,7 @@ def tokens_to(recall: float, curve: list[dict]) -> float:
 
 
 def mean_and_deviation(values, form: str = ".3f") -> str:
-    """'mean ± standard deviation', or the only value. A dash if one is nan, which means never reached."""
+    """'mean ± standard deviation', or only the value if there is one. '-' if a value is nan (not reached)."""
     if any(map(math.isnan, values)):
         return "-"
     deviation = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
@@ -402,39 +402,39 @@ def print_table(experiment: str, config: CompareConfig) -> None:
     rows = read_rows(rows_path(experiment, config.results))
     runs, lrs_tried = best_runs(rows), Counter(row["model"] for row in rows if row["seed"] == 1)
     if not runs:
-        return print(f"{experiment}: no finished runs; to train: python -m experiments.compare {experiment}")
+        return print(f"{experiment}: no finished runs. Start: python -m experiments.compare {experiment}")
     has_recall = "recall" in next(iter(runs.values()))[0]["curve"][-1]
     is_facts = experiment == "facts" and "dense" in runs
     if is_facts:
         dense_recall = mean(row["curve"][-1]["recall"]["all"] for row in runs["dense"])
     lines = []
-    for model, same in runs.items():
-        final, first = [row["curve"][-1] for row in same], same[0]
-        failed = sum((row["model"], row["lr"]) == (model, first["lr"]) for row in rows) - len(same)
+    for model, model_runs in runs.items():
+        final, first = [row["curve"][-1] for row in model_runs], model_runs[0]
+        failed = sum((row["model"], row["lr"]) == (model, first["lr"]) for row in rows) - len(model_runs)
         line = {
             "model": model,
             "multiply-adds per token": f"{first['macs']:,}",
             "parameters": f"{first['parameters']['dense'] + first['parameters']['memory']:,}",
-            "seeds": f"{len(same)}" + (f", {failed} diverged" if failed else ""),
+            "seeds": f"{len(model_runs)}" + (f", {failed} diverged" if failed else ""),
             "learning rate (tried)": f"{first['lr']:g} ({lrs_tried[model]})",
             "validation loss": mean_and_deviation([point["val_loss"] for point in final]),
         }
         if has_recall:
             line["recall"] = mean_and_deviation([point["recall"]["all"] for point in final])
         if is_facts:
-            tokens = [tokens_to(dense_recall, row["curve"]) / 1e6 for row in same]
+            tokens = [tokens_to(dense_recall, row["curve"]) / 1e6 for row in model_runs]
             line |= {
                 "recall, told 8 to 31 times": mean_and_deviation(
-                    [recall_between(row, 8, 32) for row in same]),
+                    [recall_between(row, 8, 32) for row in model_runs]),
                 "recall, held out": mean_and_deviation([point["recall"]["held_out"] for point in final]),
                 "M tokens to dense's recall": mean_and_deviation(tokens, ".2f"),
             }
         lines.append(line)
-    print(f"\n{experiment}, each model at the best of the learning rates tried:\n")
+    print(f"\n{experiment}, each model at the best learning rate of those tried:\n")
     print_markdown(lines)
 
 
-SUMMARY = {  # model: how README.md calls it
+SUMMARY = {  # model: its name in README.md
     "dense": "dense GPT",
     "moe": "mixture of 32 experts",
     "memory+": "**Memory+ as published**",
@@ -445,7 +445,7 @@ SUMMARY = {  # model: how README.md calls it
 
 
 def print_summary(config: CompareConfig) -> None:
-    """The table in README.md: both experiments, each model at the best of the learning rates tried."""
+    """The table in README.md: facts and stdlib, each model at its best learning rate."""
     facts, stdlib = (best_runs(read_rows(rows_path(name, config.results))) for name in ("facts", "stdlib"))
     lines = []
     for model, name in SUMMARY.items():

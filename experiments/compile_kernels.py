@@ -1,6 +1,6 @@
 """
-Compiles the Triton kernels of kernel.py for GPUs that this machine does not have, and reads what they need
-there: registers, shared memory, spills. For `python -m experiments.speed kernels`.
+Compiles the Triton kernels of kernel.py for several GPUs. No GPU is necessary. The compiled kernels tell how
+many registers and how much shared memory they need. `python -m experiments.speed kernels` prints a table.
 """
 
 import re
@@ -26,13 +26,14 @@ def kernel_sources(V: int, dtype: str):
     yield "gather_sum", kernel.gather_sum_kernel, kernel.gather_settings(V, size)
     yield "gather_dot", kernel.gather_dot_kernel, kernel.gather_dot_settings(V, size)
     yield "sum_pieces", kernel.sum_pieces_kernel, kernel.gather_settings(V, 4) | {"PIECE": kernel.PIECE}
-    yield "rowwise", kernel.update_kernel, by_block | {"exp_avg_ptr": None}
-    yield "adam", kernel.update_kernel, by_row
-    yield "sgd", kernel.update_kernel, by_row | {"v_ptr": None, "exp_avg_ptr": None}
+    no_v, no_adam = {"v_ptr": None}, {"exp_avg_ptr": None, "exp_avg_sq_ptr": None}
+    yield "rowwise", kernel.update_kernel, by_block | no_adam
+    yield "adam", kernel.update_kernel, by_row | no_v
+    yield "sgd", kernel.update_kernel, by_row | no_v | no_adam
 
 
 def argument_type(name: str, dtype: str) -> str:
-    """The type that an argument has in training: values are `dtype`, indices int32, and most else float32."""
+    """The type of an argument in training. `dtype` is that of the values, and most others are float32."""
     if name == "values_ptr":
         return f"*{dtype}"
     if name in ("token_ptr", "seed_ptr"):
@@ -43,7 +44,7 @@ def argument_type(name: str, dtype: str) -> str:
 
 
 def compile_kernel(function, dtype: str, constants: dict, target) -> dict:
-    """What the compiled kernel needs of its GPU."""
+    """Compiles a kernel for a GPU -> registers, shared memory and so on that it needs there."""
     import triton
     from triton.compiler import ASTSource
 
@@ -51,7 +52,7 @@ def compile_kernel(function, dtype: str, constants: dict, target) -> dict:
     num_warps = constants.pop("num_warps")
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else argument_type(name, dtype) for name in names}
-    # tensors begin at a multiple of 16 bytes, as they do in training
+    # in training, the address of each tensor is a multiple of 16
     aligned = {(names.index(name),): [["tt.divisibility", 16]]
                for name, kind in signature.items() if kind[0] == "*"}
     source = ASTSource(function, signature, constants, aligned)
@@ -62,10 +63,10 @@ def compile_kernel(function, dtype: str, constants: dict, target) -> dict:
 
 def _amd_usage(compiled) -> dict:
     text = compiled.asm["amdgcn"]
-    number = {name: int(re.search(rf"\.{name}: +(\d+)", text).group(1))
+    counts = {name: int(re.search(rf"\.{name}: +(\d+)", text).group(1))
               for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")}
-    return dict(registers=number["vgpr_count"], wide_loads=len(re.findall("global_load_dwordx4", text)),
-                spilled_bytes=4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"]))
+    return dict(registers=counts["vgpr_count"], wide_loads=len(re.findall("global_load_dwordx4", text)),
+                spilled_bytes=4 * (counts["vgpr_spill_count"] + counts["sgpr_spill_count"]))
 
 
 def _nvidia_usage(compiled, num_warps: int, shared: int) -> dict:
@@ -77,10 +78,10 @@ def _nvidia_usage(compiled, num_warps: int, shared: int) -> dict:
         cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([cuobjdump, "--dump-resource-usage", f.name], check=True, capture_output=True,
                                text=True)
-    number = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
+    counts = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
     # a multiprocessor has 65,536 registers, room for 64 warps and 32 programs, and 227 KB of shared memory
-    warps = min(64, 65_536 // (32 * -(-number["REG"] // 8) * 8))
+    warps = min(64, 65_536 // (32 * -(-counts["REG"] // 8) * 8))
     programs = min(32, warps // num_warps, 227_000 // max(1, shared))
-    return dict(registers=number["REG"], spilled_bytes=number["STACK"] + number["LOCAL"],
+    return dict(registers=counts["REG"], spilled_bytes=counts["STACK"] + counts["LOCAL"],
                 wide_loads=len(re.findall(r"ld\.global[\w.]*\.v4\.b32", compiled.asm["ptx"])),
                 programs=programs, occupancy=programs * num_warps / 64)

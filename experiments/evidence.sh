@@ -1,22 +1,23 @@
 #!/bin/bash
-# Does memory help at a scale that a laptop cannot do? Needs a GPU.
+# Does memory help at a scale that is too large for a laptop? Needs a GPU.
 #
 #     bash experiments/evidence.sh FOLDER [SECONDS]
 #
-# Runs facts-large and then code (experiments/compare.py), with their first four models at the same time. The
-# other models of facts-large come last. Each experiment starts with a trial of 60 steps, which soon gives a
-# result and tells how many steps fit into SECONDS (default: two hours, enough for full runs). FOLDER gets the
-# lines of finished runs, figures, and in FOLDER/unfinished the logs of runs that the time cut short. The same
-# command continues from the checkpoints in out/compare.
+# Runs two experiments of experiments/compare.py, first facts-large and then code. Four models train at the
+# same time. The other models of facts-large are last. SECONDS is the time limit: by default two hours, enough
+# for full runs. Each experiment begins with runs of 60 steps, which show how many steps fit into the time.
+#
+# FOLDER gets the lines of finished runs and the figures. The logs of unfinished runs go to FOLDER/unfinished.
+# If you repeat the command, it continues from the checkpoints in out/compare.
 python=${PYTHON:-python3}
 mkdir -p "$1" && folder=$(realpath "$1") && cd "$(dirname "$0")/.." || exit 2
-end=$((SECONDS + ${2:-7200} - 30))  # 30 seconds for the last checkpoints and figures
+end=$((SECONDS + ${2:-7200} - 30))  # 30 seconds are for the last checkpoints and figures
 first_four=dense,memory+,tokens,hash
 
-compare() {  # compare UNTIL EXPERIMENT OPTIONS
-    left=$(($1 - SECONDS))
-    # --foreground: only compare gets the signal, and stops its runs itself
-    [ $left -gt 0 ] && timeout --foreground $left "$python" -m experiments.compare "${@:2}" \
+compare() {  # compare UNTIL EXPERIMENT OPTIONS: runs an experiment until the second UNTIL of this script
+    seconds_left=$(($1 - SECONDS))
+    # --foreground: only compare gets the signal, and then it stops its runs
+    [ $seconds_left -gt 0 ] && timeout --foreground $seconds_left "$python" -m experiments.compare "${@:2}" \
         --results="$folder" --jobs=4
 }
 
@@ -37,20 +38,20 @@ path, seconds, full = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 rows = [row for row in map(json.loads, open(path)) if row["curve"]]
 steps_per_second = min(row["tokens_per_second"] * row["curve"][-1]["step"] / row["curve"][-1]["tokens"]
                        for row in rows)
-print(max(60, min(full, int(0.7 * seconds * steps_per_second))))  # 0.7: the rest is start and evaluation
+print(max(60, min(full, int(0.7 * seconds * steps_per_second))))  # 30% is for start and evaluation
 END
 }
 
-stage() {  # stage UNTIL EXPERIMENT STEPS_OF_A_FULL_RUN: a trial, and then a run as long as fits
+stage() {  # stage UNTIL EXPERIMENT STEPS_OF_A_FULL_RUN: short runs first, then runs as long as time allows
     compare "$1" "$2" --models=$first_four --max_steps=60
-    # the number of steps is kept: with another one it would be another run, and not continue
+    # a file keeps the number of steps: runs with another number would not continue from the checkpoints
     [ -s "$folder/$2.steps" ] || steps_that_fit "$2" $(($1 - SECONDS)) "$3" > "$folder/$2.steps"
     [ -s "$folder/$2.steps" ] && compare "$1" "$2" --models=$first_four --max_steps="$(< "$folder/$2.steps")"
     keep_logs
     "$python" -m experiments.plots "$folder/$2.jsonl"
 }
 
-# while the first models train, another core makes the second corpus
+# make the second corpus while the first models train
 [ -e data/code/meta.json ] || "$python" data/prepare.py code > "$folder/prepare.txt" 2>&1 &
 stage $((SECONDS + (end - SECONDS) * 3 / 5)) facts-large 4600
 wait

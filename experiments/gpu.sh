@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# What only a GPU can show. Each part takes less than 8 minutes on one, and needs no other part.
+# Tests and measurements that need a GPU. Each part takes less than 8 minutes, and needs no other part.
 #
-#   experiments/gpu.sh OUT correct    all tests; kernels against float64; memory checker; NCCL; training in bf16
-#   experiments/gpu.sh OUT fast       speed of kernels, of a step, of the models, and a profile
-#   experiments/gpu.sh OUT evidence   facts and code at a scale that a laptop cannot do (evidence.sh)
+#   experiments/gpu.sh OUT correct    all tests, the kernels against float64, a memory checker, NCCL, training
+#   experiments/gpu.sh OUT fast       the speed of the kernels, a step of the pool, and the models; a profile
+#   experiments/gpu.sh OUT evidence   the experiments facts-large and code, see evidence.sh
 #
-# A log for each command, and rows of figures as JSON lines, go to the folder OUT. Without a GPU, a part does
-# what a CPU can, in small, and says what it skipped.
+# OUT is a folder for the results: the log of each command, and numbers as JSON lines. Without a GPU, a part
+# does a small version of what a CPU can do, and says what it skipped.
 
 set -u
 cd "$(dirname "$0")/.."
-[ $# -eq 2 ] || { sed -n '2,11s/^# \{0,1\}//p' experiments/gpu.sh; exit 2; }
+[ $# -eq 2 ] || { sed -n '2,9s/^# \{0,1\}//p' experiments/gpu.sh; exit 2; }
 mkdir -p "$1"
 OUT=$(cd "$1" && pwd)
 PART=$2
@@ -18,13 +18,13 @@ export PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || ec
 GPU=$($PYTHON -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')
 FAILED=0
 
-run() {  # run NAME SECONDS COMMAND...: a line that says how it ended; what it printed is in OUT/NAME.txt
+run() {  # run NAME SECONDS COMMAND...: runs the command with a time limit. Its output goes to OUT/NAME.txt
     local name=$1 limit=$2 begin=$SECONDS
     shift 2
     if timeout -k 10 "$limit" "$@" > "$OUT/$name.txt" 2>&1; then
         echo "$name: passed, $((SECONDS - begin)) s"
     else
-        echo "$name: FAILED with status $?, $((SECONDS - begin)) s; the end of $OUT/$name.txt:"
+        echo "$name: FAILED with status $?, $((SECONDS - begin)) s. The end of $OUT/$name.txt:"
         tail -n 5 "$OUT/$name.txt"
         FAILED=1
     fi
@@ -45,7 +45,7 @@ correct() {
     fi
     if [ "$GPU" ]; then run nccl 60 $PYTHON -m experiments.gpu_checks nccl; else skip nccl "no GPU"; fi
 
-    # a corpus of its own, so that your data/facts stays as it is
+    # another corpus, so your data/facts does not change
     run facts 60 $PYTHON data/prepare.py facts --name=gpu-facts $size
     local train="train.py --dataset=gpu-facts --device=$device --eval_interval=30 --warmup_steps=10 --keep=1"
     [ "$GPU" ] && train="$train --mem_dtype=bfloat16 --value_stochastic_rounding --mem_num_keys=256"
@@ -70,7 +70,7 @@ fast() {
         --json="$OUT/operations.jsonl"
     if [ "$GPU" ]; then
         run step 150 $PYTHON -m experiments.speed step --json="$OUT/step.jsonl"
-        for dtype in float32 bfloat16; do  # the size of the goal: 6 times embedding_bag + AdamW
+        for dtype in float32 bfloat16; do  # goal: 6 times as fast as embedding_bag + AdamW
             run step_1024_$dtype 60 $PYTHON -m experiments.speed step --value_dim=1024 --dtype=$dtype \
                 --rows=1048576 --reads=uniform --tokens=2048,4096 --json="$OUT/step_1024_$dtype.jsonl"
         done
@@ -80,7 +80,8 @@ fast() {
             --json="$OUT/step.jsonl"
     fi
     run model 150 $PYTHON -m experiments.speed model --repeats=$repeats --json="$OUT/model.jsonl"
-    [ "$GPU" ] && grep -h "of a copy\|copies run\|times as fast\|CPU waits" "$OUT"/{operations,step*,model}.txt
+    [ "$GPU" ] || return
+    grep -h "of a copy\|copies run\|times as fast\|CPU waits" "$OUT"/{operations,step*,model}.txt
 }
 
 evidence() {
@@ -91,7 +92,7 @@ evidence() {
     fi
 }
 
-echo "$PART on ${GPU:-a CPU: what needs a GPU is skipped}"
+echo "$PART on ${GPU:-a CPU (commands that need a GPU are skipped)}"
 case $PART in
     correct | fast | evidence) $PART ;;
     *) echo "error: the parts are correct, fast and evidence"; exit 2 ;;

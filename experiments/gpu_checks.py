@@ -1,12 +1,13 @@
 """
-Are the Triton kernels right at the sizes that matter? Each result is compared with float64, for some tokens
-and some rows, and each operation runs twice and must give the same bits.
+Are the Triton kernels right for large pools? Results are compared with float64, for some tokens and rows.
+Each operation runs twice and must give the same bits.
 
-    python -m experiments.gpu_checks           pools of 1M and 4M rows x 1,024, on a GPU with 70 GB
-    python -m experiments.gpu_checks small     a small pool, also on a CPU; with a GPU, for compute-sanitizer
+    python -m experiments.gpu_checks           pools of 1M and 4M rows with 1,024 columns, on a GPU with 70 GB
+    python -m experiments.gpu_checks small     a small pool, on a GPU or CPU (used with compute-sanitizer)
     python -m experiments.gpu_checks nccl      the collectives of runtime/distributed.py, with one process
 
-Reads are drawn by Zipf's law, and every token also reads row 3.
+Without a GPU, the first command checks the small pool too. Some rows are read much more often than others
+(Zipf's law), and every token reads row 3.
 """
 
 import json
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from experiments.speed import DEVICE, device_name, draw_indices
 from kernel import gather_dot, gather_sum, scatter_update
 
-# largest difference from float64, relative to the largest number of the result
+# the largest allowed difference from float64, divided by the largest number of the result
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 
 
@@ -27,7 +28,7 @@ def error(ours, exact) -> float:
 
 
 def update(before, read, blocks: int = 8):
-    """One step of `rowwise` on a copy of the values."""
+    """One step of the optimiser rowwise, on a copy of the values."""
     values = before.clone()
     state = {"v": torch.zeros(len(values), blocks, device=DEVICE),
              "step": torch.ones((), dtype=torch.int64, device=DEVICE)}
@@ -42,8 +43,8 @@ def check(num_values: int, V: int, N: int, bag: int, dtype: torch.dtype, sample:
     indices[:, 0] = 3
     weights, dy = torch.rand(N, bag, device=DEVICE), torch.randn(N, V, device=DEVICE)
     y, dw = gather_sum(values, indices, weights), gather_dot(values, indices, dy)
-    same = torch.equal(y, gather_sum(values, indices, weights))
-    same &= torch.equal(dw, gather_dot(values, indices, dy))
+    same_bits = torch.equal(y, gather_sum(values, indices, weights))
+    same_bits &= torch.equal(dw, gather_dot(values, indices, dy))
 
     tokens = torch.randperm(N, device=DEVICE)[:sample]
     chosen = values[indices[tokens]].double()  # (tokens, bag, V)
@@ -52,31 +53,32 @@ def check(num_values: int, V: int, N: int, bag: int, dtype: torch.dtype, sample:
 
     new, v = update(values, (indices, weights, dy))
     new_again, v_again = update(values, (indices, weights, dy))
-    same &= torch.equal(new, new_again) and torch.equal(v, v_again)
-    read, counts = indices.unique(return_counts=True)
+    same_bits &= torch.equal(new, new_again) and torch.equal(v, v_again)
+    rows_read, counts = indices.unique(return_counts=True)
     not_read = torch.ones(num_values, dtype=torch.bool, device=DEVICE)
-    not_read[read.long()] = False
+    not_read[rows_read.long()] = False
     unchanged = all(torch.equal(a[part], b[part]) for a, b, part in
                     zip(new.split(2**18), values.split(2**18), not_read.split(2**18), strict=True))
-    often = read[counts.topk(min(20, len(read))).indices]  # row 3, and those that are summed in pieces
-    for row in torch.cat((often, read[torch.randperm(len(read), device=DEVICE)[:sample]])).tolist():
+    most_read = rows_read[counts.topk(min(20, len(rows_read))).indices]  # Triton sums these in pieces
+    some_rows = rows_read[torch.randperm(len(rows_read), device=DEVICE)[:sample]]
+    for row in torch.cat((most_read, some_rows)).tolist():
         token, j = (indices == row).nonzero(as_tuple=True)
         g = weights[token, j].double() @ dy[token].double()  # (V,)
-        mean_sq = g.view(8, -1).square().mean(1)  # a value's first step: v is the mean itself
+        mean_sq = g.view(8, -1).square().mean(1)  # in the first step, v is this mean
         exact = values[row].double() - 0.1 * (g.view(8, -1) / mean_sq.sqrt().unsqueeze(1)).flatten()
-        for name, number in (("update", error(new[row], exact)), ("v", error(v[row], mean_sq))):
-            errors[name] = max(errors.get(name, 0.0), number)
-    # Triton sums 16-bit values in float32, and PyTorch does not
+        for name, row_error in (("update", error(new[row], exact)), ("v", error(v[row], mean_sq))):
+            errors[name] = max(errors.get(name, 0.0), row_error)
+    # Triton (on a GPU) computes sums of 16-bit values in float32, but PyTorch (on a CPU) in 16 bits
     sums = TOLERANCE[torch.float32 if DEVICE == "cuda" else dtype]
     limits = dict(gather_sum=sums, gather_dot=sums, v=TOLERANCE[torch.float32], update=TOLERANCE[dtype])
     return dict(bench="check", device=device_name(), rows=num_values, V=V, tokens=N, bag=bag,
-                dtype=str(dtype)[6:], errors=errors, same_bits=same, others_unchanged=unchanged,
+                dtype=str(dtype)[6:], errors=errors, same_bits=same_bits, others_unchanged=unchanged,
                 most_reads_of_a_row=counts.max().item(),
-                passed=same and unchanged and all(errors[name] <= limits[name] for name in errors))
+                passed=same_bits and unchanged and all(errors[name] <= limits[name] for name in errors))
 
 
 def check_nccl() -> dict:
-    """With one process, the collectives of NCCL must return what they got."""
+    """With one process, the collectives of NCCL must return their input."""
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     x = torch.randn(4, 8, device=DEVICE)
     reduced, gathered, exchanged = x.clone(), [torch.empty_like(x)], torch.empty_like(x)

@@ -1,13 +1,13 @@
 """
-How fast is it? Each figure is the median of several measurements. Things that are compared are measured
-alternately in one run, so that noise hits all of them.
+How fast is nanoPKM? Each number is the median of several measurements. Functions that are compared run
+alternately, so noise affects all of them.
 
-    python -m experiments.speed step       a step of the memory, and other ways to write it in PyTorch
-    python -m experiments.speed search     pruned and full grid, our top_k and torch.topk
-    python -m experiments.speed model      a training step of the models of experiments.compare, and a profile
-    python -m experiments.speed operations the three operations on the pool beside a copy; goals for a GPU
-    python -m experiments.speed kernels    the Triton kernels, compiled for GPUs that are not needed here
-    python -m experiments.speed step --help      the options; --json=FILE keeps the rows of the table
+    python -m experiments.speed step        a training step of a pool, with nanoPKM and with plain PyTorch
+    python -m experiments.speed search      the search for the best slots, and its parts
+    python -m experiments.speed model       a training step of the models of experiments.compare; a profile
+    python -m experiments.speed operations  the operations on the pool, compared with a copy
+    python -m experiments.speed kernels     registers and loads of the Triton kernels, compiled without a GPU
+    python -m experiments.speed step --help     the options; --json=FILE saves the results
 """
 
 import itertools
@@ -34,14 +34,14 @@ from runtime.cli import at_least, build, command, fail, first_word, parse
 from train import TrainConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CALLS = 10 if DEVICE == "cuda" else 1  # per measurement: the CPU runs ahead of a GPU, as in training
-GOALS = {"gather_sum": 0.8, "gather_dot": 0.8, "rowwise update": 0.6}  # shares of a copy's speed, on a GPU
+CALLS = 10 if DEVICE == "cuda" else 1  # per measurement; several, because the CPU runs ahead of a GPU
+GOALS = {"gather_sum": 0.8, "gather_dot": 0.8, "rowwise update": 0.6}  # on a GPU, 1.0 is the speed of a copy
 
 
 @dataclass
 class SpeedConfig:
-    json: str = ""  # file for the rows of the table, as JSON lines
-    repeats: int = 9  # measurements of each thing, after one to warm up
+    json: str = ""  # file for the results, as JSON lines
+    repeats: int = 9  # measurements of each function, after one to warm up
 
     def __post_init__(self):
         at_least(1, self, "repeats")
@@ -51,11 +51,11 @@ class SpeedConfig:
 class StepConfig(SpeedConfig):
     rows: tuple[int, ...] = (65_536, 262_144, 1_048_576, 4_194_304)  # sizes of the pool
     tokens: tuple[int, ...] = (512, 2048)  # tokens per step
-    reads: tuple[str, ...] = ("uniform", "zipf")  # how the rows to read are drawn
-    peers_up_to: int = 1_048_576  # largest pool for the peers, which need up to 4 times its memory
+    reads: tuple[str, ...] = ("uniform", "zipf")  # the distribution of the rows that are read: uniform, zipf
+    peers_up_to: int = 1_048_576  # largest pool for plain PyTorch, which needs up to 4 times its memory
     value_dim: int = 256  # columns of a row
     bag: int = 128  # rows that a token reads
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the values, weights and gradients
+    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the values, weights and gradients
 
     def __post_init__(self):
         super().__post_init__()
@@ -72,7 +72,7 @@ class StepConfig(SpeedConfig):
 
 
 def measure(functions: dict, repeats: int) -> dict:
-    """{name: function} -> {name: sorted seconds per call}. The functions are called alternately."""
+    """{name: function} -> {name: sorted seconds per call}. The functions run alternately."""
     times = {name: [] for name in functions}
     for i, (name, function) in itertools.product(range(repeats + 1), functions.items()):
         if DEVICE == "cuda":
@@ -88,7 +88,7 @@ def measure(functions: dict, repeats: int) -> dict:
 
 
 def ratio(times: dict, a: str, b: str) -> float:
-    """How many times as long a takes as b, by their medians."""
+    """The median time of a, divided by that of b."""
     return statistics.median(times[a]) / statistics.median(times[b])
 
 
@@ -101,8 +101,8 @@ def median_and_range(times: list[float]) -> str:
 
 
 def copy_bandwidth(repeats: int) -> float:
-    """Bytes per second of a large copy. Bytes read and bytes written both count."""
-    size = 2**28 if DEVICE == "cuda" else 2**26  # far more than a cache holds
+    """Bytes per second of a large copy, counting bytes read and bytes written."""
+    size = 2**28 if DEVICE == "cuda" else 2**26  # much larger than a cache
     source, target = torch.ones(size, device=DEVICE), torch.empty(size, device=DEVICE)
     times = measure({"copy": lambda: target.copy_(source)}, repeats)["copy"]
     return 2 * source.nbytes / statistics.median(times)
@@ -137,7 +137,7 @@ def peer_step(kind: str, num_values: int, indices, weights, dy):
             y = F.embedding_bag(indices, parameter, per_sample_weights=w, mode="sum", sparse=sparse)
         y.backward(dy)
         optimizer.step()
-        optimizer.zero_grad()  # frees a gradient as large as the pool before another method is measured
+        optimizer.zero_grad()  # frees the memory of the gradient before another method runs
 
     return step
 
@@ -148,7 +148,7 @@ PEERS = ("embedding_bag, AdamW", "embedding_bag, SparseAdam", "indexing, AdamW")
 def draw_indices(reads: str, num_values: int, N: int, bag: int) -> torch.Tensor:
     if reads == "uniform":
         return torch.randint(num_values, (N, bag), device=DEVICE)
-    # zipf: rank r has a probability in proportion to 1/r; multiplying scatters the ranks over the rows
+    # zipf: rank r has a probability proportional to 1/r. The multiplication spreads the ranks over the pool
     ranks = (num_values ** torch.rand(N, bag, device=DEVICE, dtype=torch.float64)).long() - 1
     return (ranks.clamp(max=num_values - 1) * 2_654_435_761) % num_values
 
@@ -159,7 +159,7 @@ def measure_step(config: StepConfig) -> list[dict]:
     print(f"\nV={V}, bag={bag}, {config.dtype}, {device_name()}; copies run at {bandwidth / 1e9:,.1f} GB/s. "
           "A step is the forward pass, both gradients and the optimiser")
     options = dict(device=DEVICE, dtype=dtype)
-    # PyTorch has no gradient of embedding_bag's weights in bfloat16 on a GPU
+    # in bfloat16 on a GPU, PyTorch cannot compute the gradient of embedding_bag's weights
     peers = PEERS if dtype == torch.float32 or DEVICE == "cpu" else ("indexing, AdamW",)
     for reads, num_values, N in itertools.product(config.reads, config.rows, config.tokens):
         indices = draw_indices(reads, num_values, N, bag)
@@ -168,7 +168,7 @@ def measure_step(config: StepConfig) -> list[dict]:
         if num_values <= config.peers_up_to:
             steps |= {kind: peer_step(kind, *data) for kind in peers}
         times = measure(steps, config.repeats)
-        del steps  # the pools of the next size need the memory
+        del steps  # the next pools need the memory
         touched = len(indices.unique())
         print(f"\n{num_values:,} rows, {N:,} tokens, {reads} reads: {touched:,} rows touched")
         fastest = min((times[name] for name in peers if name in times), key=statistics.median, default=None)
@@ -178,14 +178,14 @@ def measure_step(config: StepConfig) -> list[dict]:
                        seconds=statistics.median(seconds))
             line = f"  {name:26}{median_and_range(seconds)}"
             if name in ("rowwise", "adam"):
-                # each read loads a row twice; each touched row, and adam's two moments, are loaded and stored
+                # a read loads a row in both passes. The update loads and stores touched rows and moments
                 moved = 2 * V * dtype.itemsize * (N * bag + touched)
                 moved += 4 * V * 4 * touched if name == "adam" else 0
                 row |= dict(bytes=moved, seconds_at_copy_bandwidth=moved / bandwidth)
-                line += f"; {moved / 1e6:,.0f} MB must move: {1e3 * moved / bandwidth:.1f} ms at copy speed"
+                line += f"; {moved / 1e6:,.0f} MB must move, {1e3 * moved / bandwidth:.1f} ms at copy speed"
                 if fastest:
                     row["times_faster_than_peers"] = statistics.median(fastest) / row["seconds"]
-                    line += f"; {row['times_faster_than_peers']:.1f} times as fast as the fastest peer"
+                    line += f"; {row['times_faster_than_peers']:.1f} times as fast as plain PyTorch"
                     if PEERS[0] in times:
                         line += f", {ratio(times, PEERS[0], name):.1f} times as fast as {PEERS[0]}"
             print(line)
@@ -243,7 +243,7 @@ def train_step(config: TrainConfig):
 
 
 def host_waits(step) -> list[str]:
-    """One message for each time that the CPU waits for the GPU in a step."""
+    """Runs a step -> one message for each time that the CPU waited for the GPU."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -255,7 +255,7 @@ def host_waits(step) -> list[str]:
 
 
 def measure_model(config: SpeedConfig) -> list[dict]:
-    configs = {name: TrainConfig(**train_options("facts", name), vocab_size=754)  # as facts-4000 has
+    configs = {name: TrainConfig(**train_options("facts", name), vocab_size=754)  # of facts-4000
                for name, options in MODELS.items() if "max_steps" not in options}
     steps = {name: train_step(c) for name, c in configs.items()}
     times = measure(steps, 3 * config.repeats)
@@ -266,7 +266,7 @@ def measure_model(config: SpeedConfig) -> list[dict]:
     if DEVICE == "cuda":
         waits = len(host_waits(steps["shifted"]))
         print(f"\nin a step of `shifted`, the CPU waits for the GPU {waits} times")
-    print("\nwhere the time of `shifted` goes:")
+    print("\na profile of one step of `shifted`:")
     with torch.profiler.profile() as profile:
         steps["shifted"]()
     sort_by = "self_cuda_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
@@ -282,9 +282,9 @@ BAG = 128  # rows that a token reads
 
 
 def measure_kernels(config: SpeedConfig) -> list[dict]:
-    """Compiles all kernels for all targets."""
+    """Compiles all kernels for all GPUs of gpu_targets, and prints what each kernel needs."""
     if kernel.triton is None or os.environ.get("TRITON_INTERPRET") == "1":
-        fail("kernels needs the package triton, and TRITON_INTERPRET must not be set")
+        fail("'kernels' needs the package triton, and TRITON_INTERPRET must not be set")
     table = []
     print("kernel     values    V  target  registers  spilled  shared  wide loads  warps  programs  "
           "occupancy  in flight")
@@ -294,7 +294,7 @@ def measure_kernels(config: SpeedConfig) -> list[dict]:
                 row = dict(bench="kernels", kernel=name, dtype=dtype, V=V, target=target_name)
                 row |= compile_kernel(function, dtype, constants, target)
                 tile = constants.get("ROWS", 1) * V * (2 if dtype == "bf16" and "gather" in name else 4)
-                # the bytes that a multiprocessor loads at once: one tile for each program that fits on it
+                # bytes that a multiprocessor loads at once: a tile for each program that fits on it
                 in_flight = f"{row['programs'] * tile / 1024:.0f} KB" if "programs" in row else "-"
                 occupancy = f"{row['occupancy']:.0%}" if "occupancy" in row else "-"
                 print(f"{name:10} {dtype:6} {V:5}  {target_name:6} {row['registers']:10} "
@@ -302,8 +302,8 @@ def measure_kernels(config: SpeedConfig) -> list[dict]:
                       f"{row['num_warps']:6} {row.get('programs', '-'):>9} {occupancy:>10} {in_flight:>10}")
                 table.append(row)
     V = 1024
-    print(f"\nbytes that must move per token (float32, V={V}, bag={BAG}, each row read once), and the time "
-          "for them on an H100:")
+    print(f"\nbytes that must move per token (float32, V={V}, bag={BAG}, no row read twice), and the time "
+          "that an H100 needs to move them:")
     for name, rows_moved in (("gather_sum", 1), ("gather_dot", 1), ("rowwise update", 2), ("adam update", 6)):
         moved = 4 * V * BAG * rows_moved
         print(f"  {name:16} {moved / 1e6:6.2f} MB  {1e9 * moved / H100_BANDWIDTH:6.0f} ns")
@@ -322,7 +322,7 @@ def measure_operations(config: SpeedConfig) -> list[dict]:
 
 def measure_three_operations(config: SpeedConfig, num_values: int, V: int, dtype: torch.dtype,
                              reads: str) -> list[dict]:
-    """Bytes per second of each operation on this device, also as a share of the speed of a copy."""
+    """Bytes per second of each operation on this device, also in percent of the speed of a copy."""
     N, table = 4096, []
     bandwidth = copy_bandwidth(config.repeats)
     values = torch.empty(num_values, V, device=DEVICE, dtype=dtype).normal_()
@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
     name, rest = first_word(argv, MEASUREMENTS, __doc__, "a measurement")
     measurement, config_class = MEASUREMENTS[name]
     config = build(config_class, parse(config_class, rest, description=__doc__)[1])
-    if not Path(config.json).parent.is_dir():  # before the minutes of measuring
+    if not Path(config.json).parent.is_dir():  # before measuring, which takes minutes
         fail(f"--json={config.json}: there is no folder {Path(config.json).parent}")
     table = measurement(config)
     if config.json:

@@ -79,9 +79,10 @@ fast() {
         run step 100 $PYTHON -m experiments.speed step --rows=65536 --tokens=512 --repeats=$repeats \
             --json="$OUT/step.jsonl"
     fi
+    run gpt2 60 $PYTHON -m experiments.speed gpt2 --repeats=$repeats --json="$OUT/gpt2.jsonl"
     run model 150 $PYTHON -m experiments.speed model --repeats=$repeats --json="$OUT/model.jsonl"
     [ "$GPU" ] || return
-    grep -h "of a copy\|copies run\|times as fast\|CPU waits" "$OUT"/{operations,step*,model}.txt
+    grep -h "of a copy\|copies run\|times as fast\|times dense\|CPU waits" "$OUT"/{operations,step*,gpt2,model}.txt
 }
 
 evidence() {

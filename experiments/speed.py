@@ -5,6 +5,7 @@ alternately, so noise affects all of them.
     python -m experiments.speed step        a training step of a pool, with nanoPKM and with plain PyTorch
     python -m experiments.speed search      the search for the best slots, and its parts
     python -m experiments.speed model       a training step of the models of experiments.compare; a profile
+    python -m experiments.speed gpt2        a training step at the size of GPT-2 small, with memory and dense
     python -m experiments.speed operations  the operations on the pool, compared with a copy
     python -m experiments.speed kernels     registers and loads of the Triton kernels, compiled without a GPU
     python -m experiments.speed step --help     the options; --json=FILE saves the results
@@ -235,7 +236,9 @@ def train_step(config: TrainConfig):
     def step():
         for optimizer in optimizers:
             optimizer.zero_grad()
-        model(x, x)[1].backward()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            loss = model(x, x)[1]
+        loss.backward()
         for optimizer in optimizers:
             optimizer.step()
 
@@ -272,6 +275,28 @@ def measure_model(config: SpeedConfig) -> list[dict]:
     sort_by = "self_cuda_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
     print(profile.key_averages().table(sort_by=sort_by, row_limit=12, max_name_column_width=40))
     return [dict(bench="model", method=name, seconds=statistics.median(seconds),
+                 macs=configs[name].macs_per_token()) for name, seconds in times.items()]
+
+
+def measure_gpt2(config: SpeedConfig) -> list[dict]:
+    """Memory+ in 3 of 12 blocks against the dense GPT with as many multiply-adds; on a CPU, a toy size."""
+    size = dict(vocab_size=50_304, block_size=1024, batch_size=16, n_layer=12, n_head=12, n_embd=768)
+    memory = dict(mem_layers=(3, 6, 9), mem_num_keys=1024, mem_key_dim=256, mem_dtype="bfloat16")
+    if DEVICE == "cpu":
+        size |= dict(vocab_size=512, block_size=64, batch_size=2, n_head=4, n_embd=64)
+        memory |= dict(mem_num_keys=32, mem_key_dim=32)
+    plus = TrainConfig(**size, **memory)
+    dense = TrainConfig(**size, mem_layers=(), mlp_width=4 * plus.n_embd)
+    per_unit = 2 * dense.n_embd * dense.n_layer  # multiply-adds of one hidden unit in each block
+    dense.mlp_width += round((plus.macs_per_token() - dense.macs_per_token()) / per_unit)
+    configs = {"dense": dense, "memory+": plus}
+    times = measure({name: train_step(c) for name, c in configs.items()}, config.repeats)
+    print(f"a training step with {plus.batch_size * plus.block_size:,} tokens, {plus.n_layer} blocks, "
+          f"{plus.n_embd} wide, {plus.mem_num_keys**2:,} slots, on {DEVICE}:")
+    for name, seconds in times.items():
+        print(f"  {name:10}{median_and_range(seconds)}, {ratio(times, name, 'dense'):.2f} times dense; "
+              f"{configs[name].macs_per_token():,} multiply-adds per token")
+    return [dict(bench="gpt2", method=name, seconds=statistics.median(seconds),
                  macs=configs[name].macs_per_token()) for name, seconds in times.items()]
 
 
@@ -357,6 +382,7 @@ MEASUREMENTS = {  # name: (function, its options)
     "step": (measure_step, StepConfig),
     "search": (measure_search, SpeedConfig),
     "model": (measure_model, SpeedConfig),
+    "gpt2": (measure_gpt2, SpeedConfig),
     "operations": (measure_operations, SpeedConfig),
     "kernels": (measure_kernels, SpeedConfig),
 }

@@ -15,6 +15,7 @@ from experiments import plots, speed
         (["step", "--rows=256,1024", "--tokens=4,8", "--peers_up_to=256", "--bag=4", "--value_dim=16"], 5),
         (["search"], 5),
         (["model"], 11),
+        (["gpt2"], 2),
     ],
 )
 def test_a_measurement_runs_and_keeps_its_rows(argv, methods, tmp_path, capsys):

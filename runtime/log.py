@@ -161,7 +161,8 @@ class RunLog:
         if RANK > 0:
             return
         out_dir = self.config.out_dir
-        print_result(measured)
+        if "recall" in measured:
+            print_recall(measured["recall"])
         if self.note:
             print(self.note)
         try:
@@ -219,18 +220,16 @@ def print_start(config, device: str, data, model, checkpoint: Path | None) -> No
                    f"{checkpoint} is the end of this run: choose a larger --max_steps, or another --out_dir")
 
 
-def print_result(measured: dict) -> None:
-    print(f"validation loss {measured['val_loss']:.4f}")
-    if "recall" in measured:
-        print("recall, the share of questions answered with exactly the right words:")
-        shares = measured["recall"]
-        first = LABELS["all"] if "held_out" in shares else "all questions"
-        rows = {first: shares.get("all"), LABELS["held_out"]: shares.get("held_out")}
-        for low, share in shares["by_exposure"].items():
-            rows[f"  told {low} to {2 * int(low) - 1} times"] = share
-        for label, share in rows.items():
-            if share is not None:
-                print(f"  {label:32} {share:.3f}  {'#' * round(40 * share)}")
+def print_recall(shares: dict) -> None:
+    """shares: what evaluate.recall returns."""
+    print("recall, the share of questions answered with exactly the right words:")
+    rows = {LABELS["all"] if "held_out" in shares else "all questions": shares.get("all")}
+    for low, share in shares["by_exposure"].items():
+        rows[f"  told {low} to {2 * int(low) - 1} times"] = share
+    rows[LABELS["held_out"]] = shares.get("held_out")
+    for label, share in rows.items():
+        if share is not None:
+            print(f"  {label:32} {share:.3f}  {'#' * round(40 * share)}")
 
 
 def plot_run(out_dir: Path, note: str = "") -> None:

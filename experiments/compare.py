@@ -363,12 +363,17 @@ def print_progress(config: CompareConfig, models, rows: list[dict], running: dic
 # --- results ------------------------------------------------------------------------------------------------
 
 def best_runs(rows: list[dict]) -> dict[str, list[dict]]:
-    """For each model the runs at its best learning rate, except runs that diverged."""
+    """For each model the runs at its best learning rate that can be compared, without those that diverged."""
     models = dict.fromkeys(row["model"] for row in rows if row["seed"] == 1)
     best = {model: best_lr(rows, model) for model in models}
     runs = {model: [row for row in rows if row["model"] == model and row["lr"] == lr and row["curve"]]
             for model, lr in best.items()}
-    return {model: rows for model, rows in runs.items() if rows}
+    runs = {model: rows for model, rows in runs.items() if rows}
+    if runs and not any("recall" in row["curve"][-1] for rows in runs.values() for row in rows):
+        # the seed also draws the validation text, so only the seeds that all models have can be compared
+        seeds = set.intersection(*({row["seed"] for row in rows} for rows in runs.values()))
+        runs = {model: [row for row in rows if row["seed"] in seeds] for model, rows in runs.items()}
+    return runs
 
 
 def recall_between(row: dict, low: int, high: int) -> float:

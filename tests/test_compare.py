@@ -417,9 +417,12 @@ def test_the_best_learning_rate_is_chosen_after_all_are_tried():
     rows.append(made_up(lr=3e-3, seed=2, recall=0.1))
     assert next_runs(config, ["dense"], rows) == [("dense", 3e-3, 3)]
     assert best_runs(rows) == {"dense": [rows[0], rows[3]]}
-    # without questions, the validation loss decides
+    # without questions, the validation loss decides, and only seeds that all models have are compared
     for row in rows:
         del row["curve"][-1]["recall"]
+    other = made_up("moe", lr=3e-3)
+    del other["curve"][-1]["recall"]
+    assert best_runs([*rows, other]) == {"dense": [rows[0]], "moe": [other]}
     rows[1]["curve"][-1]["val_loss"] = 1.0
     assert next_runs(config, ["dense"], rows) == [("dense", 0.5e-3, 1)], "the best is the lowest now"
     # if all runs diverged, lower learning rates are tried, whichever run ended first

@@ -163,7 +163,7 @@ def test_attention_depends_on_how_far_apart_tokens_are_and_not_on_where_they_are
     scores = torch.einsum("qhd,khd,qkd->hqk", q, k.conj(), torch.polar(torch.ones_like(angle), angle)).real
     scores = (scores / math.sqrt(8)).masked_fill(distance < 0, -torch.inf)
     y = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
-    model.blocks[0].ln_1, model.wte = nn.Identity(), nn.Embedding.from_pretrained(x / 4)
+    model.blocks[0].ln_1, model.wte = nn.Identity(), nn.Embedding.from_pretrained(x)
     results = []
     attention.register_forward_hook(lambda module, args, result: results.append(result[0][0]))
     model(torch.arange(9).unsqueeze(0))

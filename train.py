@@ -108,9 +108,19 @@ PRESETS = {
                    batch_size=8, max_steps=2000, lr=2e-3, eval_interval=500),
     "paper": dict(out_dir="out/paper"),  # the defaults above: Memory+ as published
 }
-NANOGPT_NAMES = {"learning_rate": "lr", "max_iters": "max_steps", "lr_decay_iters": "max_steps",
-                 "warmup_iters": "warmup_steps", "gradient_accumulation_steps": "accum_steps",
-                 "eval_iters": "eval_batches", "init_from": "resume"}
+NANOGPT_OPTIONS = {  # what to do instead
+    "learning_rate": "use --lr",
+    "decay_lr": "use --min_lr=1, a share of --lr",
+    "max_iters": "use --max_steps",
+    "lr_decay_iters": "the learning rate falls until --max_steps",
+    "warmup_iters": "use --warmup_steps",
+    "gradient_accumulation_steps": "use --accum_steps, which divides --batch_size",
+    "eval_iters": "use --eval_batches",
+    "eval_only": "python sample.py asks a trained model",
+    "init_from": "use --resume to continue a run; there are no pretrained weights",
+    "dtype": "a GPU computes in bfloat16; --mem_dtype is the dtype of the pool",
+    "wandb_log": "a run writes log.jsonl and loss.png to --out_dir",
+}
 
 
 # --- set-up -------------------------------------------------------------------------------------------------
@@ -134,8 +144,7 @@ def check_fit(config: TrainConfig, device: str) -> None:
              f"{config.accum_steps} parts (--accum_steps)")
 
 
-def load_data(config: TrainConfig, checkpoint: Path | None) -> Dataset:
-    data = load_dataset(config.dataset)
+def check_data(data: Dataset, config: TrainConfig, checkpoint: Path | None) -> None:
     if checkpoint and read_meta(checkpoint)["encoding"] != data.encoding_json:
         fail(f"{config.dataset} and {checkpoint} have different tokenizers: choose another --out_dir")
     if 0 < config.vocab_size < (needed := data.encoding.n_vocab):
@@ -143,7 +152,6 @@ def load_data(config: TrainConfig, checkpoint: Path | None) -> Dataset:
     for split, tokens in (("train", data.train), ("val", data.val)):
         if len(tokens) <= config.block_size:
             fail(f"--block_size={config.block_size} is too large: {split}.bin has only {len(tokens)} tokens")
-    return data
 
 
 def make_optimizers(config: TrainConfig, model: GPT, checkpoint: Path | None) -> list[torch.optim.Optimizer]:
@@ -183,8 +191,9 @@ def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dic
     device = find_device(config.device)
     distributed.start(device)
     check_fit(config, device)
+    data = load_dataset(config.dataset)
     checkpoint = prepare_out_dir(config, checkpoint)
-    data = load_data(config, checkpoint)
+    check_data(data, config, checkpoint)
     config = replace(config, vocab_size=config.vocab_size or data.encoding.n_vocab)
     if checkpoint:
         check_same_model(config, stored_config(checkpoint))
@@ -278,7 +287,7 @@ def load(out_dir: Path | str):
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    preset, options = parse(TrainConfig, argv, PRESETS, __doc__, NANOGPT_NAMES)
+    preset, options = parse(TrainConfig, argv, PRESETS, __doc__, NANOGPT_OPTIONS)
     config = build(TrainConfig, preset | options)
     with one_line_errors(config.out_dir):
         distributed.start(find_device(config.device))

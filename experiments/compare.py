@@ -443,8 +443,8 @@ SUMMARY = {  # model: its name in README.md
     "dense": "dense GPT",
     "moe": "mixture of 32 experts",
     "memory+": "**Memory+ as published**",
-    "shifted": "... with half of the query from the previous token (`shifted`)",
-    "tokens": "... with the query from two tokens' embeddings (`tokens`)",
+    "shifted": "... half of the query from the previous token (`shifted`)",
+    "tokens": "... the query from the embeddings of two tokens (`tokens`)",
     "hash": "a table read at a hash of two tokens, no search",
 }
 

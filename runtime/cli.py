@@ -105,13 +105,13 @@ def _help_of(cls) -> dict[str, tuple[str, str]]:
 
 
 def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = None, description: str = "",
-          other_names: dict[str, str] | None = None):
+          hints: dict[str, str] | None = None):
     """
     Reads the command line's options, which are the fields of the dataclass `cls`. Returns two dicts: the
     values of the preset, and the values that the user gave.
 
     presets: {name: {field: value}}. --preset=NAME chooses one; the default is the first.
-    other_names: {name: field}, names from other programs. The error message for such a name gives the field.
+    hints: {name: what to do instead}, for options of other programs.
     Types: int, float, str, bool, Literal, tuple[int, ...] (--name=1,2 or --name 1 2) and tuple[str, ...].
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -141,8 +141,10 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        if other := (other_names or {}).get(name.removeprefix("--")):
-            fail(f"unknown option {name}: nanoPKM calls it --{other}")
+        if not name.startswith("-"):
+            fail(f"{name} is not an option: every option has the form --name=value")
+        if instead := (hints or {}).get(name.removeprefix("--")):
+            fail(f"unknown option {name}: {instead}")
         known = [f"--{field}" for field in (*kinds, "preset", "help")]
         similar = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {similar[0]}?" if similar else "--help lists all options"

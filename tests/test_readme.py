@@ -98,6 +98,7 @@ class GPTConfig:
     vocab_size: int = 50
     n_layer: int = 12
     n_embd: int = 32
+    bias: bool = False
 
 class GPT(nn.Module):
     def __init__(self, config):
@@ -114,19 +115,25 @@ class GPT(nn.Module):
             x = block(x)
         return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
 
-    def configure_optimizers(self):
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         param_dict = {pn: p for pn, p in self.named_parameters()}
         param_dict = {pn: p for pn, p in param_dict.items() if p.requires_grad}
-        return torch.optim.AdamW(param_dict.values(), lr=1e-2)
+        return torch.optim.AdamW(param_dict.values(), learning_rate, betas, weight_decay=weight_decay)
 
 model = GPT(GPTConfig())
-optimizer = model.configure_optimizers()
+optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+scaler = torch.amp.GradScaler('cpu', enabled=False)
 losses = []
-for step in range(60):
+for iter_num in range(60):
+    lr = get_lr(iter_num) if decay_lr else learning_rate
+    for param_group in optimizer.param_groups:
+        param_group['lr'] = lr
     loss = model(idx, targets)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    optimizer.step()
+    scaler.scale(loss).backward()
+    if grad_clip != 0.0:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     losses.append(loss.item())
 """
@@ -157,7 +164,8 @@ def test_the_diff_gives_nanogpt_a_memory():
     torch.manual_seed(0)
     idx, targets = torch.randint(50, (2, 4, 16))
     names = dict(torch=torch, nn=torch.nn, F=torch.nn.functional, MLP=MLP, idx=idx, targets=targets,
-                 grad_clip=1.0)
+                 grad_clip=1.0, decay_lr=True, learning_rate=1e-2, get_lr=lambda i: 1e-2 * (1 - i / 80),
+                 weight_decay=0.1, beta1=0.9, beta2=0.95, device_type='cpu')
     changed = apply(diff, PLAIN)
     exec(changed, names)
     model = names["model"]
@@ -165,4 +173,6 @@ def test_the_diff_gives_nanogpt_a_memory():
     assert model.pool.values.grad is None, "zero_grad has forgotten the last step's reads"
     start = math.log(50)
     assert names["losses"][0] > 0.8 * start and names["losses"][-1] < 0.5 * names["losses"][0]
-    assert names["pool_optimizer"].state[model.pool.values]["step"] == 60
+    pool_optimizer = names["pool_optimizer"]
+    assert pool_optimizer.state[model.pool.values]["step"] == 60
+    assert math.isclose(pool_optimizer.param_groups[0]["lr"], 10 * names["lr"]), "it follows the schedule"

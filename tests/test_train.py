@@ -209,8 +209,14 @@ def test_the_default_is_the_published_layer(capsys):
 
 
 def test_names_of_nanogpt_get_a_hint(capsys):
-    for name, ours in [("max_iters", "max_steps"), ("learning_rate", "lr")]:
-        assert_fails(lambda name=name: train.main([f"--{name}=3"]), f"nanoPKM calls it --{ours}", capsys)
+    for name, hint in [("--max_iters=3", "use --max_steps"), ("--eval_only", "sample.py asks"),
+                       ("config/train_gpt2.py", "every option has the form --name=value")]:
+        assert_fails(lambda name=name: train.main([name]), hint, capsys)
+
+
+def test_missing_data_is_named_before_an_old_run_is(run, capsys):
+    run()
+    assert_fails(lambda: run("--dataset=nothing"), "no data in", capsys)
 
 
 def test_facts_prepare_themselves(run, monkeypatch, tmp_path):

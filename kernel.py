@@ -6,6 +6,7 @@ The operations of a memory layer on its pool of values: functions that take tens
     scatter_update  g[r]     = sum of weights[n, j] * dy[n] over all (n, j) with indices[n, j] = r
                     computes g[r] and updates row r, for each row r that was read
     top_k           the k greatest numbers of each row of a tensor, as x.topk(k), but faster
+    SlotScores      the scores of the slots that a search has chosen, and their gradient
 
     values            (num_values, V)  the pool: float16, bfloat16, float32 or float64
     indices, weights  (N, bag)         the rows that each of N tokens reads, and their weights
@@ -20,7 +21,7 @@ Triton computes in float32. PyTorch computes g and the update in float32 too (fl
 gather_sum and gather_dot in the dtype of the values. The same inputs give the same bits on the same device:
 the sort is stable, every sum has a fixed order, and there are no atomics.
 
-Each operation except top_k exists twice: in Triton for GPUs, and in PyTorch for CPUs. kernel='auto' chooses
+Each operation on the pool exists twice: in Triton for GPUs, and in PyTorch for CPUs. kernel='auto' chooses
 by the device of the tensors. kernel='triton' and kernel='torch' choose one of the two.
 """
 
@@ -31,6 +32,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -192,18 +194,47 @@ def _top_k_by_groups(x, k):
 
 def _top_k_by_numpy(x, k):
     """
-    numpy sorts a row 4 times as fast as torch, but does not return the columns of the sorted numbers. So each
+    numpy sorts a row 5 times as fast as torch, but does not return the columns of the sorted numbers. So each
     float32 number becomes a float64, and its column is written into the lowest 28 of the 29 new bits.
     """
-    S = x.size(-1)
     rows = x.double()
-    rows.view(torch.int64).bitwise_or_(torch.arange(S))
-    if S > 64:  # a long row need not be sorted completely
-        rows.numpy().partition(S - k, -1)  # moves the greatest k to the end
-        rows = rows[..., -k:].contiguous()
+    rows.view(torch.int64).bitwise_or_(torch.arange(x.size(-1)))
     rows.numpy().sort(-1)
     best = rows[..., -k:].flip(-1)
     return best.float(), best.view(torch.int64) & (2**28 - 1)
+
+
+class SlotScores(torch.autograd.Function):
+    """
+    The scores of the slots that `search` (memory.best_slots) chooses, with a gradient:
+    scores[h, n, k] = sum over both sides p of <queries[h, p, n], half_keys[h, p, chosen[h, p, n, k]]>
+
+    On a CPU, this searches for a few tokens at a time, so that 1 MiB of half-scores stays in the cache. And
+    half-scores are not kept for the backward pass. With one thread, a training step takes 10% less time.
+    """
+
+    @staticmethod
+    def forward(ctx, search, queries, half_keys, knn):
+        split = half_keys.is_cpu and not torch.compiler.is_compiling()
+        ctx.size = max(1, 2**18 // half_keys[..., 0].numel()) if split else max(1, queries.size(2))
+        parts = [search(some, half_keys, knn) for some in queries.split(ctx.size, 2)]
+        scores, chosen = (torch.cat(results, -2) for results in zip(*parts, strict=True))
+        ctx.save_for_backward(queries, half_keys, chosen)
+        ctx.mark_non_differentiable(chosen)
+        return scores, chosen  # (H, N, K), (H, 2, N, K)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_scores, _):
+        queries, half_keys, chosen = ctx.saved_tensors
+        d_queries, d_half_keys = torch.empty_like(queries), torch.zeros_like(half_keys)
+        d_scores = d_scores.unsqueeze(1).expand_as(chosen)  # a score is a sum of two half-scores
+        for q, dq, i, d in zip(*(x.split(ctx.size, 2) for x in (queries, d_queries, chosen, d_scores)),
+                               strict=True):
+            d_half_scores = q.new_zeros(*q.shape[:3], half_keys.size(2)).scatter_add_(-1, i, d)
+            dq.copy_(d_half_scores @ half_keys)
+            d_half_keys += d_half_scores.mT @ q
+        return None, d_queries, d_half_keys, None
 
 
 # --- PyTorch ------------------------------------------------------------------------------------------------

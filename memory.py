@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernel import top_k
+from kernel import SlotScores, top_k
 from pool import ValuePool
 
 
@@ -52,6 +52,16 @@ def pruned_pairs_on(device: torch.device, knn: int) -> torch.Tensor:
     return _pairs_on_device[device, knn]
 
 
+def best_slots(queries: torch.Tensor, half_keys: torch.Tensor, knn: int):
+    """queries (H, 2, N, D/2) -> scores of the best slots (H, N, K), and their half-keys (H, 2, N, K)."""
+    half_scores = queries @ half_keys.mT  # (H, 2, N, S)
+    best, best_half_keys = top_k(half_scores, knn)  # (H, 2, N, K): the best half-keys of each side
+    ranks = pruned_pairs_on(best.device, knn).unsqueeze(1).expand(*best.shape[:3], -1)  # (H, 2, N, pairs)
+    left, right = best.gather(-1, ranks).unbind(1)  # (H, N, pairs)
+    scores, best_pairs = top_k(left + right, knn)  # (H, N, K)
+    return scores, best_half_keys.gather(-1, ranks.gather(-1, best_pairs.unsqueeze(1).expand_as(best)))
+
+
 def product_key_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int):
     """
     The `knn` slots with the highest scores of all S*S slots, exactly (Lample et al. 2019, section 3.1).
@@ -61,18 +71,10 @@ def product_key_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int)
     1, j]>. Returns scores (N, H, K), descending and differentiable, and indices (N, H, K), int64. Slots with
     equal scores are in any order, and any of them may be left out.
     """
-    S = half_keys.size(2)
-    half_scores = torch.einsum("nhpd,hpsd->nhps", queries, half_keys)  # (N, H, 2, S), p: the side
-    # first choose the slots, without a gradient
-    with torch.no_grad():
-        best, best_half_keys = top_k(half_scores, knn)  # (N, H, 2, K): the best half-keys of each side
-        ranks = pruned_pairs_on(best.device, knn).expand(*best.shape[:2], -1, -1)  # (N, H, 2, pairs)
-        left, right = best.gather(-1, ranks).unbind(2)  # (N, H, pairs)
-        best_pairs = top_k(left + right, knn)[1].unsqueeze(2).expand(-1, -1, 2, -1)  # (N, H, 2, K)
-        chosen = best_half_keys.gather(-1, ranks.gather(-1, best_pairs))  # (N, H, 2, K): the K slots
-    # then compute the scores of the chosen slots again, with a gradient
-    scores = half_scores.gather(-1, chosen).sum(2)
-    return scores, chosen[:, :, 0] * S + chosen[:, :, 1]
+    queries = queries.permute(1, 2, 0, 3).contiguous()  # (H, 2, N, D/2)
+    scores, chosen = SlotScores.apply(best_slots, queries, half_keys, knn)  # best_slots, with a gradient
+    indices = chosen[:, 0] * half_keys.size(2) + chosen[:, 1]
+    return scores.transpose(0, 1), indices.transpose(0, 1)  # (H, N, K) -> (N, H, K)
 
 
 def normalize(x: torch.Tensor) -> torch.Tensor:

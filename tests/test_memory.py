@@ -67,6 +67,30 @@ def test_search_gradient_equals_brute_force():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_search_of_many_tokens():
+    """
+    On a CPU, the search takes 64 tokens at a time here, and the last part is shorter. Scores and gradients
+    are those of plain PyTorch. The backward pass keeps no half-scores, which are the largest tensor.
+    """
+    N, H, S, K = 150, 4, 512, 3
+    torch.manual_seed(0)
+    queries = torch.randn(N, H, 2, 4, dtype=torch.float64, requires_grad=True)
+    half_keys = torch.randn(H, 2, S, 4, dtype=torch.float64, requires_grad=True)
+    upstream, saved = torch.randn(N, H, K, dtype=torch.float64), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        scores, indices = product_key_search(queries, half_keys, K)
+    assert saved and max(saved) < N * H * 2 * S
+    one_by_one = [product_key_search(query, half_keys, K)[1] for query in queries.split(1)]
+    assert torch.equal(indices, torch.cat(one_by_one))
+    half_scores = torch.einsum("nhpd,hpsd->nhps", queries, half_keys)
+    expected = half_scores.gather(-1, torch.stack((indices // S, indices % S), 2)).sum(2)
+    torch.testing.assert_close(scores, expected)
+    ours, theirs = (torch.autograd.grad(x, (queries, half_keys), upstream) for x in (scores, expected))
+    torch.testing.assert_close(ours, theirs)
+    few = queries[:2], half_keys[:, :, :5]
+    assert torch.autograd.gradcheck(lambda *inputs: product_key_search(*inputs, 2)[0], few)
+
+
 def test_the_pruned_grid_has_the_pairs_that_can_win_and_no_others():
     """By brute force: (i, j) cannot win if knn other pairs are at least as good in all descending lists."""
     assert len(pruned_pairs(32)[0]) == 119

@@ -16,6 +16,7 @@ not supported.
 
 import atexit
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,13 @@ def start(device: str) -> None:
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
-    atexit.register(dist.destroy_process_group)  # at every exit: gloo's threads must not outlive Python
+    atexit.register(disconnect)
+
+
+def disconnect() -> None:
+    """At every exit: gloo's threads must not outlive Python. They need it to let go of the last tensors."""
+    dist.destroy_process_group()
+    time.sleep(0.2)
 
 
 def world_size() -> int:

@@ -56,7 +56,7 @@ class TrainConfig(GPTConfig):
     # --- training
     seed: int = 1  # seed of the weights, the batches and dropout
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    compile: bool = False  # torch.compile the model: a slow start, then faster steps
+    compile: bool = False  # torch.compile the model; on a CPU this gains nothing
     batch_size: int = 16  # sequences per step, in all processes together
     accum_steps: int = 1  # parts of a batch, computed one after the other to save memory
     max_steps: int = 700  # training steps

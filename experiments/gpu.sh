@@ -6,7 +6,7 @@
 #   experiments/gpu.sh OUT evidence   the experiments facts-large and code, see evidence.sh
 #
 # OUT is a folder for the results: the log of each command, and numbers as JSON lines. Without a GPU, a part
-# does a small version of what a CPU can do, and says what it skipped.
+# does a small version of what a CPU can do, and says what it skipped. All tests take longer there.
 
 set -u
 cd "$(dirname "$0")/.."
@@ -59,7 +59,7 @@ correct() {
         run ${name}_resumed 100 $PYTHON $train $options --max_steps=60 --out_dir="$OUT/run_$name" --resume
     done
     rm -rf data/gpu-facts "$OUT"/run_*
-    run tests 240 $PYTHON -m pytest $parallel -o addopts="-m 'not slow'" -v -rf --tb=short
+    run tests $([ "$GPU" ] && echo 240 || echo 1200) $PYTHON -m pytest $parallel -o addopts="-m 'not slow'" -v -rf --tb=short
     grep -a "^FAILED" "$OUT/tests.txt" | sort -u
 }
 
@@ -81,8 +81,10 @@ fast() {
     fi
     run gpt2 60 $PYTHON -m experiments.speed gpt2 --repeats=$repeats --json="$OUT/gpt2.jsonl"
     run model 150 $PYTHON -m experiments.speed model --repeats=$repeats --json="$OUT/model.jsonl"
-    [ "$GPU" ] || return
-    grep -h "of a copy\|copies run\|times as fast\|times dense\|CPU waits" "$OUT"/{operations,step*,gpt2,model}.txt
+    [ "$GPU" ] || { skip compiled "too slow without a GPU"; return; }
+    run compiled 150 $PYTHON -m experiments.speed model --models memory+ --compile --repeats=$repeats \
+        --json="$OUT/compiled.jsonl"
+    grep -h "of a copy\|copies run\|times as fast\|times dense\|CPU waits" "$OUT"/{operations,step*,gpt2,model,compiled}.txt
 }
 
 evidence() {

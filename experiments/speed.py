@@ -4,7 +4,8 @@ alternately, so noise affects all of them.
 
     python -m experiments.speed step        a training step of a pool, with nanoPKM and with plain PyTorch
     python -m experiments.speed search      the search for the best slots, and its parts
-    python -m experiments.speed model       a training step of the models of experiments.compare; a profile
+    python -m experiments.speed model       a training step of the models of experiments.compare; a profile of
+                                            what memory+ adds to dense. --compile: compiled steps, too
     python -m experiments.speed gpt2        a training step at the size of GPT-2 small, with memory and dense
     python -m experiments.speed operations  the operations on the pool, compared with a copy
     python -m experiments.speed kernels     registers and loads of the Triton kernels, compiled without a GPU
@@ -18,7 +19,7 @@ import os
 import statistics
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -70,6 +71,17 @@ class StepConfig(SpeedConfig):
             raise ValueError(f"value_dim={self.value_dim} must be a multiple of 8")
         if unknown := set(self.reads) - {"uniform", "zipf"}:
             raise ValueError(f"reads={','.join(unknown)} must be uniform or zipf")
+
+
+@dataclass
+class ModelConfig(SpeedConfig):
+    models: tuple[str, ...] = ()  # models of experiments.compare; none: all
+    compile: bool = False  # measure each model a second time, with torch.compile
+
+    def __post_init__(self):
+        super().__post_init__()
+        if unknown := set(self.models) - MODELS.keys():
+            raise ValueError(f"models={','.join(unknown)} must be among {','.join(MODELS)}")
 
 
 def measure(functions: dict, repeats: int) -> dict:
@@ -232,6 +244,7 @@ def train_step(config: TrainConfig):
     model = GPT(config).to(DEVICE).train()
     optimizers = model.optimizers(lr=1e-3, value_lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99))
     x = torch.randint(config.vocab_size, (config.batch_size, config.block_size), device=DEVICE)
+    model = torch.compile(model) if config.compile else model
 
     def step():
         for optimizer in optimizers:
@@ -257,25 +270,39 @@ def host_waits(step) -> list[str]:
     return [str(warning.message) for warning in caught if "synchronizing" in str(warning.message)]
 
 
-def measure_model(config: SpeedConfig) -> list[dict]:
+def measure_model(config: ModelConfig) -> list[dict]:
+    names = [name for name in config.models or MODELS if "max_steps" not in MODELS[name]]
     configs = {name: TrainConfig(**train_options("facts", name), vocab_size=754)  # of facts-4000
-               for name, options in MODELS.items() if "max_steps" not in options}
+               for name in dict.fromkeys(["dense", "memory+", *names])}
+    if config.compile:
+        configs |= {f"{name}, compiled": replace(c, compile=True) for name, c in configs.items()}
     steps = {name: train_step(c) for name, c in configs.items()}
     times = measure(steps, 3 * config.repeats)
-    print("a training step of the models of experiments.compare facts:")
+    print(f"a training step of the models of experiments.compare facts, on {device_name()}:")
     for name, seconds in times.items():
-        print(f"  {name:10}{median_and_range(seconds)}, {ratio(times, name, 'dense'):.2f} times dense; "
+        print(f"  {name:20}{median_and_range(seconds)}, {ratio(times, name, 'dense'):.2f} times dense; "
               f"{configs[name].macs_per_token():,} multiply-adds per token")
     if DEVICE == "cuda":
-        waits = len(host_waits(steps["shifted"]))
-        print(f"\nin a step of `shifted`, the CPU waits for the GPU {waits} times")
-    print("\na profile of one step of `shifted`:")
-    with torch.profiler.profile() as profile:
-        steps["shifted"]()
-    sort_by = "self_cuda_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
-    print(profile.key_averages().table(sort_by=sort_by, row_limit=12, max_name_column_width=40))
-    return [dict(bench="model", method=name, seconds=statistics.median(seconds),
-                 macs=configs[name].macs_per_token()) for name, seconds in times.items()]
+        waits = len(host_waits(steps["memory+"]))
+        print(f"\nin a step of memory+, the CPU waits for the GPU {waits} times")
+    profiles = {name: profile(steps[name], config.repeats) for name in ("dense", "memory+")}
+    extra = {name: ms - profiles["dense"].get(name, 0) for name, ms in profiles["memory+"].items()}
+    extra |= {name: -ms for name, ms in profiles["dense"].items() if name not in extra}
+    print(f"\nwhat memory+ adds to a step of dense, {sum(extra.values()):.1f} ms in this profile:")
+    for name in sorted(extra, key=lambda name: -abs(extra[name]))[:20]:
+        print(f"  {name[:60]:60}{extra[name]:8.2f} ms")
+    return [dict(bench="model", method=name, device=device_name(), macs=configs[name].macs_per_token(),
+                 seconds=statistics.median(seconds)) for name, seconds in times.items()]
+
+
+def profile(step, repeats: int) -> dict[str, float]:
+    """{operation: milliseconds per step}, without the operations that it calls."""
+    step()  # to warm up
+    with torch.profiler.profile() as profiler:
+        for _ in range(repeats):
+            step()
+    time_of = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
+    return {event.key: getattr(event, time_of) / 1e3 / repeats for event in profiler.key_averages()}
 
 
 def measure_gpt2(config: SpeedConfig) -> list[dict]:
@@ -381,7 +408,7 @@ def measure_three_operations(config: SpeedConfig, num_values: int, V: int, dtype
 MEASUREMENTS = {  # name: (function, its options)
     "step": (measure_step, StepConfig),
     "search": (measure_search, SpeedConfig),
-    "model": (measure_model, SpeedConfig),
+    "model": (measure_model, ModelConfig),
     "gpt2": (measure_gpt2, SpeedConfig),
     "operations": (measure_operations, SpeedConfig),
     "kernels": (measure_kernels, SpeedConfig),

@@ -838,16 +838,21 @@ def test_only_training_counts_as_use(model):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_two_layers_compiled_as_one_model_leave_the_reads_that_eager_leaves():
+@pytest.mark.parametrize("mode", ["default", pytest.param("reduce-overhead", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="CUDA graphs need a GPU"))])
+def test_two_layers_compiled_as_one_model_leave_the_reads_that_eager_leaves(mode):
+    """The memory of a CUDA graph's tensors is used again in its next run, and a read must not notice."""
     torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Model(ValuePool(64**2, 8))
     model.layers = nn.ModuleList(MemoryLayer(8, 64, 2, 3, 4, 8) for _ in range(2))
-    x = torch.randn(5, 8)
+    model.to(device)
+    x = torch.randn(5, 8, device=device)
     model(x).square().mean().backward()
     eager = model.pool.values.grad.to_dense()
     model.zero_grad()
-    compiled = torch.compile(model)
-    for _ in range(2):
+    compiled = torch.compile(model, mode=mode)
+    for _ in range(4):  # a CUDA graph is recorded in the second run
         model.zero_grad()
         compiled(x).square().mean().backward()
         torch.testing.assert_close(model.pool.values.grad.to_dense(), eager)

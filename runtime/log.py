@@ -21,6 +21,7 @@ from runtime.checkpoint import best_checkpoint, cannot_go_on, checkpoints, step_
 from runtime.cli import fail
 from runtime.distributed import RANK, WORLD_SIZE
 
+BUSY_CHECK_SECONDS = 10
 LABELS = {"all": "people asked about in training", "held_out": "people never asked about"}
 
 
@@ -42,6 +43,15 @@ def peak_memory(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def cpu_wait() -> float:
+    """Seconds that threads of this process wanted to run, but found no free core. Linux only: otherwise 0."""
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # the thread has just ended
+            total += int(path.read_text().split()[1])
+    return total / 1e9
 
 
 @contextlib.contextmanager
@@ -117,6 +127,10 @@ class RunLog:
         self.skipped_steps = self.count_skipped_steps()
         self.began = time.perf_counter()
         self.seconds, self.steps = 0.0, 0  # since the last printed line
+        # idle threads of OpenMP do not sleep, so training suffers if other programs use the CPU
+        has_idle_threads = torch.get_num_threads() > 1 and os.environ.get("OMP_WAIT_POLICY", "") != "PASSIVE"
+        is_on_cpu = model.wte.weight.device.type == "cpu"
+        self.checked, self.waited = self.began if is_on_cpu and has_idle_threads else math.inf, cpu_wait()
         self.step_width = len(str(config.max_steps))
         path = Path(config.out_dir) / "log.jsonl"
         if start and RANK == 0:
@@ -143,6 +157,18 @@ class RunLog:
     def print_line(self, step: int, text: str) -> None:
         print_once(f"step {step:{self.step_width}}/{self.config.max_steps}  {text}")
 
+    def check_cpu(self) -> None:
+        """Prints a line, once, if other programs use the CPU."""
+        now = time.perf_counter()
+        if now < self.checked + BUSY_CHECK_SECONDS:
+            return
+        waited = cpu_wait()
+        if waited - self.waited > 0.3 * (now - self.checked):
+            print_once("other programs use the CPU, which may make training several times slower. Start with "
+                       "OMP_WAIT_POLICY=PASSIVE python train.py ... to lose less")
+            now = math.inf
+        self.checked, self.waited = now, waited
+
     def log_evaluation(self, step: int, measured: dict) -> None:
         text = f"validation loss {measured['val_loss']:.3f}"
         if "recall" in measured:
@@ -153,6 +179,7 @@ class RunLog:
     def log_step(self, done: int, loss: float, lr: float, seconds: float) -> None:
         """After each step. done: steps done so far. seconds: the time of this step."""
         config = self.config
+        self.check_cpu()
         self.seconds, self.steps = self.seconds + seconds, self.steps + 1
         if done % config.log_interval and done < config.max_steps:
             return

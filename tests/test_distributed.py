@@ -312,7 +312,7 @@ def assert_equal_but_for_rounding(a: Path, b: Path):
 
 REPLICAS_ARE_EQUAL = """
 save = train.save_checkpoint
-def check_and_save(out_dir, step, model, optimizers, meta, keep):
+def check_and_save(out_dir, step, model, optimizers, *rest):
     pool = model.pool
     mine = columns_group(pool).rank, pool.values.detach(), *optimizers[1].state[pool.values].values()
     dense = [p.detach() for p in model.dense_parameters()]
@@ -321,7 +321,7 @@ def check_and_save(out_dir, step, model, optimizers, meta, keep):
         assert other != mine[0] or all(map(same, tensors, mine[1:])), rank
     for rank, other in enumerate(gather_objects(dense)):
         assert all(map(same, other, dense)), rank
-    save(out_dir, step, model, optimizers, meta, keep)
+    save(out_dir, step, model, optimizers, *rest)
 train.save_checkpoint = check_and_save
 """
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,10 @@ from data.prepare import END, build_encoding
 from model import GPT
 from pool import PoolOptimizer
 from runtime import build
+from runtime import log as runtime_log
 from runtime.checkpoint import checkpoints
 from runtime.cli import parse
-from runtime.log import plot_run
+from runtime.log import cpu_wait, plot_run
 
 
 @pytest.mark.parametrize(
@@ -625,6 +627,37 @@ def test_a_full_disk_for_the_log_is_named(run, capsys):
     run.out.mkdir()
     (run.out / "log.jsonl").symlink_to("/dev/full")
     assert_fails(run, f"{run.out / 'log.jsonl'}: No space left on device", capsys)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_cpu_wait_is_the_time_in_which_a_busy_loop_did_not_run():
+    cores = os.sched_getaffinity(0)
+    core = {min(cores)}
+    other = subprocess.Popen([sys.executable, "-c", "while 1: pass"],
+                             preexec_fn=lambda: os.sched_setaffinity(0, core))
+    os.sched_setaffinity(0, core)
+    try:
+        clocks = time.perf_counter, time.thread_time, cpu_wait
+        start = [clock() for clock in clocks]
+        while time.perf_counter() < start[0] + 0.5:
+            pass
+        wall, running, waiting = (clock() - begin for clock, begin in zip(clocks, start, strict=True))
+    finally:
+        os.sched_setaffinity(0, cores)
+        other.kill()
+        other.wait()
+    assert waiting == pytest.approx(wall - running, abs=0.1) and waiting > 0.05
+
+
+@pytest.mark.parametrize("share, policy, is_printed", [
+    (0.5, "", True), (0.1, "", False), (0.5, "PASSIVE", False)])
+def test_other_programs_on_the_cpu_are_noticed_once(run, monkeypatch, capsys, share, policy, is_printed):
+    monkeypatch.setattr(runtime_log, "cpu_wait", lambda: share * time.perf_counter())
+    monkeypatch.setattr(runtime_log, "BUSY_CHECK_SECONDS", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    run()
+    assert capsys.readouterr().out.count("other programs use the CPU") == is_printed
 
 
 @pytest.mark.slow

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from runtime.cli import exit_on_ctrl_c
+    exit_on_ctrl_c()
+
 import torch
 
 from data.corpus import decode, decode_answer, read_questions
@@ -51,6 +55,8 @@ class SampleConfig:
 
 
 def newest_run(out_dir: Path) -> Path:
+    if checkpoints(out_dir):  # a run, or one checkpoint of a run
+        return out_dir
     runs = {path.parent for path in out_dir.glob("**/step_*")}
     newest = [existing[-1] for run in runs if (existing := checkpoints(run))]
     if not newest:

@@ -7,6 +7,7 @@ Trains a GPT with memory layers.
     python train.py --preset=paper           the 400 people, with Memory+ as published
     python train.py --mem_layers= --out_dir=out/dense   the first run without memory
     python train.py --resume                 continues from the newest checkpoint in --out_dir
+    python train.py --eval_only              evaluates the newest checkpoint in --out_dir
     torchrun --nproc_per_node=2 train.py     the first run on two processes, half of the pool in each
     python train.py --help                   every option
 
@@ -25,6 +26,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from runtime.cli import exit_on_ctrl_c
+    exit_on_ctrl_c()
+
 import torch
 
 from data.corpus import Dataset, draw_batch, load_dataset
@@ -33,17 +38,17 @@ from evaluate import evaluate
 from kernel import resolve_kernel
 from model import GPT, GPTConfig
 from runtime import distributed
-from runtime.build import check_same_model, make_model, prepare_out_dir, refuse_existing_run
+from runtime.build import check_same_model, find_start, find_trained, make_model, own_folder
 from runtime.checkpoint import find_checkpoint, load_optimizers, read_meta, save_checkpoint, step_of
 from runtime.cli import at_least, build, command, fail, parse
 from runtime.distributed import RANK, WORLD_SIZE, all_reduce_sum, columns_group, data_parallel, gather_objects
-from runtime.log import RunLog, one_line_errors, print_once, print_start, stop_signals
+from runtime.log import RunLog, one_line_errors, print_measured, print_once, print_start, stop_signals
 
 
 @dataclass
 class TrainConfig(GPTConfig):
     # --- memory
-    mem_layers: tuple[int, ...] = (0, 2)  # blocks with a memory layer, counted from 0; none: a dense GPT
+    mem_layers: tuple[int, ...] = (0, 2)  # blocks with a memory layer, counted from 0; empty: a dense GPT
     mem_group_size: int = 0  # processes that split the pool's columns between them; 0: all of them
     mem_file: str = ""  # a file for the pool's values, if they are larger than memory; CPU only
 
@@ -51,7 +56,9 @@ class TrainConfig(GPTConfig):
     dataset: str = "facts"  # corpus: the name of a folder under data/
     out_dir: str = "out/facts"  # where the log, the figure and the checkpoints go
     resume: bool = False  # continue from the newest checkpoint in out_dir, if there is one
-    keep: int = 2  # checkpoints to keep
+    eval_only: bool = False  # only evaluate the newest checkpoint in out_dir; writes nothing
+    keep: int = 2  # newest checkpoints to keep
+    keep_best: bool = False  # also keep the checkpoint with the lowest validation loss
 
     # --- training
     seed: int = 1  # seed of the weights, the batches and dropout
@@ -75,11 +82,12 @@ class TrainConfig(GPTConfig):
     # --- logging
     log_interval: int = 50  # steps between log lines
     eval_interval: int = 175  # steps between evaluations, each followed by a checkpoint
-    eval_batches: int = 20  # validation batches per evaluation
+    eval_batches: int = 20  # validation batches per evaluation; the seed draws them
     eval_questions: int = 1000  # questions per evaluation, if the corpus has any; the last evaluation: all
 
     def __post_init__(self):
         super().__post_init__()
+        self.out_dir, self.mem_file = map(os.path.expanduser, (self.out_dir, self.mem_file))
         at_least(1, self, "batch_size", "accum_steps", "max_steps", "log_interval", "eval_interval",
                  "eval_batches", "eval_questions", "keep", "value_blocks")
         at_least(0, self, "mem_group_size", "lr", "value_lr", "warmup_steps", "min_lr", "weight_decay",
@@ -116,7 +124,7 @@ NANOGPT_OPTIONS = {  # what to do instead
     "warmup_iters": "use --warmup_steps",
     "gradient_accumulation_steps": "use --accum_steps, which divides --batch_size",
     "eval_iters": "use --eval_batches",
-    "eval_only": "python sample.py asks a trained model",
+    "always_save_checkpoint": "each evaluation saves one; --keep_best also keeps the best",
     "init_from": "use --resume to continue a run; there are no pretrained weights",
     "dtype": "a GPU computes in bfloat16; --mem_dtype is the dtype of the pool",
     "wandb_log": "a run writes log.jsonl and loss.png to --out_dir",
@@ -176,6 +184,14 @@ def schedule(step: int, config: TrainConfig) -> float:
     return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def check_learning_rate(config: TrainConfig, stored: TrainConfig, step: int) -> None:
+    """Changed options may make the learning rate jump where the run resumes. Then this prints how far."""
+    old, new = (c.lr * schedule(step, c) for c in (stored, config))
+    if abs(new - old) > 0.01 * old and step < config.max_steps:
+        print_once(f"the learning rate continues at {new:.1e} instead of {old:.1e}: it follows --max_steps, "
+                   "--lr, --min_lr and --warmup_steps, and you have changed one of them")
+
+
 def check_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         fail(f"the loss is {loss} at step {step}: training has diverged; lower --lr or --value_lr")
@@ -187,26 +203,41 @@ def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dic
     (if there are questions), slots_used and kl_from_uniform (with a pool). Wrong options raise a ValueError.
 
     checkpoint: continue from this one. config.resume: continue from the newest one in config.out_dir.
+    config.eval_only: evaluate the checkpoint, and do not train.
     """
+    distributed.start(find_device(config.device))
+    with own_folder(config):
+        return run(config, checkpoint)
+
+
+def run(config: TrainConfig, checkpoint: Path | None) -> tuple[GPT, dict]:
+    """What `train` does, in a folder that no other run uses."""
     device = find_device(config.device)
-    distributed.start(device)
     check_fit(config, device)
     data = load_dataset(config.dataset)
-    checkpoint = prepare_out_dir(config, checkpoint)
+    checkpoint = find_start(config, checkpoint)
     check_data(data, config, checkpoint)
-    config = replace(config, vocab_size=config.vocab_size or data.encoding.n_vocab)
+    config = replace(config, vocab_size=config.vocab_size or data.encoding.n_vocab,
+                     mem_file="" if config.eval_only else config.mem_file)
     if checkpoint:
         check_same_model(config, stored_config(checkpoint))
     start, measured = (step_of(checkpoint), read_meta(checkpoint)["measured"]) if checkpoint else (0, {})
 
     # the plain model, neither compiled nor in DDP, is for saving and for questions
     model = make_model(config, checkpoint).to(device).train()
-    optimizers = make_optimizers(config, model, checkpoint)
     compiled = torch.compile(model) if config.compile else model
+    autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+    if config.eval_only:
+        with autocast:
+            measured = evaluate(model, compiled, data, config, all_questions=True)
+        print_measured(checkpoint, data, measured)
+        return model.eval(), measured
+    optimizers = make_optimizers(config, model, checkpoint)
     # init_sync=False: the weights are already equal
     parallel = data_parallel(compiled, init_sync=False, gradient_as_bucket_view=True)
-    autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
     print_start(config, device, data, model, checkpoint)
+    if checkpoint:
+        check_learning_rate(config, stored_config(checkpoint), start)
 
     with RunLog(config, start, model, optimizers, data.note) as log, stop_signals() as signals:
         stopping = False
@@ -221,7 +252,10 @@ def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dic
                 log.log_evaluation(step, measured)
             if (is_due or stopping) and step > start:
                 meta = {"config": asdict(config), "encoding": data.encoding_json, "measured": measured}
-                save_checkpoint(Path(config.out_dir), step, model, optimizers, meta, config.keep)
+                if is_due:
+                    meta["val_loss"] = measured["val_loss"]  # of these weights; `measured` may be older
+                save_checkpoint(Path(config.out_dir), step, model, optimizers, meta, config.keep,
+                                config.keep_best)
             if last_step or stopping:
                 break
 
@@ -261,6 +295,8 @@ def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dic
             print_once(f"stopped after step {step} and saved in {config.out_dir}; continue with --resume")
         elif start < config.max_steps:
             log.print_end(device, measured)
+        else:
+            log.draw_missing_figure()
     return model.eval(), measured
 
 
@@ -274,10 +310,11 @@ def stored_config(checkpoint: Path) -> TrainConfig:
 
 
 def load(out_dir: Path | str):
-    """Loads the newest checkpoint: returns the model (on the CPU, evaluation mode), encoding and config."""
-    checkpoint = find_checkpoint(Path(out_dir))
-    if checkpoint is None:
-        fail(f"no checkpoint in {out_dir}: train a model with python train.py, or name another --out_dir")
+    """
+    Loads the newest checkpoint of a run, or the checkpoint whose folder is given. Returns the model (on the
+    CPU, in evaluation mode), the encoding and the config.
+    """
+    checkpoint = find_trained(Path(out_dir).expanduser())
     # drop the options that depend on the machine, so that any machine can load the model
     config = replace(stored_config(checkpoint), kernel="auto", mem_file="", mem_group_size=0)
     encoding = encoding_from_json(read_meta(checkpoint)["encoding"])
@@ -291,17 +328,19 @@ def main(argv: list[str] | None = None) -> None:
     config = build(TrainConfig, preset | options)
     with one_line_errors(config.out_dir):
         distributed.start(find_device(config.device))
-        # torchrun restarts processes without --resume: they continue only a run with the same options
-        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        resume = any(gather_objects(config.resume or is_restart))
-        checkpoint = find_checkpoint(Path(config.out_dir)) if resume else None
-        if checkpoint:
-            stored = stored_config(checkpoint)
-            is_same_run = config == replace(stored, resume=False, vocab_size=config.vocab_size)
-            if not config.resume and not is_same_run:
-                refuse_existing_run(checkpoint)
-            config = build(TrainConfig, asdict(stored) | options | {"out_dir": config.out_dir})
-        train(replace(config, resume=resume), checkpoint)
+        with own_folder(config):
+            # torchrun restarts processes without --resume: they continue only a run with the same options
+            is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+            resume = any(gather_objects(config.resume or config.eval_only or is_restart))
+            checkpoint = find_checkpoint(Path(config.out_dir)) if resume else None
+            if checkpoint:
+                stored = stored_config(checkpoint)
+                is_same_run = config == replace(stored, resume=False, vocab_size=config.vocab_size)
+                if config.resume or config.eval_only or is_same_run:
+                    config = build(TrainConfig, asdict(stored) | options | {"out_dir": config.out_dir})
+                else:
+                    checkpoint, resume = None, False  # a new run, which is refused in this folder
+            run(replace(config, resume=resume), checkpoint)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@ Prepares a run: finds the checkpoint to continue from, and makes or loads the mo
 in a file; many processes split it by columns.
 """
 
+import contextlib
+import fcntl
 import functools
 import os
 from dataclasses import fields
@@ -13,29 +15,87 @@ import torch.nn as nn
 
 from model import GPT, GPTConfig
 from pool import ValuePool
-from runtime.checkpoint import checkpoints, find_checkpoint, load_part, load_pool
+from runtime.checkpoint import checkpoints, find_checkpoint, is_checkpoint, load_part, load_pool
 from runtime.cli import fail
 from runtime.distributed import RANK, WORLD_SIZE, ShardedPool, columns_group, gather_objects
 
 # In this file, `config` is a train.TrainConfig.
 
 
-def prepare_out_dir(config, checkpoint: Path | None) -> Path | None:
-    """Makes out_dir. Returns the checkpoint to continue from, or None for a new run."""
+@contextlib.contextmanager
+def own_folder(config):
+    """
+    Makes out_dir. In the `with` block, no other run may write there: the first process locks the file .lock.
+    The lock ends with the process, even if that is killed. Called by all processes.
+    """
+    if config.eval_only:  # writes nothing
+        yield
+        return
+    if not config.out_dir:
+        fail("--out_dir= must name a folder")
     out_dir = Path(config.out_dir)
+    lock, problem, is_new = None, None, not out_dir.exists()
+    if is_checkpoint(out_dir):
+        fail(f"--out_dir={out_dir} has the name of a checkpoint: name the folder of the run, such as "
+             f"{out_dir.parent}")
+    if RANK == 0:
+        try:
+            lock = lock_folder(out_dir)
+        except BlockingIOError:
+            problem = (f"another run is training in {out_dir}: choose another --out_dir, or wait. Many "
+                       "processes train together if torchrun starts them")
+        except OSError as error:
+            problem = f"--out_dir={out_dir}: {error.strerror}"
+    if problem := gather_objects(problem)[0]:
+        fail(problem)
+    try:
+        yield
+    finally:
+        if lock:
+            (out_dir / ".lock").unlink(missing_ok=True)
+            if is_new:
+                with contextlib.suppress(OSError):  # not empty
+                    out_dir.rmdir()
+            lock.close()
+
+
+def lock_folder(out_dir: Path):
+    """An open file that holds the lock. Raises a BlockingIOError if another process holds it."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / ".lock"
+    while True:
+        lock = open(path, "a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise
+        except OSError as error:  # some network disks have no locks
+            print(f"{out_dir} cannot be locked ({error.strerror}): start no other run there", flush=True)
+        with contextlib.suppress(FileNotFoundError):  # another run has just ended and removed the file
+            if os.path.samestat(os.stat(path), os.fstat(lock.fileno())):
+                return lock
+        lock.close()
+
+
+def find_start(config, checkpoint: Path | None) -> Path | None:
+    """The checkpoint to continue from or to evaluate; None for a new run."""
+    out_dir = Path(config.out_dir)
+    if checkpoint is None and config.eval_only:
+        return find_trained(out_dir)
     if checkpoint is None and config.resume:
         checkpoint = find_checkpoint(out_dir)
     if checkpoint is None and (existing := checkpoints(out_dir)):
-        refuse_existing_run(existing[-1])
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out_dir={out_dir}: {error.strerror}")
+        fail(f"{existing[-1]} already exists: continue from it with --resume, or choose another --out_dir")
     return checkpoint
 
 
-def refuse_existing_run(checkpoint: Path) -> None:
-    fail(f"{checkpoint} already exists: continue from it with --resume, or choose another --out_dir")
+def find_trained(out_dir: Path) -> Path:
+    """The newest checkpoint, which must exist. out_dir: the folder of a run, or one checkpoint in it."""
+    checkpoint = find_checkpoint(out_dir)
+    if checkpoint is None:
+        fail(f"no checkpoint in {out_dir}: train a model with python train.py, or name another --out_dir")
+    return checkpoint
 
 
 def check_same_model(config, stored) -> None:

@@ -4,16 +4,18 @@ A checkpoint is a folder OUT/step_000500 with
     model.pt          all parameters except the pool's values
     optimizer.pt      AdamW's state
     pool_0of2.pt ...  values and optimiser state of the pool; one file per block of columns
-    meta.json         format, step, options, encoding, and the SHA-256 of each file and of itself
+    meta.json         format, step, options, encoding, loss, and the SHA-256 of each file and of itself
 
 A checkpoint is written under another name, and renamed once all of it is on the disk. So the last good
 checkpoint survives if a process is killed or the disk is full. The SHA-256 shows whether a file is damaged.
 A run may continue with another number of processes. All of them must see the same folder OUT.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import NoReturn
@@ -28,8 +30,14 @@ FORMAT = 5  # add 1 when the files change
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted((path for path in out_dir.glob("step_*") if path.name[5:].isdigit()), key=step_of)
+    """The checkpoints of a run, oldest first. out_dir may also be a checkpoint: then only this one."""
+    if is_checkpoint(out_dir):
+        return [out_dir] if out_dir.exists() else []
+    return sorted(filter(is_checkpoint, out_dir.glob("step_*")), key=step_of)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return re.fullmatch(r"step_\d+", folder.name) is not None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -38,10 +46,12 @@ def step_of(checkpoint: Path) -> int:
 
 # --- writing ------------------------------------------------------------------------------------------------
 
-def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta: dict, keep: int) -> None:
+def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta: dict, keep: int,
+                    keep_best: bool = False) -> None:
     """
-    Writes out_dir/step_N and keeps the newest `keep` checkpoints. meta goes into meta.json. Called by all
-    processes. optimizers: as GPT.optimizers returns them.
+    Writes out_dir/step_N and keeps the newest `keep` checkpoints; with keep_best, also the best one (see
+    best_checkpoint). meta goes into meta.json. Called by all processes. optimizers: as GPT.optimizers returns
+    them.
     """
     folder, temporary = out_dir / f"step_{step:06d}", out_dir / ".saving_checkpoint"
 
@@ -65,8 +75,11 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta
         os.rename(temporary, folder)
         sync_folder(out_dir)
         # checkpoints after this step are damaged and do not count
-        for old in [path for path in checkpoints(out_dir) if step_of(path) <= step][:-keep]:
-            remove(old)
+        existing = [path for path in checkpoints(out_dir) if step_of(path) <= step]
+        best = best_checkpoint(existing) if keep_best else None
+        for old in existing[:-keep]:
+            if old != best:
+                remove(old)
 
     try:
         together(make_folder if RANK == 0 else None)
@@ -93,6 +106,15 @@ def cannot_go_on(out_dir: Path, problem: str, alone: bool = False) -> NoReturn:
     """Raises a UserError that also names the checkpoint to continue from."""
     last = checkpoints(out_dir)[-1:]
     fail(problem + (f"; after you fix this, --resume continues from {last[0]}" if last else ""), alone)
+
+
+def best_checkpoint(folders: list[Path]) -> Path | None:
+    """The checkpoint with the lowest validation loss. One that was not evaluated does not count."""
+    losses = {}
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged, or not evaluated: saved by Ctrl-C
+            losses[folder] = read_meta(folder)["val_loss"]
+    return min(losses, key=losses.get, default=None)
 
 
 def together(function) -> list:

@@ -14,7 +14,8 @@ From a dataclass to a command line: every field is an option, and its comment is
 This main understands --n_layer=4, --n_layer 4 and --help. Help shows the option under the heading "model".
 
 A user's mistake is a UserError, which is a ValueError. `command` turns it into one line on stderr and exit
-status 2. All other exceptions are bugs and keep their traceback.
+status 2. An OSError (a full disk, a missing file) and Ctrl-C are one line, too. All other exceptions are bugs
+and keep their traceback.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import functools
 import inspect
 import os
 import re
+import signal
 import sys
 import typing
 
@@ -42,18 +44,57 @@ def fail(message, alone: bool = False) -> typing.NoReturn:
 
 def command(main):
     """
-    Decorates the main function of a script: a UserError becomes one line on stderr and exit status 2. If all
-    processes make the same mistake, one process per machine prints it.
+    Decorates the main function of a script. A mistake becomes one line on stderr and exit status 2. If all
+    processes make the same mistake, one process per machine prints it. Ctrl-C: one line, and status 130.
     """
     @functools.wraps(main)
     def run(*arguments, **options):
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # prints "?" for what the terminal cannot show
+        is_script = signal.getsignal(signal.SIGINT) is _exit_at_once
+        if is_script:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # main may have to clean up
+        is_first = os.environ.get("LOCAL_RANK", "0") in ("", "0") or not os.environ.get("MASTER_ADDR")
         try:
-            return main(*arguments, **options)
+            try:
+                return main(*arguments, **options)
+            finally:
+                if sys.stdout:
+                    sys.stdout.flush()  # here, because an error at exit would be a traceback
+                if is_script:
+                    signal.signal(signal.SIGINT, _exit_at_once)
+        except KeyboardInterrupt:
+            line, status, is_printed = "\ninterrupted", 130, is_first
         except UserError as error:
-            if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            line, status, is_printed = f"error: {error}", 2, is_first or error.alone
+        except BrokenPipeError:  # as in `python sample.py | head`: nobody reads the output
+            line, status, is_printed = "", 141, False
+        except OSError as error:
+            where = error.filename or "cannot write"
+            line, status, is_printed = f"error: {where}: {error.strerror or error}", 2, True
+        try:
+            if sys.stdout:
+                sys.stdout.flush()
+        except OSError:  # what cannot be printed is dropped, so that Python does not try again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if is_printed:
+            print(line, file=sys.stderr)
+        raise SystemExit(status)
     return run
+
+
+def exit_on_ctrl_c() -> None:
+    """
+    For the top of a script: before and after its main function, Ctrl-C ends the program with one line.
+    Otherwise, Ctrl-C in a slow import such as torch is a traceback, or is lost in an `except` there.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job may ignore Ctrl-C
+        signal.signal(signal.SIGINT, _exit_at_once)
+
+
+def _exit_at_once(number, frame):
+    os.write(2, b"\ninterrupted\n")
+    os._exit(130)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +116,8 @@ def _option(kind, name: str) -> dict:
     if origin is typing.Literal:
         return dict(choices=arguments)
     if origin is tuple:
-        return dict(nargs="*", metavar=name.upper())  # `parse` converts the items
+        # `parse` converts the items. --input=a --input=b: both
+        return dict(nargs="*", metavar=name.upper(), action="extend" if arguments[0] is str else "store")
     return dict(type=kind, metavar=kind.__name__.upper())
 
 
@@ -133,7 +175,7 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
         group, comment = helps[name]
         default = defaults[name]
         default = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        text = f"{comment} (default: {default if default != '' else 'none'})"
+        text = f"{comment} (default: {default if default != '' else f'empty, as in --{name}='})"
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         groups[group].add_argument(f"--{name}", help=text.replace("%", "%%"), **_option(kind, name))
@@ -154,11 +196,13 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
     for name, value in options.items():
         if isinstance(value, list):
             element = typing.get_args(kinds[name])[0]
-            items = value if element is str else [item for text in value for item in text.split(",") if item]
+            separate = (lambda text: [text]) if element is str else (lambda text: text.split(","))
+            items = [item for text in value for item in separate(text) if item]
             try:
                 options[name] = tuple(element(item) for item in items)
             except ValueError:
-                fail(f"--{name}: {','.join(value)!r} must be {element.__name__}s with commas between them")
+                fail(f"--{name}: {','.join(value)!r} must be {element.__name__}s with commas between them; "
+                     f"none at all: --{name}=")
     return preset, options
 
 

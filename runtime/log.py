@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 
 from kernel import resolve_kernel
-from runtime.checkpoint import cannot_go_on, step_of
+from runtime.checkpoint import best_checkpoint, cannot_go_on, checkpoints, step_of
 from runtime.cli import fail
 from runtime.distributed import RANK, WORLD_SIZE
 
+BUSY_CHECK_SECONDS = 10
 LABELS = {"all": "people asked about in training", "held_out": "people never asked about"}
 
 
@@ -44,6 +45,15 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def cpu_wait() -> float:
+    """Seconds that threads of this process wanted to run, but found no free core. Linux only: otherwise 0."""
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # the thread has just ended
+            total += int(path.read_text().split()[1])
+    return total / 1e9
+
+
 @contextlib.contextmanager
 def stop_signals():
     """
@@ -55,9 +65,16 @@ def stop_signals():
         yield received
         return
 
+    # torchrun sends its processes a second SIGINT after one Ctrl-C
+    second_stops_at_once = "TORCHELASTIC_RUN_ID" not in os.environ
+
     def on_signal(number, frame):
-        if not received and RANK == 0:
-            os.write(1, b"\nstopping: this step is finished and saved first\n")
+        if second_stops_at_once and number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        if not received and RANK == 0 and sys.stdout:  # None: closed by `>&-`
+            with contextlib.suppress(OSError):
+                os.write(1, b"\nstopping: this step is finished and saved first"
+                         + b" (Ctrl-C again: stops at once)\n" * second_stops_at_once)
         received.append(number)
 
     old_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -70,21 +87,27 @@ def stop_signals():
 
 @contextlib.contextmanager
 def one_line_errors(out_dir: str):
-    """Turns Ctrl-C, a full disk or a lost process into one line, without a traceback."""
+    """Turns a full disk, a full memory, a lost process, or what torch.compile lacks into one line."""
     try:
         yield
-    except KeyboardInterrupt:  # before or after training; during it, stop_signals handles Ctrl-C
-        print_once("\nstopped")
-        raise SystemExit(130) from None
+    except BrokenPipeError:  # as in `python train.py | head`
+        raise
     except OSError as error:  # such as a full disk
-        where = error.filename or out_dir
+        where = error.filename or "cannot write"
         cannot_go_on(Path(out_dir), f"{where}: {error.strerror or error}", alone=True)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split("\n\n")[0].split())  # torch adds advice after an empty line
         # another process has ended, and prints the reason
-        if WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in text):
             print(f"process {RANK} ends because another process has ended", file=sys.stderr)
             os._exit(1)
-        raise
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+            problem = f"out of memory ({text}): try --accum_steps, a smaller --batch_size, or a smaller model"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            problem = f"--compile does not work here ({text}): leave it out, or --compile=false"
+        else:
+            raise
+        cannot_go_on(Path(out_dir), problem, alone=True)
 
 
 # --- log.jsonl ----------------------------------------------------------------------------------------------
@@ -104,26 +127,47 @@ class RunLog:
         self.skipped_steps = self.count_skipped_steps()
         self.began = time.perf_counter()
         self.seconds, self.steps = 0.0, 0  # since the last printed line
+        # idle threads of OpenMP do not sleep, so training suffers if other programs use the CPU
+        has_idle_threads = torch.get_num_threads() > 1 and os.environ.get("OMP_WAIT_POLICY", "") != "PASSIVE"
+        is_on_cpu = model.wte.weight.device.type == "cpu"
+        self.checked, self.waited = self.began if is_on_cpu and has_idle_threads else math.inf, cpu_wait()
         self.step_width = len(str(config.max_steps))
         path = Path(config.out_dir) / "log.jsonl"
         if start and RANK == 0:
             trim_log(path, start)
-        self.file = open(path if RANK == 0 else os.devnull, "a" if start else "w", buffering=1)
+        self.path = path if RANK == 0 else Path(os.devnull)
+        self.file = open(self.path, "a" if start else "w", buffering=1)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self.file.close()
+        with contextlib.suppress(OSError):  # `write` has raised it already
+            self.file.close()
 
     def write(self, **line) -> None:
-        self.file.write(json.dumps(line) + "\n")
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as error:  # such as a full disk
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def count_skipped_steps(self) -> int:
         return sum(optimizer.skipped_steps for optimizer in self.pool_optimizers)
 
     def print_line(self, step: int, text: str) -> None:
         print_once(f"step {step:{self.step_width}}/{self.config.max_steps}  {text}")
+
+    def check_cpu(self) -> None:
+        """Prints a line, once, if other programs use the CPU."""
+        now = time.perf_counter()
+        if now < self.checked + BUSY_CHECK_SECONDS:
+            return
+        waited = cpu_wait()
+        if waited - self.waited > 0.3 * (now - self.checked):
+            print_once("other programs use the CPU, which may make training several times slower. Start with "
+                       "OMP_WAIT_POLICY=PASSIVE python train.py ... to lose less")
+            now = math.inf
+        self.checked, self.waited = now, waited
 
     def log_evaluation(self, step: int, measured: dict) -> None:
         text = f"validation loss {measured['val_loss']:.3f}"
@@ -135,6 +179,7 @@ class RunLog:
     def log_step(self, done: int, loss: float, lr: float, seconds: float) -> None:
         """After each step. done: steps done so far. seconds: the time of this step."""
         config = self.config
+        self.check_cpu()
         self.seconds, self.steps = self.seconds + seconds, self.steps + 1
         if done % config.log_interval and done < config.max_steps:
             return
@@ -156,6 +201,10 @@ class RunLog:
         left = (time.perf_counter() - self.began) / (done - self.start) * (config.max_steps - done)
         self.print_line(done, f"loss {loss:.3f}{slots}  {speed / 1000:.1f}k tokens/s  {duration(left)} left")
 
+    def draw_missing_figure(self) -> None:
+        if RANK == 0 and not (Path(self.config.out_dir) / "loss.png").exists():
+            draw_run(Path(self.config.out_dir), self.note)
+
     def print_end(self, device: str, measured: dict) -> None:
         """Prints the results, draws the figure, and prints the time and the memory that the run took."""
         if RANK > 0:
@@ -165,16 +214,14 @@ class RunLog:
             print_recall(measured["recall"])
         if self.note:
             print(self.note)
-        try:
-            plot_run(Path(out_dir), self.note)
-        except (ImportError, ValueError) as error:  # matplotlib does not import if MPLBACKEND is wrong
-            print(f"loss.png was not drawn: {error}")
+        draw_run(Path(out_dir), self.note)
+        best = best_checkpoint(checkpoints(Path(out_dir))) if self.config.keep_best else None
         pool_bytes = 0 if self.pool is None else self.pool.values.nbytes
         elapsed = duration(time.perf_counter() - self.began)
         print(f"{elapsed} {'since the run was resumed' if self.start else 'in all'}; "
               f"peak memory {peak_memory(device) / 2**30:.3f} GiB; the pool has {pool_bytes / 2**30:.3f} GiB")
         print(f"the log, the figure loss.png and the checkpoints are in {out_dir}. Ask the model:\n"
-              f"    {python_command()} sample.py --out_dir={out_dir}", flush=True)
+              f"    {python_command()} sample.py --out_dir={best or out_dir}", flush=True)
 
 
 def python_command() -> str:
@@ -220,6 +267,17 @@ def print_start(config, device: str, data, model, checkpoint: Path | None) -> No
                    f"{checkpoint} is the end of this run: choose a larger --max_steps, or another --out_dir")
 
 
+def print_measured(checkpoint: Path, data, measured: dict) -> None:
+    """What --eval_only prints. data: the Dataset."""
+    loss = measured["val_loss"]
+    text = f"{checkpoint}: validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}"
+    if val_bytes := getattr(data, "val_bytes", None):  # an older corpus does not tell
+        text += f", {loss / math.log(2) * len(data.val) / val_bytes:.4f} bits per byte"
+    print_once(text)
+    if "recall" in measured and RANK == 0:
+        print_recall(measured["recall"])
+
+
 def print_recall(shares: dict) -> None:
     """shares: what evaluate.recall returns."""
     print("recall, the share of questions answered with exactly the right words:")
@@ -232,12 +290,37 @@ def print_recall(shares: dict) -> None:
             print(f"  {label:32} {share:.3f}  {'#' * round(40 * share)}")
 
 
+def draw_run(out_dir: Path, note: str = "") -> None:
+    """plot_run, but a figure that cannot be drawn is one printed line: the run itself is fine."""
+    try:
+        plot_run(out_dir, note)
+    except Exception as error:
+        print_once(f"loss.png was not drawn: {' '.join(str(error).split())}")
+
+
+def import_matplotlib():
+    """
+    Imports matplotlib, also if MPLBACKEND names a backend that is not installed: a notebook sets it for all
+    programs that it starts. A figure in a file needs no backend.
+    """
+    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend  # as matplotlib does itself
+    return matplotlib
+
+
 def plot_run(out_dir: Path, note: str = "") -> None:
     """
     Draws loss, recall and slot use over the steps of a run: out_dir/log.jsonl -> out_dir/loss.png. note: a
     sentence below the figure.
     """
-    import matplotlib  # imported only here, because it takes time and memory
+    matplotlib = import_matplotlib()  # only here, because it takes time and memory
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in open(out_dir / "log.jsonl", encoding="utf-8")]
@@ -274,4 +357,6 @@ def plot_run(out_dir: Path, note: str = "") -> None:
             axis.plot(steps[1:], [evenness(line) for line in evaluated[1:]], "o-")
             axis.set(xlabel="step", ylabel="slot use (1: all slots alike)", ylim=(0, 1.02))
         figure.supxlabel(note, fontsize="small")
-        figure.savefig(out_dir / "loss.png", dpi=120)
+        temporary = out_dir / ".loss.png"
+        figure.savefig(temporary, dpi=120)
+        os.replace(temporary, out_dir / "loss.png")

@@ -203,6 +203,27 @@ def test_ctrl_c_saves_once_and_ends(run, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize("by_torchrun", [False, True])
+def test_a_second_ctrl_c_stops_at_once(run, monkeypatch, capsys, by_torchrun):
+    """After one Ctrl-C, torchrun sends its processes another SIGINT, which must not count as a second one."""
+    if by_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    run("--max_steps=3")
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *arguments: [
+        signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT), clip(*arguments)])
+    if by_torchrun:
+        run("--resume", "--max_steps=6")
+    else:
+        with pytest.raises(SystemExit) as stop:
+            run("--resume", "--max_steps=6")
+        assert stop.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
+    assert checkpoint.step_of(checkpoint.checkpoints(run.out)[-1]) == (4 if by_torchrun else 3)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    run("--resume", "--max_steps=6")
+    assert [line["step"] for line in log(run.out) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_pool_in_a_file_equals_one_in_memory(run, capsys, tmp_path):
     file = tmp_path / "pool"
     run()

@@ -1,6 +1,11 @@
 """runtime/cli.py: options arrive as they were typed, and each mistake is one line and exit status 2."""
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -43,6 +48,8 @@ PRESETS = {"small": {}, "large": dict(n_layer=24, name="big")}
         (["--layers="], dict(layers=())),
         (["--layers"], dict(layers=())),
         (["--files", "a,b.txt", "c.txt", "--kind=b"], dict(files=("a,b.txt", "c.txt"), kind="b")),
+        (["--files=a", "--lr=1", "--files", "b", "c", "--lr=2"], dict(files=("a", "b", "c"), lr=2.0)),
+        (["--files=", "--name="], dict(files=(), name="")),
     ],
 )
 def test_options(argv, expected):
@@ -67,7 +74,7 @@ def test_presets():
         (["--lr=high"], "--lr: invalid float value: 'high'"),
         (["--fast=maybe"], "'maybe' must be true or false"),
         (["--kind=c"], "--kind: invalid choice: 'c'"),
-        (["--layers=1,x"], "--layers: '1,x' must be ints"),
+        (["--layers=1,x"], "--layers: '1,x' must be ints with commas between them; none at all: --layers="),
         (["--n_layer"], "--n_layer: expected one argument"),
         (["--preset=huge"], "--preset: invalid choice: 'huge'"),
         (["--n_layer=0"], "--n_layer=0 must be at least 1"),
@@ -100,13 +107,132 @@ def test_a_bug_keeps_its_traceback():
     assert not isinstance(error.value, UserError)
 
 
-@pytest.mark.parametrize("rank, alone, printed", [("0", False, True), ("1", False, False), ("1", True, True)])
-def test_a_mistake_of_all_processes_is_printed_once(monkeypatch, capsys, rank, alone, printed):
+@pytest.mark.parametrize("rank, address, alone, printed", [
+    ("0", "localhost", False, True), ("1", "localhost", False, False), ("1", "localhost", True, True),
+    ("", "localhost", False, True), ("1", "", False, True)])  # a cluster may set LOCAL_RANK without torchrun
+def test_a_mistake_of_all_processes_is_printed_once(monkeypatch, capsys, rank, address, alone, printed):
     monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("MASTER_ADDR", address)
     with pytest.raises(SystemExit) as stop:
         command(fail)("no such file", alone)
     assert stop.value.code == 2
     assert capsys.readouterr().err == ("error: no such file\n" if printed else "")
+
+
+# --- as a program -------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, sys, time
+from runtime.cli import command, exit_on_ctrl_c
+exit_on_ctrl_c()
+phase = sys.argv[1]
+def wait(name):
+    if name == phase:
+        os.write(1, b"ready")
+        time.sleep(60)
+try:
+    wait("a package that catches everything")
+except BaseException:
+    pass
+@command
+def main():
+    try:
+        wait("main")
+        for i in range(20_000 if phase == "print" else 0):
+            print("\\u00e9 \\u4e2d")
+        if phase == "help":
+            print("help")
+            sys.exit(0)
+        if phase == "open":
+            open("no such file")
+    finally:
+        open(sys.argv[2], "w").write("cleaned")
+main()
+wait("after main")
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script(phase): starts SCRIPT. Its main function always writes to script.cleaned at the end."""
+    def start(phase, **options):
+        options = dict(stdout=subprocess.PIPE) | options
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, phase, start.cleaned], stderr=subprocess.PIPE,
+                                cwd=Path(__file__).parents[1], **options)
+
+    start.cleaned = tmp_path / "cleaned"
+    return start
+
+
+def listen_to_ctrl_c():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in a job that ignores it
+
+
+@pytest.mark.parametrize("phase", ["a package that catches everything", "main", "after main"])
+def test_ctrl_c_is_one_line_at_any_time(script, phase):
+    """Guards against a traceback, and against a Ctrl-C that is lost in an import."""
+    process = script(phase, preexec_fn=listen_to_ctrl_c)
+    assert process.stdout.read(5) == b"ready"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == b"\ninterrupted\n" and process.returncode == 130
+    assert script.cleaned.exists() == (phase != "a package that catches everything")
+
+
+def test_a_program_that_ignores_ctrl_c_still_does(script):
+    """As a background job of a shell script does."""
+    process = script("main", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert process.stdout.read(5) == b"ready"
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_a_terminal_cannot_show_is_replaced(script, encoding):
+    process = script("print", env=os.environ | {"PYTHONIOENCODING": encoding})
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and err == b""
+    assert out.split(b"\n")[0] == "\u00e9 \u4e2d".encode(encoding, errors="replace")
+
+
+@pytest.mark.parametrize("phase", ["print", "help"])
+def test_output_that_nobody_reads_ends_a_program_quietly(script, phase):
+    """As in `python sample.py | head -1`, also if all of the output waits in Python's buffer."""
+    read, write = os.pipe()
+    os.close(read)
+    process = script(phase, stdout=write)
+    os.close(write)
+    assert process.communicate(timeout=30)[1] == b"" and process.returncode == 141
+    assert script.cleaned.exists()
+
+
+@pytest.mark.parametrize("phase, message", [
+    ("print", b"error: cannot write: No space left on device\n"),
+    ("help", b"error: cannot write: No space left on device\n"),
+    ("open", b"error: no such file: No such file or directory\n"),
+])
+def test_an_error_of_the_system_is_one_line(script, phase, message):
+    with open("/dev/full", "w") as full:
+        process = script(phase, stdout=full)
+        assert process.communicate(timeout=30)[1] == message and process.returncode == 2
+
+
+def test_without_an_output_a_program_runs(script):
+    process = script("print", preexec_fn=lambda: os.close(1))  # >&-
+    assert process.communicate(timeout=30)[1] == b"" and process.returncode == 0
+
+
+@pytest.mark.parametrize("program, package", [("train.py", "torch"), ("sample.py", "torch")])
+def test_ctrl_c_while_a_package_is_imported(program, package, tmp_path):
+    (tmp_path / f"{package}.py").write_text(
+        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
+        "except BaseException:\n    pass\n")
+    ended = subprocess.run([sys.executable, program], env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                           cwd=Path(__file__).parents[1], capture_output=True, timeout=30,
+                           preexec_fn=listen_to_ctrl_c)
+    assert ended.returncode == 130 and ended.stderr == b"\ninterrupted\n" and ended.stdout == b""
 
 
 def test_choices_are_checked_from_python_too():
@@ -126,7 +252,7 @@ def test_help_has_every_option_with_its_default_and_its_comment(capsys):
         "of everything: 100% of it (default: 0.001)",
         "a word (default: big)",
         "counted from 0 (default: 1,2)",
-        "to read (default: none)",
+        "to read (default: empty, as in --files=)",
         "--kind {a,b}",
     ):
         assert part in text

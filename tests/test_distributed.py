@@ -237,6 +237,36 @@ def test_copies_of_a_pool_start_equal_and_a_pool_from_before_the_start_is_refuse
     assert ended.out == ["True\n" * 4] * 2
 
 
+TORCHRUN = dict(RANK="1", WORLD_SIZE="4", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="29500")
+
+
+@pytest.mark.parametrize("changes, ranks", [
+    ({}, (1, 4, 1)),
+    (dict(LOCAL_RANK=None), (1, 4, 0)),
+    (dict.fromkeys(TORCHRUN), (0, 1, 0)),
+    (dict.fromkeys(TORCHRUN, ""), (0, 1, 0)),
+    (dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0"), (0, 1, 0)),
+    (dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK=None, MASTER_ADDR=None), (0, 1, 0)),
+    (dict(MASTER_ADDR=None), None), (dict(MASTER_PORT=""), None), (dict(RANK=None), None),
+    (dict(WORLD_SIZE=None), None), (dict(RANK="4"), None), (dict(RANK="one"), None), (dict(RANK="-1"), None),
+    (dict(RANK=None, WORLD_SIZE=None), None), (dict(LOCAL_RANK="9"), None)])
+def test_variables_of_a_cluster(run, monkeypatch, capsys, changes, ranks):
+    """Guards against many processes that train the same model, each alone."""
+    for name, value in (TORCHRUN | changes).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert distributed.read_ranks() == ranks
+    if ranks is None:
+        assert_fails(run, "which cannot connect processes: start with torchrun, or unset", capsys)
+        assert not run.out.exists()
+
+
+def test_an_address_that_does_not_exist_is_one_line(run, monkeypatch, capsys):
+    for name, value in (TORCHRUN | dict(MASTER_PORT="no number")).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 4)
+    assert_fails(run, "cannot connect to the others at localhost:no number", capsys)
+
+
 def test_a_process_that_is_alone_needs_no_group():
     torch.manual_seed(0)
     pool = ShardedPool(9, 4)
@@ -282,7 +312,7 @@ def assert_equal_but_for_rounding(a: Path, b: Path):
 
 REPLICAS_ARE_EQUAL = """
 save = train.save_checkpoint
-def check_and_save(out_dir, step, model, optimizers, meta, keep):
+def check_and_save(out_dir, step, model, optimizers, *rest):
     pool = model.pool
     mine = columns_group(pool).rank, pool.values.detach(), *optimizers[1].state[pool.values].values()
     dense = [p.detach() for p in model.dense_parameters()]
@@ -291,7 +321,7 @@ def check_and_save(out_dir, step, model, optimizers, meta, keep):
         assert other != mine[0] or all(map(same, tensors, mine[1:])), rank
     for rank, other in enumerate(gather_objects(dense)):
         assert all(map(same, other, dense)), rank
-    save(out_dir, step, model, optimizers, meta, keep)
+    save(out_dir, step, model, optimizers, *rest)
 train.save_checkpoint = check_and_save
 """
 

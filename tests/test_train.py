@@ -2,14 +2,18 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,9 +27,10 @@ from data.prepare import END, build_encoding
 from model import GPT
 from pool import PoolOptimizer
 from runtime import build
+from runtime import log as runtime_log
 from runtime.checkpoint import checkpoints
 from runtime.cli import parse
-from runtime.log import plot_run
+from runtime.log import cpu_wait, plot_run
 
 
 @pytest.mark.parametrize(
@@ -209,12 +214,14 @@ def test_the_default_is_the_published_layer(capsys):
 
 
 def test_names_of_nanogpt_get_a_hint(capsys):
-    for name, hint in [("--max_iters=3", "use --max_steps"), ("--eval_only", "sample.py asks"),
+    for name, hint in [("--max_iters=3", "use --max_steps"), ("--eval_iters=9", "use --eval_batches"),
                        ("config/train_gpt2.py", "every option has the form --name=value")]:
         assert_fails(lambda name=name: train.main([name]), hint, capsys)
 
 
 def test_missing_data_is_named_before_an_old_run_is(run, capsys):
+    assert_fails(lambda: run("--dataset=nothing"), "no data in", capsys)
+    assert not run.out.exists(), "a mistake leaves nothing"
     run()
     assert_fails(lambda: run("--dataset=nothing"), "no data in", capsys)
 
@@ -242,6 +249,10 @@ def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
         (["--accum_steps=3"], "--accum_steps=3 must divide batch_size=4"),
         (["--value_blocks=3"], "--value_blocks=3 must divide n_embd=16"),
         (["--mem_layers=2"], "there is no layer 2, only 0 to 1"),
+        (["--mem_layers=none"], "none at all: --mem_layers="),
+        (["--out_dir="], "--out_dir= must name a folder"),
+        (["--out_dir=/dev/null/x"], "--out_dir=/dev/null/x: Not a directory"),
+        (["--out_dir=out/step_5"], "--out_dir=out/step_5 has the name of a checkpoint"),
         (["--mem_layers=", "--mem_file=pool"], "--mem_file needs a pool"),
         (["--value_stochastic_rounding"], "value_stochastic_rounding needs --mem_dtype=bfloat16"),
         (["--kernel=cuda"], "--kernel: invalid choice: 'cuda'"),
@@ -511,10 +522,228 @@ def test_evaluation_leaves_the_mode_of_each_module_as_it_was(run, small, monkeyp
 
 
 def test_without_matplotlib_only_the_figure_is_missing(run, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    run("--max_steps=1")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        run("--max_steps=1")
     assert "loss.png was not drawn" in capsys.readouterr().out
     assert not (run.out / "loss.png").exists()
+    run("--resume")
+    assert (run.out / "loss.png").exists()
+
+
+def test_a_figure_needs_no_backend(tmp_path):
+    """A shell line in a notebook has the notebook's MPLBACKEND, which the shell's Python may not know."""
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "val_loss": 2}\n')
+    code = "import os, sys; from pathlib import Path; from runtime.log import plot_run; " \
+           "plot_run(Path(sys.argv[1])); print(os.environ['MPLBACKEND'])"
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path], env=os.environ | {"MPLBACKEND": "module://nothing"},
+                           cwd=Path(train.__file__).parent, capture_output=True, text=True)
+    assert ended.stdout == "module://nothing\n" and ended.stderr == ""
+    assert (tmp_path / "loss.png").stat().st_size > 5_000
+
+
+# --- a run owns its folder ----------------------------------------------------------------------------------
+
+OTHER_RUN = """
+import fcntl, sys, time
+lock = open(sys.argv[1], "a")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_run_in_the_same_folder_is_refused(run, capsys):
+    """Before the first checkpoint of the other run, too. A killed run leaves nothing that is in the way."""
+    run("--max_steps=3")
+    before = log(run.out)
+    other = subprocess.Popen([sys.executable, "-c", OTHER_RUN, run.out / ".lock"], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    for options in ([], ["--resume"], ["--resume", "--max_steps=9"]):
+        assert_fails(lambda options=options: run(*options), "another run is training in", capsys)
+    assert log(run.out) == before
+    train.main(["--eval_only", f"--out_dir={run.out}"])  # only reads
+    other.kill()
+    other.communicate()
+    run("--resume", "--max_steps=4")
+    assert log(run.out)[-1]["step"] == 4 and not (run.out / ".lock").exists()
+
+
+def test_a_run_owns_its_folder_from_the_first_second(run, monkeypatch, capsys):
+    loaded, load_dataset = [], train.load_dataset
+
+    def load_and_start_another(name):
+        if not loaded:
+            loaded.append(name)
+            assert_fails(run, "another run is training in", capsys)
+        return load_dataset(name)
+
+    monkeypatch.setattr(train, "load_dataset", load_and_start_another)
+    run()
+    assert loaded and log(run.out)[-1]["step"] == 6
+
+
+def test_a_disk_without_locks(run, monkeypatch, capsys):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(build.fcntl, "flock", no_locks)
+    run("--max_steps=1")
+    assert "cannot be locked (No locks available): start no other run there" in capsys.readouterr().out
+    assert log(run.out)[-1]["step"] == 1
+
+
+def test_the_lock_of_a_run_that_has_just_ended_is_not_taken(tmp_path, monkeypatch):
+    """The other run removes its file between our open and our lock: our lock must be on a new file."""
+    flock, path = build.fcntl.flock, tmp_path / ".lock"
+
+    def late(*arguments):
+        monkeypatch.setattr(build.fcntl, "flock", flock)
+        path.unlink()
+        flock(*arguments)
+
+    monkeypatch.setattr(build.fcntl, "flock", late)
+    with build.lock_folder(tmp_path) as lock:
+        assert os.path.samestat(path.stat(), os.fstat(lock.fileno()))
+        with pytest.raises(BlockingIOError):
+            build.lock_folder(tmp_path)
+
+
+# --- what a machine lacks -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_is_one_line(run, monkeypatch, capsys, error):
+    run("--max_steps=3")
+
+    def full(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(train, "draw_batch", full)
+    assert_fails(lambda: run("--resume"), "out of memory", capsys, also="continues from")
+
+
+def test_a_full_disk_for_the_log_is_named(run, capsys):
+    run.out.mkdir()
+    (run.out / "log.jsonl").symlink_to("/dev/full")
+    assert_fails(run, f"{run.out / 'log.jsonl'}: No space left on device", capsys)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_cpu_wait_is_the_time_in_which_a_busy_loop_did_not_run():
+    cores = os.sched_getaffinity(0)
+    core = {min(cores)}
+    other = subprocess.Popen([sys.executable, "-c", "while 1: pass"],
+                             preexec_fn=lambda: os.sched_setaffinity(0, core))
+    os.sched_setaffinity(0, core)
+    try:
+        clocks = time.perf_counter, time.thread_time, cpu_wait
+        start = [clock() for clock in clocks]
+        while time.perf_counter() < start[0] + 0.5:
+            pass
+        wall, running, waiting = (clock() - begin for clock, begin in zip(clocks, start, strict=True))
+    finally:
+        os.sched_setaffinity(0, cores)
+        other.kill()
+        other.wait()
+    assert waiting == pytest.approx(wall - running, abs=0.1) and waiting > 0.05
+
+
+@pytest.mark.parametrize("share, policy, is_printed", [
+    (0.5, "", True), (0.1, "", False), (0.5, "PASSIVE", False)])
+def test_other_programs_on_the_cpu_are_noticed_once(run, monkeypatch, capsys, share, policy, is_printed):
+    monkeypatch.setattr(runtime_log, "cpu_wait", lambda: share * time.perf_counter())
+    monkeypatch.setattr(runtime_log, "BUSY_CHECK_SECONDS", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    run()
+    assert capsys.readouterr().out.count("other programs use the CPU") == is_printed
+
+
+@pytest.mark.slow
+def test_without_a_compiler_compile_is_one_line(run, tmp_path):
+    """torch.compile needs a C++ compiler on the CPU."""
+    ended = subprocess.run([sys.executable, "train.py", *SMALL, "--compile", f"--out_dir={run.out}"],
+                           env=os.environ | {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+                           cwd=Path(train.__file__).parent, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stderr.startswith("error: --compile does not work here") and "compiler" in ended.stderr
+
+
+# --- the best checkpoint, and evaluation only ---------------------------------------------------------------
+
+def steps(out: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in checkpoints(out)]
+
+
+def test_the_best_checkpoint_is_kept(run, monkeypatch, capsys):
+    """Over a resume, and with a checkpoint that Ctrl-C made: its own loss is not known."""
+    losses = {0: 0.5, 1: 3.0, 2: 2.0, 3: 4.0, 4: 2.5, 5: 1.0, 6: 2.0}  # by step; nothing is saved at step 0
+    seen = []
+
+    def evaluation(model, *arguments, **options):
+        seen.append(len(seen))
+        return {"val_loss": losses[seen[-1]], "slots_used": 0.5, "kl_from_uniform": 1.0}
+
+    monkeypatch.setattr(train, "evaluate", evaluation)
+    options = "--eval_interval=1", "--keep=1", "--keep_best"
+    run(*options, "--max_steps=2")
+    assert steps(run.out) == [2]
+    run(*options, "--resume", "--max_steps=4")
+    assert steps(run.out) == [2, 4]
+    assert f"sample.py --out_dir={run.out}/step_000002" in capsys.readouterr().out
+    assert train.load(run.out)[2].max_steps == 4 and train.load(run.out / "step_000002")[2].max_steps == 2
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda *arguments: [signal.raise_signal(signal.SIGINT), clip(*arguments)])
+    run("--eval_interval=9", "--resume", "--max_steps=6")  # stops after step 5
+    assert steps(run.out) == [2, 5]
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    run("--eval_interval=1", "--resume", "--max_steps=6")
+    assert steps(run.out) == [6] and losses[seen[-1]] == 1.0
+    assert_fails(lambda: run("--resume", out=run.out / "step_000006"), "has the name of a checkpoint", capsys)
+
+
+def test_eval_only_measures_what_training_did_and_writes_nothing(run, monkeypatch, capsys, tmp_path):
+    run(f"--mem_file={tmp_path / 'pool'}")
+    (run.out / "loss.png").unlink()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    monkeypatch.setattr(corpus.Dataset, "val_bytes", 4000, raising=False)
+    train.main(["--eval_only", f"--out_dir={run.out}"])
+    printed, last = capsys.readouterr().out, log(run.out)[-1]
+    tokens = len(corpus.Dataset("facts").val)
+    bits = last["val_loss"] * tokens / 4000 * math.log2(math.e)
+    assert printed.splitlines()[0] == (
+        f"{run.out / 'step_000006'}: validation loss {last['val_loss']:.4f} nats per token, "
+        f"perplexity {math.exp(last['val_loss']):.2f}, {bits:.4f} bits per byte")
+    assert "recall, the share of questions" in printed
+    monkeypatch.setattr(corpus.Dataset, "val_bytes", None)  # an older corpus
+    config = dataclasses.replace(train.load(run.out)[2], out_dir=run.out / "step_000006", eval_only=True)
+    model, measured = train.train(config)
+    assert measured["val_loss"] == last["val_loss"] and measured["recall"] == last["recall"]
+    assert "bits per byte" not in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert_fails(lambda: run("--eval_only", out=tmp_path / "none"), "no checkpoint in", capsys)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("options, is_printed", [
+    (["--max_steps=6"], True), (["--max_steps=6", "--min_lr=1", "--warmup_steps=0", "--lr=4e-4"], False)])
+def test_a_learning_rate_that_jumps_is_printed(run, capsys, options, is_printed):
+    """A longer run has another schedule. nanoGPT's jumps, too."""
+    run("--max_steps=3", "--lr=4e-3", "--min_lr=0.1")
+    run("--resume", *options)
+    assert log(run.out)[-1]["step"] == 6
+    expected = "the learning rate continues at 3.5e-03 instead of 4.0e-04: it follows --max_steps"
+    assert (expected in capsys.readouterr().out) == is_printed
+
+
+def test_folders_as_people_type_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves the ~ in --out_dir=~/run
+    config = train.TrainConfig(out_dir="~/my run", mem_file="~/pool")
+    assert (config.out_dir, config.mem_file) == (f"{tmp_path}/my run", f"{tmp_path}/pool")
+    assert train.TrainConfig(out_dir=Path("out/x")).out_dir == "out/x"
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 
 from data.corpus import Dataset, draw_batch, load_dataset
-from data.prepare import encoding_from_json
+from data.tokenizer import encoding_from_json
 from evaluate import evaluate
 from kernel import resolve_kernel
 from model import GPT, GPTConfig

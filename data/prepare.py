@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # to find runtime/ also when this file is run as a script
+from data.facts import facts_text, mqar_text  # noqa: E402
 from data.tokenizer import (  # noqa: E402
     BLOCK,
     END,
@@ -47,7 +48,7 @@ from data.tokenizer import (  # noqa: E402
 )
 from runtime.cli import at_least, build, command, fail, first_word, parse  # noqa: E402
 
-SAMPLE = 2**25  # most characters that a tokenizer is learnt from
+SAMPLE = 2048  # a tokenizer is learnt from at most so many characters per token
 
 
 # --- the folder of a corpus ---------------------------------------------------------------------------------
@@ -71,40 +72,87 @@ def options_of(config: Corpus) -> dict:
     return json.loads(json.dumps(options))
 
 
-def check_name(name: str, config: Corpus) -> Path:
-    """Returns the folder of a corpus. Fails if it has another corpus, which must not get lost."""
+def corpus_folder(name: str, config: Corpus) -> Path:
+    """The folder for a corpus. Fails if another corpus is there, which must not get lost."""
     if Path(name).name != name or name in ("", ".."):
         fail(f"--name={name} must be a plain name: data/NAME is where the corpus goes")
     folder = DATA / name
     if (folder / "train.bin").exists() and not config.overwrite:
         try:
             made_with = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["options"]
-        except (OSError, ValueError, KeyError):
-            made_with = {}
-        # an older corpus lacks newer options
-        if options_of(type(config)()) | made_with != options_of(config):
+            # an older corpus lacks newer options
+            is_same = options_of(type(config)()) | made_with == options_of(config)
+        except (OSError, ValueError, KeyError, TypeError):
+            is_same = False
+        if not is_same:
             fail(f"{folder} has a corpus that was made with other options: choose another --name, "
                  "or add --overwrite to replace it")
     return folder
 
 
+def make_tokenizer(name, config, texts, fragments, size, pattern):
+    """The encoding of a corpus. The arguments are those of write_corpus."""
+    if config.tokenizer:
+        return named_encoding(config.tokenizer)
+    if fragments:
+        counts = sum(np.bincount(ids, minlength=len(fragments)) for ids in texts("train"))
+        return word_encoding(fragments, counts.tolist(), config.vocab_size, pattern)
+    print(f"{name}: building a tokenizer from the corpus")
+    every = 1 + size // (SAMPLE * config.vocab_size)  # 3: learns from every third block
+    return train_bpe(lambda: islice(cut_blocks(texts("train"), SPLIT), 0, None, every), config.vocab_size)
+
+
+def write_tokens(path: Path, tokens: Iterable[np.ndarray], sizes: np.ndarray, limit: int, bar) -> dict:
+    """Writes the file of a split. Returns the numbers of its tokens, bytes and characters."""
+    vocab_size = sizes.shape[1]
+    counts = np.zeros(vocab_size, np.int64)
+    with open(path, "wb") as f:
+        for ids in tokens:
+            ids = ids[:limit - counts.sum()]
+            f.write(ids.astype(np.uint16 if vocab_size <= 2**16 else np.uint32).tobytes())
+            counts += np.bincount(ids, minlength=vocab_size)
+            bar.update(int(sizes[1, ids].sum()))
+            if counts.sum() == limit:
+                break
+    if counts.sum() < 2:
+        fail(f"the text is too short, {path.name} would be empty")
+    number_of_bytes, characters = sizes @ counts
+    return {f"{path.stem}_tokens": int(counts.sum()), f"{path.stem}_bytes": int(number_of_bytes),
+            f"{path.stem}_characters": int(characters)}
+
+
 def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable],
                  questions: list[dict] | None = None, note: str = "", fragments: list[str] | None = None,
-                 size: int = 0, limit: int | None = None) -> None:
+                 size: int = 0, limit: int | None = None, pattern: str = SPLIT) -> None:
     """
     texts('train') and texts('val') return new iterators. The last text of a document ends with END. note: a
     sentence that training prints at the end.
 
-    fragments: a text is not a string, but an array of indices into these strings. Each of them must start a
-    new piece of SPLIT wherever it stands. The tokenizer then has one token per word. size: characters of both
-    splits, if known. limit: most tokens in train.bin. None: all.
+    fragments: a text is not a string, but an array of indices into these strings. The tokenizer then has one
+    token per word: per piece of `pattern`. Each fragment must start a new piece wherever it stands. size:
+    characters of both splits, if known. limit: most tokens in train.bin. None: all.
     """
-    folder = check_name(name, config)
+    folder = corpus_folder(name, config)
     try:
         DATA.mkdir(parents=True, exist_ok=True)
         # whatever stops the making of a corpus, nothing half-written stays, and an old corpus does
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=DATA) as temporary:
-            meta = write_files(Path(temporary), name, config, texts, questions, note, fragments, size, limit)
+            encoding = make_tokenizer(name, config, texts, fragments, size, pattern)
+            sizes = token_sizes(encoding)
+            meta = {"vocab_size": encoding.n_vocab,
+                    "dtype": "uint16" if encoding.n_vocab <= 2**16 else "uint32",
+                    "options": options_of(config), "note": note, "encoding": encoding_to_json(encoding)}
+            with tqdm(desc=f"{name}: encoding", total=size or None, unit=" characters", unit_scale=True,
+                      leave=False, disable=None) as bar:
+                for split in ("train", "val"):
+                    tokens = (encode_fragments(encoding, fragments, texts(split)) if fragments else
+                              encode_texts(encoding, texts(split)))
+                    most = limit if limit and split == "train" else sys.maxsize
+                    meta |= write_tokens(Path(temporary, f"{split}.bin"), tokens, sizes, most, bar)
+            if questions:
+                lines = "".join(json.dumps(question) + "\n" for question in questions)
+                Path(temporary, "qa.jsonl").write_text(lines, encoding="utf-8")
+            Path(temporary, "meta.json").write_text(json.dumps(meta), encoding="utf-8")
             folder.mkdir(exist_ok=True)
             # meta.json is moved last, so a folder with meta.json is complete. Open files keep their contents
             (folder / "meta.json").unlink(missing_ok=True)
@@ -114,97 +162,16 @@ def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable],
         fail(f"{error.filename or folder}: {error.strerror or error}")
     if not questions and (folder / "qa.jsonl").exists():
         print(f"{name}: the questions in {folder / 'qa.jsonl'} stay")
-    bytes_per_token = meta["train_bytes"] / meta["train_tokens"]
     print(f"{name}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate, "
           f"{meta['train_characters'] / meta['train_tokens']:.2f} characters per token, "
           f"vocabulary of {meta['vocab_size']:,}"
           + (f", {len(questions):,} questions" if questions else "") + f", in {folder}")
-    if bytes_per_token < 1.5:
+    if meta["train_bytes"] < 1.5 * meta["train_tokens"]:
         print(f"{name}: most tokens are single bytes, so a model must learn to spell. Use more text, "
               "a larger --vocab_size, or another --tokenizer")
 
 
-def write_files(folder: Path, name: str, config: Corpus, texts, questions, note, fragments, size,
-                limit) -> dict:
-    """Writes the files of a corpus. Returns what meta.json has."""
-    if config.tokenizer:
-        encoding = named_encoding(config.tokenizer)
-    elif fragments:
-        counts = sum(np.bincount(ids, minlength=len(fragments)) for ids in texts("train"))
-        encoding = word_encoding(fragments, counts.tolist(), config.vocab_size)
-    else:
-        print(f"{name}: building a tokenizer from the corpus")
-        every = 1 + size // SAMPLE  # of a large corpus, every second block, or every third, and so on
-        encoding = train_bpe(lambda: islice(cut_blocks(texts("train"), SPLIT), 0, None, every),
-                             config.vocab_size)
-    dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
-    sizes = token_sizes(encoding)
-    meta = {"vocab_size": encoding.n_vocab, "dtype": np.dtype(dtype).name}
-    with tqdm(desc=f"{name}: encoding", total=size or None, unit=" characters", unit_scale=True, leave=False,
-              disable=None) as bar:
-        for split in ("train", "val"):
-            counts = np.zeros(encoding.n_vocab, np.int64)
-            left = limit if limit and split == "train" else sys.maxsize
-            with open(folder / f"{split}.bin", "wb") as f:
-                for tokens in (encode_fragments(encoding, fragments, texts(split)) if fragments else
-                               encode_texts(encoding, texts(split))):
-                    tokens = tokens[:left]
-                    left -= len(tokens)
-                    f.write(tokens.astype(dtype).tobytes())
-                    counts += np.bincount(tokens, minlength=len(counts))
-                    bar.update(int(sizes[1, tokens].sum()))
-                    if not left:
-                        break
-            if counts.sum() < 2:
-                fail(f"{name}: the text is too short, {split}.bin would be empty")
-            meta[f"{split}_tokens"] = int(counts.sum())
-            meta[f"{split}_bytes"], meta[f"{split}_characters"] = (sizes @ counts).tolist()
-    if questions:
-        lines = "".join(json.dumps(question) + "\n" for question in questions)
-        (folder / "qa.jsonl").write_text(lines, encoding="utf-8")
-    meta |= {"options": options_of(config), "note": note, "encoding": encoding_to_json(encoding)}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    return meta
-
-
-# --- facts --------------------------------------------------------------------------------------------------
-
-CITIES = """Accra Algiers Amman Athens Baku Bangkok Beirut Belgrade Berlin Bogota Bergen Cairo
-Caracas Chicago Dakar Damascus Delhi Dublin Geneva Glasgow Hanoi Havana Helsinki Istanbul Jakarta
-Kabul Kyoto Lagos Lima Lisbon London Madrid Manila Melbourne Milan Montreal Nairobi Oslo Paris
-Prague Quito Riga Rome Seoul Sofia Tallinn Tunis Vienna Warsaw Zagreb""".split()
-JOBS = """actor architect baker banker barber biologist butcher carpenter chemist clerk composer
-cook dancer dentist designer diver doctor driver editor electrician engineer farmer firefighter
-fisher gardener jeweller journalist judge lawyer librarian mechanic miner nurse painter pharmacist
-photographer pilot plumber poet porter potter printer sailor sculptor singer surgeon tailor teacher
-translator weaver""".split()
-SUBJECTS = """acoustics agronomy algebra anatomy anthropology archaeology astronomy botany
-cartography chemistry criminology dance dentistry design ecology economics ethics finance forestry
-genetics geography geology geometry history journalism law linguistics literature logic marketing
-medicine meteorology music mythology navigation nutrition oceanography optics painting pedagogy
-philosophy physics poetry politics psychology rhetoric sociology statistics theology zoology""".split()
-MONTHS = "January February March April May June July August September October November December".split()
-
-# attribute: (values, statements, questions). The person comes before the value: a GPT predicts left to right
-ATTRIBUTES = {
-    "birthplace": (CITIES,
-                   ["The birthplace of {} is {}.", "The city where {} was born is {}.",
-                    "The records say that {} comes from {}."],
-                   ["Where was {} born?", "In which city was {} born?"]),
-    "job": (JOBS,
-            ["The job of {} is that of a {}.", "For a living {} works as a {}.",
-             "The tax form of {} says {}."],
-            ["What is the job of {}?", "What does {} do for a living?"]),
-    "birthday": ([f"{month} {day}" for month in MONTHS for day in range(1, 29)],
-                 ["The birthday of {} is {}.", "Every year {} celebrates on {}.",
-                  "The passport of {} gives the date {}."],
-                 ["When is the birthday of {}?", "On which day was {} born?"]),
-    "subject": (SUBJECTS,
-                ["The subject that {} studied is {}.", "At university {} took {}.",
-                 "The degree of {} is in {}."],
-                ["What did {} study?", "In which subject does {} have a degree?"]),
-}
-
+# --- made-up corpora ----------------------------------------------------------------------------------------
 
 @dataclass
 class FactsConfig(Corpus):
@@ -231,79 +198,13 @@ class FactsConfig(Corpus):
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
 
 
-def make_names(rng, count: int, syllables: int) -> list[str]:
-    """`count` different pronounceable words with a capital."""
-    names = {}  # a dict keeps the order
-    while len(names) < count:
-        parts = [rng.choice(list("bdfghjklmnprstvwz")) + rng.choice(list("aeiou")) for _ in range(syllables)]
-        names["".join(parts).capitalize() + rng.choice(["", *"lmnrst"])] = None
-    return list(names)
-
-
 def facts(config: FactsConfig) -> None:
-    """Facts about people who do not exist. A model can learn these facts only from this corpus."""
-    rng = np.random.default_rng(config.seed)
-    # four times as many possible names as people, so one part of a name does not identify a person
-    parts = int(np.ceil(2 * config.people**0.5))
-    first, last = make_names(rng, parts, 2), make_names(rng, parts, 3)
-    pairs = rng.choice(parts**2, config.people, replace=False)
-    law = np.arange(1, config.people + 1) ** -config.zipf
-    exposures = np.maximum(1, np.round(law / law.mean() * config.exposures)).astype(int)
-    held_out = rng.permutation(config.people) < config.held_out * config.people
-
-    # A line is four fragments: up to the name, first name, last name, and the rest with the value. The number
-    # of its rest, in `rests`, says which attribute, statement or question, and value it has
-    fragments = [f" {name}" for name in first + last]
-    rests, beginnings, offsets = [], [], []  # the fragments of each rest, and of the beginning before it
-    for values, statements, questions in ATTRIBUTES.values():
-        offsets.append(len(rests))
-        for form in (*statements, *(f"Question: {question} Answer: {{}}" for question in questions)):
-            beginning, rest = form.split(" {}", 1)
-            beginnings += [len(fragments)] * len(values)
-            rests += range(len(fragments) + 1, len(fragments) + 1 + len(values))
-            fragments += [beginning, *(rest.format(value) + "\n" for value in values)]
-    rests, beginnings = np.array(rests), np.array(beginnings)
-
-    told, val, asked = [], [], []  # lines, as person * len(rests) + number of the rest
-    for person in range(config.people):
-        for offset, (values, statements, questions) in zip(offsets, ATTRIBUTES.values(), strict=True):
-            value = rng.integers(len(values))
-            asks = (rng.random(exposures[person]) < config.ask) & ~held_out[person]
-            asks = np.append(asks, (False, True))  # the last two: a statement for val.bin, and qa.jsonl
-            forms = rng.integers(np.where(asks, len(questions), len(statements))) + asks * len(statements)
-            lines = person * len(rests) + offset + forms * len(values) + value
-            told.append(lines[:-2])
-            val.append(lines[-2])
-            asked.append(lines[-1])
-    told, val, asked = np.concatenate(told), np.array(val), np.array(asked)
-    rng.shuffle(told)
-    rng.shuffle(val)
-
-    def split_lines(lines):  # (lines, 4): the fragments
-        person, rest = np.divmod(lines, len(rests))
-        pair = pairs[person]
-        return np.stack((beginnings[rest], pair // parts, parts + pair % parts, rests[rest]), axis=1)
-
-    def texts(split):
-        lines = told if split == "train" else val
-        return (split_lines(lines[i:i + 2**16]).ravel() for i in range(0, len(lines), 2**16))
-
-    if config.questions:  # some of each exposure bin, which double in width (evaluate.py), and of held_out
-        bins = np.where(held_out, 0, np.frexp(exposures)[1])[asked // len(rests)]
-        order = rng.permutation(len(asked))
-        asked = asked[np.sort(np.concatenate([order[bins[order] == number][:config.questions]
-                                              for number in np.unique(bins)]))]
-    questions = []
-    for person, ids in zip(asked // len(rests), split_lines(asked), strict=True):
-        prompt, answer = "".join(fragments[i] for i in ids).removesuffix("\n").split(" Answer: ")
-        questions.append({"prompt": f"{prompt} Answer:", "answer": answer,
-                          "exposures": int(exposures[person]), "held_out": bool(held_out[person])})
+    """Facts about people who do not exist, with questions."""
+    texts, questions, fragments = facts_text(config)
     note = ("The validation text tells each fact once, but the training text tells some facts more often "
             "than others. So the validation loss is above the training loss.")
     write_corpus(config.name, config, texts, questions, note if config.zipf else "", fragments)
 
-
-# --- mqar ---------------------------------------------------------------------------------------------------
 
 @dataclass
 class MqarConfig(Corpus):
@@ -325,32 +226,11 @@ class MqarConfig(Corpus):
 
 def mqar(config: MqarConfig) -> None:
     """
-    Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927). A document is one line:
-    first all pairs of words, then some of these pairs again. A colon marks the last pair, the question. Each
-    document has new pairs, so the answer is always in the context, and there is nothing to remember.
+    Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927). Each document has new
+    pairs, so the answer is always in the context, and there is nothing to remember.
     """
-    rng = np.random.default_rng(config.seed)
-    words = make_names(rng, config.keys + config.values, 3)
-
-    colon, newline, end = len(words), len(words) + 1, len(words) + 2
-    fragments = [*(f" {word}" for word in words), " :", "\n", END]
-
-    def draw():  # a line, as fragments; the last four are the question's key, its value, and the end
-        keys = rng.choice(config.keys, config.pairs, replace=False)
-        values = config.keys + rng.choice(config.values, config.pairs, replace=False)
-        pairs = np.stack((keys, values), axis=1)
-        asked = pairs[rng.integers(config.pairs, size=config.asks)]
-        *context, key, value = *pairs.ravel(), *asked.ravel()
-        return np.array([*context, colon, key, value, newline, end])
-
-    few = -(-config.documents // 50)
-    lines = {split: [draw() for _ in range(count)]
-             for split, count in (("train", config.documents), ("val", few), ("questions", few))}
-    questions = []
-    for line in lines["questions"]:
-        prompt, answer = "".join(fragments[i] for i in line[:-3]), fragments[line[-3]].strip()
-        questions.append({"prompt": prompt, "answer": answer})
-    write_corpus("mqar", config, lambda split: lines[split], questions, fragments=fragments)
+    texts, questions, fragments = mqar_text(config)
+    write_corpus("mqar", config, texts, questions, fragments=fragments)
 
 
 # --- text ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import base64
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 
 import numpy as np
 import regex
@@ -27,12 +26,13 @@ MIN_COUNT = 10  # a pair of tokens that is rarer gets no token of its own: a mod
 BLOCK = 2**16  # characters that are read and encoded at a time
 
 
-def make_encoding(tokens: Iterable[bytes]) -> tiktoken.Encoding:
+def make_encoding(tokens: Iterable[bytes], pattern: str = SPLIT) -> tiktoken.Encoding:
     """An encoding of the 256 bytes, then these tokens, and END."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     for token in tokens:
         ranks.setdefault(token, len(ranks))
-    return tiktoken.Encoding("corpus", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    return tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={END: len(ranks)})
 
 
 # --- three kinds of tokenizers ------------------------------------------------------------------------------
@@ -70,15 +70,19 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-def word_encoding(fragments: list[str], counts: Iterable[int], vocab_size: int) -> tiktoken.Encoding:
-    """Each word of the fragments is one token, the most frequent first. counts: uses of each fragment."""
+def word_encoding(fragments: list[str], counts: Iterable[int], vocab_size: int,
+                  pattern: str = SPLIT) -> tiktoken.Encoding:
+    """
+    Each word of the fragments is one token, the most frequent first. counts: uses of each fragment. pattern:
+    what a word is.
+    """
     words = Counter()
     for fragment, count in zip(fragments, counts, strict=True):
         if fragment != END:
-            words.update({word: n * count for word, n in Counter(regex.findall(SPLIT, fragment)).items()})
+            words.update({word: n * count for word, n in Counter(regex.findall(pattern, fragment)).items()})
     by_count = sorted((-count, word) for word, count in words.items() if count)  # ties: by the alphabet
-    encoding = make_encoding(word.encode() for _, word in by_count)
-    return make_encoding(list(encoding._mergeable_ranks)[:vocab_size - 1])
+    tokens = make_encoding(word.encode() for _, word in by_count)._mergeable_ranks
+    return make_encoding(list(tokens)[:vocab_size - 1], pattern)
 
 
 def named_encoding(name: str) -> tiktoken.Encoding:
@@ -144,17 +148,29 @@ def cut_blocks(texts: Iterable[str], pattern: str) -> Iterator[str]:
 
 
 def encode_texts(encoding: tiktoken.Encoding, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """The tokens of the texts, in blocks. tiktoken encodes 32 blocks at a time, in several threads."""
-    blocks = cut_blocks(texts, encoding._pat_str)
-    while batch := list(islice(blocks, 32)):
-        try:
-            encoded = encoding.encode_ordinary_batch([block.removesuffix(END) for block in batch])
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of Rust
-                raise
-            fail(f"the tokenizer {encoding.name} cannot encode this text: has it a very long run of spaces?")
-        for block, tokens in zip(batch, encoded, strict=True):
-            yield np.array(tokens + [encoding.eot_token] * block.endswith(END), np.int64)
+    """The tokens of the texts, about a megabyte of text at a time."""
+    batch, size = [], 0
+    for block in cut_blocks(texts, encoding._pat_str):
+        batch.append(block)
+        size += len(block)
+        if size >= 16 * BLOCK:
+            yield encode_batch(encoding, batch)
+            batch, size = [], 0
+    if batch:
+        yield encode_batch(encoding, batch)
+
+
+def encode_batch(encoding: tiktoken.Encoding, blocks: list[str]) -> np.ndarray:
+    """The tokens of all blocks. tiktoken encodes them in several threads."""
+    try:
+        encoded = encoding.encode_ordinary_batch([block.removesuffix(END) for block in blocks])
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust
+            raise
+        fail(f"the tokenizer {encoding.name} cannot encode this text: has it a very long run of spaces?")
+    for block, tokens in zip(blocks, encoded, strict=True):
+        tokens += [encoding.eot_token] * block.endswith(END)
+    return np.concatenate(encoded).astype(np.int64)
 
 
 def encode_fragments(encoding: tiktoken.Encoding, fragments: list[str],

@@ -20,6 +20,7 @@ import tiktoken
 
 from data import corpus, prepare, tokenizer
 from data.corpus import Dataset
+from data.facts import make_names
 from data.prepare import END, main
 from data.tokenizer import encoding_from_json
 from evaluate import exposure_bin
@@ -112,7 +113,7 @@ def test_every_word_of_facts_is_one_token(data):
 
 
 def test_many_people_get_as_many_names():
-    assert len(set(prepare.make_names(np.random.default_rng(0), 3000, 2))) == 3000
+    assert len(set(make_names(np.random.default_rng(0), 3000, 2))) == 3000
 
 
 def test_a_mistake_leaves_the_data_that_was_there(data):
@@ -244,19 +245,30 @@ def prepared_text(data, *names, options=()):
 STORIES = [f"Story {i} has some words.\nAnd {i % 7} more.\n" for i in range(200)]
 
 
-@pytest.mark.parametrize("block", [1, 7, 50, 2**16])
-def test_end_of_text_in_a_file_is_the_end_of_a_document(data, monkeypatch, block):
-    monkeypatch.setattr(prepare, "BLOCK", block)
-    for line in (f"{END}\n", f"{END}\r\n\r\n", f"{END}"):
-        (data / "stories").write_bytes(line.join(STORIES).encode())
-        (data / "ended").write_bytes((line.join(STORIES) + line).encode())
-        for name in ("stories", "ended"):
-            documents = prepared_text(data, name)
-            train, val = documents["train"], documents["val"]
-            assert "".join(train + val) == "".join(STORIES) and 15 < len(val) < 25
-            assert train[:-1] == STORIES[:len(train) - 1] and val[1:] == STORIES[201 - len(val):]
-        tokens = load(data / "text")[2]["train"]
-        assert (tokens == tokens.max()).sum() == len(train), "END is the last token of the vocabulary"
+@pytest.mark.parametrize("line", [f"{END}\n", f"{END}\r\n\r\n", END])
+def test_end_of_text_in_a_file_is_the_end_of_a_document(line):
+    stories = STORIES[:60]
+    for text in (line.join(stories), line.join(stories) + line):  # at the end of a file it changes nothing
+        for block in (1, 7, 50, 2**16):
+            def documents():
+                blocks = (text[i:i + block] for i in range(0, len(text), block))  # noqa: B023
+                return prepare.split_documents(blocks)
+            assert "".join(documents()) == END.join([*stories, ""])
+            for border in (1, 500, 501, 530, 531, 540, 550, 1900, 10**6):
+                train, val = ("".join(prepare.cut_at_border(documents(), border, split)).split(END)
+                              for split in ("train", "val"))
+                assert train[-1] == val[-1] == "", "the last document has an END, too"
+                assert "".join(train + val) == "".join(stories), "nothing is lost or in both"
+                assert train[:-2] == stories[:len(train) - 2], "the border cuts one story at most"
+                assert len("".join(train)) <= border + 200
+
+
+def test_a_file_of_stories(data):
+    (data / "stories").write_text(f"{END}\n".join(STORIES))
+    documents = prepared_text(data, "stories")
+    tokens = load(data / "text")[2]["train"]
+    assert (tokens == tokens.max()).sum() == len(documents["train"]) > 170, "END is the last token"
+    assert "".join(documents["train"] + documents["val"]) == "".join(STORIES) and len(documents["val"]) > 15
 
 
 def test_files_as_other_systems_write_them(data):
@@ -270,8 +282,8 @@ def test_files_as_other_systems_write_them(data):
     documents = prepared_text(data, "plain")
     assert documents["train"][0] + documents["val"][0] == text
     for name in ("bom", "utf16", "utf16be", "plain.txt.gz"):
-        assert prepared_text(data, name) == documents, name
-    assert prepared_text(data, "empty", "plain", "empty") == documents, "an empty file is no document"
+        assert "".join(prepare.read_checked(data / name)) == text, name
+    assert prepared_text(data, "empty", "plain.txt.gz", "empty") == documents, "an empty file is no document"
 
 
 def test_paths_as_people_type_them(data, monkeypatch):
@@ -282,8 +294,7 @@ def test_paths_as_people_type_them(data, monkeypatch):
         (data / name).write_text(f"{name} has words\n" * 50)
     prepared_text(data, "texts/a.txt", "texts/more/b.txt")
     both = (data / "text" / "train.bin").read_bytes()
-    for words in (["texts"], ["~/texts"], ["texts/*.txt", "texts/**/b.txt"],
-                  ["texts", "texts/a.txt", "./texts/a.txt"]):
+    for words in (["~/texts"], ["texts/*.txt", "texts/**/b.txt"], ["texts", "./texts/a.txt"]):
         main(["text", "--input", *words])  # not --overwrite: these are the same options
         assert (data / "text" / "train.bin").read_bytes() == both, words
 
@@ -368,7 +379,8 @@ def test_a_vocabulary_above_65536_takes_four_bytes_per_token(data, monkeypatch):
                               special_tokens={END: 100_000})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: large)
     (data / "a").write_text("a story\n" * 100)
-    assert prepared_text(data, "a", options=["--tokenizer=o200k_base"])["train"] == ["a story\n" * 91]
+    documents = prepared_text(data, "a", options=["--tokenizer=o200k_base"])
+    assert documents["train"][0] + documents["val"][0] == "a story\n" * 100
     meta, encoding, splits = load(data / "text")
     assert meta["dtype"] == "uint32" and splits["train"].max() == 100_000 and encoding.n_vocab == 100_001
     assert meta["options"]["tokenizer"] == meta["encoding"]["name"] == "o200k_base"
@@ -397,7 +409,7 @@ def test_a_warning_if_most_tokens_are_single_bytes(data, capsys):
 
 def test_a_large_text_gives_a_sample_to_the_tokenizer(data, monkeypatch):
     """Blocks from all parts of the text. The tokens of the text do not depend on the size of the blocks."""
-    monkeypatch.setattr(prepare, "SAMPLE", 3000)
+    monkeypatch.setattr(prepare, "SAMPLE", 1)
     monkeypatch.setattr(tokenizer, "BLOCK", 100)
     (data / "a").write_text("early words\n" * 500 + "later thoughts\n" * 500)
     documents = prepared_text(data, "a")

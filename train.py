@@ -33,7 +33,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import torch
 
 from data.corpus import Dataset, draw_batch, load_dataset
-from data.prepare import encoding_from_json
+from data.tokenizer import encoding_from_json
 from evaluate import evaluate
 from kernel import resolve_kernel
 from model import GPT, GPTConfig

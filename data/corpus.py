@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.prepare import DATA, END, READY_MADE, encoding_from_json
+from data.prepare import DATA, END, READY_MADE
+from data.tokenizer import encoding_from_json
 from runtime.cli import fail
 from runtime.distributed import LOCAL_RANK, RANK, WORLD_SIZE, gather_objects
 
 
 class Dataset:
     """
-    The corpus in data/NAME: token ids `train` and `val` (memory-mapped files), `encoding`, `questions` and
-    `note`, a sentence about the corpus or "". If data/NAME is missing, a corpus in READY_MADE is made.
+    The corpus in data/NAME: token ids `train` and `val` (memory-mapped files), `val_bytes` (of the validation
+    text as UTF-8; 0: unknown), `encoding`, `questions` and `note`, a sentence about the corpus or "". If
+    data/NAME is missing, a corpus in READY_MADE is made.
     """
 
     def __init__(self, name: str):
@@ -30,7 +32,7 @@ class Dataset:
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             self.encoding_json, self.encoding = meta["encoding"], encoding_from_json(meta["encoding"])
-            self.note = meta.get("note", "")
+            self.note, self.val_bytes = meta.get("note", ""), meta.get("val_bytes", 0)
             self.train = np.memmap(folder / "train.bin", meta["dtype"], "r")
             self.val = np.memmap(folder / "val.bin", meta["dtype"], "r")
             for split, tokens in (("train", self.train), ("val", self.val)):

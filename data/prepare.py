@@ -1,87 +1,54 @@
 """
 Makes a corpus for train.py. It writes train.bin and val.bin (token ids), meta.json and, if the corpus has
-questions, qa.jsonl to the folder data/NAME.
+questions, qa.jsonl to the folder data/NAME. docs/data.md has more.
 
     python data/prepare.py facts --people=400         generated people and their attributes, with questions
     python data/prepare.py stdlib                     source of the Python standard library on this machine
     python data/prepare.py code                       Python source of all installed packages
     python data/prepare.py mqar                       pairs of words, to be recalled from the context
-    python data/prepare.py text --input FILE ...      any UTF-8 text; --name=NAME chooses the folder data/NAME
+    python data/prepare.py text --input FILE ...      any text; --name=NAME chooses the folder data/NAME
+    python data/prepare.py shakespeare --input FILE   the plays that nanoGPT trains on
     python data/prepare.py facts --help               the options of a corpus
 """
 
-import base64
+import codecs
+import glob
+import gzip
 import hashlib
 import json
+import re
 import sys
 import sysconfig
+import tempfile
 import tokenize
-from collections import Counter
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice, repeat
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import regex
-import tiktoken
 from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # to find runtime/ also when this file is run as a script
+from data.facts import facts_text, mqar_text  # noqa: E402
+from data.tokenizer import (  # noqa: E402
+    BLOCK,
+    END,
+    SPLIT,
+    cut_blocks,
+    encode_fragments,
+    encode_texts,
+    encoding_to_json,
+    named_encoding,
+    token_sizes,
+    train_bpe,
+    word_encoding,
+)
 from runtime.cli import at_least, build, command, fail, first_word, parse  # noqa: E402
 
-END = "<|endoftext|>"  # stands between documents
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # text into pieces
-
-
-# --- tokenizers ---------------------------------------------------------------------------------------------
-
-def build_encoding(texts: Iterable[str], vocab_size: int, counts: Iterable[int] = repeat(1)):
-    """
-    A tiktoken encoding of at most `vocab_size` tokens: the 256 bytes, the most frequent pieces of the texts,
-    and END. counts: how often each text stands in the corpus.
-
-    A piece in the vocabulary is one token, so no merges need to be learnt. Any other piece becomes several
-    tokens: single bytes, or longer ones where the vocabulary has them. So every text can be encoded and
-    decoded without loss.
-    """
-    pieces = Counter()
-    for text, count in zip(texts, counts, strict=False):
-        if count:
-            found = Counter(regex.findall(GPT2_SPLIT, text))
-            pieces.update({piece: n * count for piece, n in found.items()})
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    for piece, _ in sorted(pieces.items(), key=lambda item: (-item[1], item[0])):  # ties: by the alphabet
-        if len(ranks) + 1 >= vocab_size:
-            break
-        ranks.setdefault(piece.encode(), len(ranks))
-    return tiktoken.Encoding("corpus", pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
-                             special_tokens={END: len(ranks)})
-
-
-def named_encoding(name: str) -> tiktoken.Encoding:
-    if name not in tiktoken.list_encoding_names():
-        fail(f"--tokenizer={name}: tiktoken has {', '.join(tiktoken.list_encoding_names())}; "
-             "without --tokenizer one is built from the corpus")
-    try:
-        return tiktoken.get_encoding(name)
-    except OSError:
-        fail(f"--tokenizer={name}: tiktoken could not download it; "
-             "without --tokenizer one is built from the corpus")
-
-
-def encoding_to_json(encoding: tiktoken.Encoding) -> dict:
-    """Everything that `encoding_from_json` needs. Tokens are base64, in order of their ids."""
-    ranks = encoding._mergeable_ranks
-    return {"name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens,
-            "tokens": {base64.b64encode(token).decode(): rank for token, rank in ranks.items()}}
-
-
-def encoding_from_json(stored: dict) -> tiktoken.Encoding:
-    ranks = {base64.b64decode(token): rank for token, rank in stored["tokens"].items()}
-    return tiktoken.Encoding(stored["name"], pat_str=stored["pat_str"], mergeable_ranks=ranks,
-                             special_tokens=stored["special_tokens"])
+SAMPLE = 2048  # a tokenizer is learnt from at most so many characters per token
 
 
 # --- the folder of a corpus ---------------------------------------------------------------------------------
@@ -89,132 +56,122 @@ def encoding_from_json(stored: dict) -> tiktoken.Encoding:
 @dataclass
 class Corpus:
     tokenizer: str = ""  # a tiktoken encoding to download, such as gpt2; none: build one from the corpus
-    vocab_size: int = 4096  # largest vocabulary of a tokenizer that is built from the corpus
+    vocab_size: int = 4096  # most tokens of a tokenizer that is built from the corpus
+    overwrite: bool = False  # replace a corpus of the same name that was made with other options
 
     def __post_init__(self):
-        if self.vocab_size < 257:
-            raise ValueError(f"vocab_size={self.vocab_size} must be at least 257 (256 bytes and {END})")
+        if not 257 <= self.vocab_size <= 2**20:
+            raise ValueError(f"vocab_size={self.vocab_size} must be at least 257 (256 bytes and {END}) "
+                             f"and at most {2**20}")
 
 
-def encode_texts(encoding: tiktoken.Encoding, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """The tokens of each text. tiktoken encodes 64 texts at a time, in several threads."""
-    texts = iter(texts)
-    while batch := list(islice(texts, 64)):
-        encoded = encoding.encode_ordinary_batch([text.removesuffix(END) for text in batch])
-        for text, tokens in zip(batch, encoded, strict=True):
-            yield np.array(tokens + [encoding.eot_token] * text.endswith(END))
+def options_of(config: Corpus) -> dict:
+    """The options that decide what a corpus contains, as meta.json has them."""
+    options = asdict(config)
+    del options["overwrite"]
+    return json.loads(json.dumps(options))
 
 
-def encode_fragments(encoding: tiktoken.Encoding, fragments: list[str],
-                     texts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The tokens of texts that consist of few different fragments. Each fragment is encoded only once."""
-    parts = [encoding.encode_ordinary(fragment) for fragment in fragments]
-    lengths, tokens = np.array([len(part) for part in parts]), np.concatenate(parts).astype(np.int64)
-    starts = lengths.cumsum() - lengths  # of each fragment in `tokens`
-    for ids in texts:
-        n = lengths[ids]
-        shift = starts[ids] - (n.cumsum() - n)  # from a place in the result to a place in `tokens`
-        yield tokens[np.arange(n.sum()) + shift.repeat(n)]
+def corpus_folder(name: str, config: Corpus) -> Path:
+    """The folder for a corpus. Fails if another corpus is there, which must not get lost."""
+    if Path(name).name != name or name in ("", ".."):
+        fail(f"--name={name} must be a plain name: data/NAME is where the corpus goes")
+    folder = DATA / name
+    if (folder / "train.bin").exists() and not config.overwrite:
+        try:
+            made_with = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["options"]
+            # an older corpus lacks newer options
+            is_same = options_of(type(config)()) | made_with == options_of(config)
+        except (OSError, ValueError, KeyError, TypeError):
+            is_same = False
+        if not is_same:
+            fail(f"{folder} has a corpus that was made with other options: choose another --name, "
+                 "or add --overwrite to replace it")
+    return folder
+
+
+def make_tokenizer(name, config, texts, fragments, size, pattern):
+    """The encoding of a corpus. The arguments are those of write_corpus."""
+    if config.tokenizer:
+        return named_encoding(config.tokenizer)
+    if fragments:
+        counts = sum(np.bincount(ids, minlength=len(fragments)) for ids in texts("train"))
+        return word_encoding(fragments, counts.tolist(), config.vocab_size, pattern)
+    print(f"{name}: building a tokenizer from the corpus")
+    every = 1 + size // (SAMPLE * config.vocab_size)  # 3: learns from every third block
+    return train_bpe(lambda: islice(cut_blocks(texts("train"), SPLIT), 0, None, every), config.vocab_size)
+
+
+def write_tokens(path: Path, tokens: Iterable[np.ndarray], sizes: np.ndarray, limit: int, bar) -> dict:
+    """Writes the file of a split. Returns the numbers of its tokens, bytes and characters."""
+    vocab_size = sizes.shape[1]
+    counts = np.zeros(vocab_size, np.int64)
+    with open(path, "wb") as f:
+        for ids in tokens:
+            ids = ids[:limit - counts.sum()]
+            f.write(ids.astype(np.uint16 if vocab_size <= 2**16 else np.uint32).tobytes())
+            counts += np.bincount(ids, minlength=vocab_size)
+            bar.update(int(sizes[1, ids].sum()))
+            if counts.sum() == limit:
+                break
+    if counts.sum() < 2:
+        fail(f"the text is too short, {path.name} would be empty")
+    number_of_bytes, characters = sizes @ counts
+    return {f"{path.stem}_tokens": int(counts.sum()), f"{path.stem}_bytes": int(number_of_bytes),
+            f"{path.stem}_characters": int(characters)}
 
 
 def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable],
                  questions: list[dict] | None = None, note: str = "", fragments: list[str] | None = None,
-                 sample: int | None = None, limit: int | None = None) -> None:
+                 size: int = 0, limit: int | None = None, pattern: str = SPLIT) -> None:
     """
     texts('train') and texts('val') return new iterators. The last text of a document ends with END. note: a
     sentence that training prints at the end.
 
-    fragments: a text is not a string, but an array of indices into these strings. Each of them must start a
-    new piece of GPT2_SPLIT wherever it stands. sample: the tokenizer is built from the first texts only, from
-    so many. limit: most tokens in train.bin. None: all.
+    fragments: a text is not a string, but an array of indices into these strings. The tokenizer then has one
+    token per word: per piece of `pattern`. Each fragment must start a new piece wherever it stands. size:
+    characters of both splits, if known. limit: most tokens in train.bin. None: all.
     """
-    if Path(name).name != name or name in ("", ".."):
-        fail(f"--name={name} must be a plain name: data/NAME is where the corpus goes")
-    folder = DATA / name
-    folder.mkdir(parents=True, exist_ok=True)
-    if config.tokenizer:
-        encoding = named_encoding(config.tokenizer)
-    else:
-        print(f"{name}: building a tokenizer from the corpus")
-        if fragments:
-            counts = sum(np.bincount(ids, minlength=len(fragments)) for ids in texts("train"))
-            encoding = build_encoding(fragments, config.vocab_size, counts.tolist())
-        else:
-            encoding = build_encoding((text.removesuffix(END) for text in islice(texts("train"), sample)),
-                                      config.vocab_size)
-    dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
-    meta = {"vocab_size": encoding.n_vocab, "dtype": np.dtype(dtype).name}
-    for split in ("train", "val"):
-        count = 0
-        with open(folder / f"{split}.tmp", "wb") as f:
-            title = f"{name}: encoding {split}"
-            encoded = (encode_fragments(encoding, fragments, texts(split)) if fragments else
-                       encode_texts(encoding, texts(split)))
-            for tokens in tqdm(encoded, title, unit=" texts", leave=False, disable=None):
-                if limit and split == "train":
-                    tokens = tokens[:limit - count]
-                f.write(tokens.astype(dtype).tobytes())
-                count += len(tokens)
-                if count == limit and split == "train":
-                    break
-        if count < 2:
-            fail(f"{name}: the text is too short, {split}.bin would be empty")
-        meta[f"{split}_tokens"] = count
-    # meta.json is written last, so a folder with meta.json is complete. Open files keep their old contents
-    for old in ("meta.json", *(["qa.jsonl"] if questions else [])):
-        (folder / old).unlink(missing_ok=True)
-    for split in ("train", "val"):
-        (folder / f"{split}.tmp").replace(folder / f"{split}.bin")
-    if (folder / "qa.jsonl").exists():
+    folder = corpus_folder(name, config)
+    try:
+        DATA.mkdir(parents=True, exist_ok=True)
+        # whatever stops the making of a corpus, nothing half-written stays, and an old corpus does
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=DATA) as temporary:
+            encoding = make_tokenizer(name, config, texts, fragments, size, pattern)
+            sizes = token_sizes(encoding)
+            meta = {"vocab_size": encoding.n_vocab,
+                    "dtype": "uint16" if encoding.n_vocab <= 2**16 else "uint32",
+                    "options": options_of(config), "note": note, "encoding": encoding_to_json(encoding)}
+            with tqdm(desc=f"{name}: encoding", total=size or None, unit=" characters", unit_scale=True,
+                      leave=False, disable=None) as bar:
+                for split in ("train", "val"):
+                    tokens = (encode_fragments(encoding, fragments, texts(split)) if fragments else
+                              encode_texts(encoding, texts(split)))
+                    most = limit if limit and split == "train" else sys.maxsize
+                    meta |= write_tokens(Path(temporary, f"{split}.bin"), tokens, sizes, most, bar)
+            if questions:
+                lines = "".join(json.dumps(question) + "\n" for question in questions)
+                Path(temporary, "qa.jsonl").write_text(lines, encoding="utf-8")
+            Path(temporary, "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+            folder.mkdir(exist_ok=True)
+            # meta.json is moved last, so a folder with meta.json is complete. Open files keep their contents
+            (folder / "meta.json").unlink(missing_ok=True)
+            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "meta.json"):
+                file.replace(folder / file.name)
+    except OSError as error:
+        fail(f"{error.filename or folder}: {error.strerror or error}")
+    if not questions and (folder / "qa.jsonl").exists():
         print(f"{name}: the questions in {folder / 'qa.jsonl'} stay")
-    if questions:
-        lines = "".join(json.dumps(question) + "\n" for question in questions)
-        (folder / "qa.jsonl").write_text(lines, encoding="utf-8")
-    meta |= {"options": asdict(config), "note": note, "encoding": encoding_to_json(encoding)}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     print(f"{name}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate, "
-          f"vocabulary of {encoding.n_vocab:,}" + (f", {len(questions):,} questions" if questions else "")
-          + f", in {folder}")
+          f"{meta['train_characters'] / meta['train_tokens']:.2f} characters per token, "
+          f"vocabulary of {meta['vocab_size']:,}"
+          + (f", {len(questions):,} questions" if questions else "") + f", in {folder}")
+    if meta["train_bytes"] < 1.5 * meta["train_tokens"]:
+        print(f"{name}: most tokens are single bytes, so a model must learn to spell. Use more text, "
+              "a larger --vocab_size, or another --tokenizer")
 
 
-# --- facts --------------------------------------------------------------------------------------------------
-
-CITIES = """Accra Algiers Amman Athens Baku Bangkok Beirut Belgrade Berlin Bogota Bergen Cairo
-Caracas Chicago Dakar Damascus Delhi Dublin Geneva Glasgow Hanoi Havana Helsinki Istanbul Jakarta
-Kabul Kyoto Lagos Lima Lisbon London Madrid Manila Melbourne Milan Montreal Nairobi Oslo Paris
-Prague Quito Riga Rome Seoul Sofia Tallinn Tunis Vienna Warsaw Zagreb""".split()
-JOBS = """actor architect baker banker barber biologist butcher carpenter chemist clerk composer
-cook dancer dentist designer diver doctor driver editor electrician engineer farmer firefighter
-fisher gardener jeweller journalist judge lawyer librarian mechanic miner nurse painter pharmacist
-photographer pilot plumber poet porter potter printer sailor sculptor singer surgeon tailor teacher
-translator weaver""".split()
-SUBJECTS = """acoustics agronomy algebra anatomy anthropology archaeology astronomy botany
-cartography chemistry criminology dance dentistry design ecology economics ethics finance forestry
-genetics geography geology geometry history journalism law linguistics literature logic marketing
-medicine meteorology music mythology navigation nutrition oceanography optics painting pedagogy
-philosophy physics poetry politics psychology rhetoric sociology statistics theology zoology""".split()
-MONTHS = "January February March April May June July August September October November December".split()
-
-# attribute: (values, statements, questions). The person comes before the value: a GPT predicts left to right
-ATTRIBUTES = {
-    "birthplace": (CITIES,
-                   ["The birthplace of {} is {}.", "The city where {} was born is {}.",
-                    "The records say that {} comes from {}."],
-                   ["Where was {} born?", "In which city was {} born?"]),
-    "job": (JOBS,
-            ["The job of {} is that of a {}.", "For a living {} works as a {}.",
-             "The tax form of {} says {}."],
-            ["What is the job of {}?", "What does {} do for a living?"]),
-    "birthday": ([f"{month} {day}" for month in MONTHS for day in range(1, 29)],
-                 ["The birthday of {} is {}.", "Every year {} celebrates on {}.",
-                  "The passport of {} gives the date {}."],
-                 ["When is the birthday of {}?", "On which day was {} born?"]),
-    "subject": (SUBJECTS,
-                ["The subject that {} studied is {}.", "At university {} took {}.",
-                 "The degree of {} is in {}."],
-                ["What did {} study?", "In which subject does {} have a degree?"]),
-}
-
+# --- made-up corpora ----------------------------------------------------------------------------------------
 
 @dataclass
 class FactsConfig(Corpus):
@@ -241,79 +198,13 @@ class FactsConfig(Corpus):
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
 
 
-def make_names(rng, count: int, syllables: int) -> list[str]:
-    """`count` different pronounceable words with a capital."""
-    names = {}  # a dict keeps the order
-    while len(names) < count:
-        parts = [rng.choice(list("bdfghjklmnprstvwz")) + rng.choice(list("aeiou")) for _ in range(syllables)]
-        names["".join(parts).capitalize() + rng.choice(["", *"lmnrst"])] = None
-    return list(names)
-
-
 def facts(config: FactsConfig) -> None:
-    """Facts about people who do not exist. A model can learn these facts only from this corpus."""
-    rng = np.random.default_rng(config.seed)
-    # four times as many possible names as people, so one part of a name does not identify a person
-    parts = int(np.ceil(2 * config.people**0.5))
-    first, last = make_names(rng, parts, 2), make_names(rng, parts, 3)
-    pairs = rng.choice(parts**2, config.people, replace=False)
-    law = np.arange(1, config.people + 1) ** -config.zipf
-    exposures = np.maximum(1, np.round(law / law.mean() * config.exposures)).astype(int)
-    held_out = rng.permutation(config.people) < config.held_out * config.people
-
-    # A line is four fragments: up to the name, first name, last name, and the rest with the value. The number
-    # of its rest, in `rests`, says which attribute, statement or question, and value it has
-    fragments = [f" {name}" for name in first + last]
-    rests, beginnings, offsets = [], [], []  # the fragments of each rest, and of the beginning before it
-    for values, statements, questions in ATTRIBUTES.values():
-        offsets.append(len(rests))
-        for form in (*statements, *(f"Question: {question} Answer: {{}}" for question in questions)):
-            beginning, rest = form.split(" {}", 1)
-            beginnings += [len(fragments)] * len(values)
-            rests += range(len(fragments) + 1, len(fragments) + 1 + len(values))
-            fragments += [beginning, *(rest.format(value) + "\n" for value in values)]
-    rests, beginnings = np.array(rests), np.array(beginnings)
-
-    told, val, asked = [], [], []  # lines, as person * len(rests) + number of the rest
-    for person in range(config.people):
-        for offset, (values, statements, questions) in zip(offsets, ATTRIBUTES.values(), strict=True):
-            value = rng.integers(len(values))
-            asks = (rng.random(exposures[person]) < config.ask) & ~held_out[person]
-            asks = np.append(asks, (False, True))  # the last two: a statement for val.bin, and qa.jsonl
-            forms = rng.integers(np.where(asks, len(questions), len(statements))) + asks * len(statements)
-            lines = person * len(rests) + offset + forms * len(values) + value
-            told.append(lines[:-2])
-            val.append(lines[-2])
-            asked.append(lines[-1])
-    told, val, asked = np.concatenate(told), np.array(val), np.array(asked)
-    rng.shuffle(told)
-    rng.shuffle(val)
-
-    def split_lines(lines):  # (lines, 4): the fragments
-        person, rest = np.divmod(lines, len(rests))
-        pair = pairs[person]
-        return np.stack((beginnings[rest], pair // parts, parts + pair % parts, rests[rest]), axis=1)
-
-    def texts(split):
-        lines = told if split == "train" else val
-        return (split_lines(lines[i:i + 2**16]).ravel() for i in range(0, len(lines), 2**16))
-
-    if config.questions:  # some of each exposure bin, which double in width (evaluate.py), and of held_out
-        bins = np.where(held_out, 0, np.frexp(exposures)[1])[asked // len(rests)]
-        order = rng.permutation(len(asked))
-        asked = asked[np.sort(np.concatenate([order[bins[order] == number][:config.questions]
-                                              for number in np.unique(bins)]))]
-    questions = []
-    for person, ids in zip(asked // len(rests), split_lines(asked), strict=True):
-        prompt, answer = "".join(fragments[i] for i in ids).removesuffix("\n").split(" Answer: ")
-        questions.append({"prompt": f"{prompt} Answer:", "answer": answer,
-                          "exposures": int(exposures[person]), "held_out": bool(held_out[person])})
+    """Facts about people who do not exist, with questions."""
+    texts, questions, fragments = facts_text(config)
     note = ("The validation text tells each fact once, but the training text tells some facts more often "
             "than others. So the validation loss is above the training loss.")
     write_corpus(config.name, config, texts, questions, note if config.zipf else "", fragments)
 
-
-# --- mqar ---------------------------------------------------------------------------------------------------
 
 @dataclass
 class MqarConfig(Corpus):
@@ -335,26 +226,11 @@ class MqarConfig(Corpus):
 
 def mqar(config: MqarConfig) -> None:
     """
-    Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927). A document is one line:
-    first all pairs of words, then some of these pairs again. A colon marks the last pair, the question. Each
-    document has new pairs, so the answer is always in the context, and there is nothing to remember.
+    Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927). Each document has new
+    pairs, so the answer is always in the context, and there is nothing to remember.
     """
-    rng = np.random.default_rng(config.seed)
-    words = make_names(rng, config.keys + config.values, 3)
-
-    def draw():  # the line up to the last key, and its value
-        keys = rng.choice(config.keys, config.pairs, replace=False)
-        values = config.keys + rng.choice(config.values, config.pairs, replace=False)
-        pairs = [f" {words[key]} {words[value]}" for key, value in zip(keys, values, strict=True)]
-        *asked, last = (pairs[i] for i in rng.integers(config.pairs, size=config.asks))
-        _, key, value = last.split(" ")
-        return "".join(pairs + asked) + f" : {key}", value
-
-    few = -(-config.documents // 50)
-    lines = {split: [draw() for _ in range(count)]
-             for split, count in (("train", config.documents), ("val", few), ("questions", few))}
-    questions = [{"prompt": prompt, "answer": answer} for prompt, answer in lines["questions"]]
-    write_corpus("mqar", config, lambda split: (f"{p} {a}\n{END}" for p, a in lines[split]), questions)
+    texts, questions, fragments = mqar_text(config)
+    write_corpus("mqar", config, texts, questions, fragments=fragments)
 
 
 # --- text ---------------------------------------------------------------------------------------------------
@@ -391,15 +267,17 @@ def read_sources(paths: Iterable[Path]) -> Iterator[str]:
     for path in paths:
         try:
             with tokenize.open(path) as f:  # in the encoding that the file declares
-                yield f.read() + END
-        except (SyntaxError, UnicodeDecodeError):
-            pass  # lib2to3 has files that are broken on purpose
+                text = f.read()
+            text.encode()  # a strange encoding can give what is no text
+        except (SyntaxError, UnicodeError):
+            continue  # lib2to3 has files that are broken on purpose
+        yield text + END
 
 
 @dataclass
 class CodeConfig(SplitConfig):
     input: tuple[str, ...] = ()  # folders with Python source; none: the packages installed for this Python
-    vocab_size: int = 8192  # most tokens that the tokenizer may have; it is built from 4,000 files
+    vocab_size: int = 8192  # most tokens that the tokenizer may have
     val_share: float = 0.02  # share of the files that is kept for validation
     tokens: int = 0  # most tokens in train.bin; 0: no limit
 
@@ -412,60 +290,135 @@ def code(config: CodeConfig) -> None:
     """The Python source of all installed packages. The order of the files depends on their names only."""
     packages = [name for name in sys.path if Path(name).name in ("site-packages", "dist-packages")]
     files = []
-    for folder in map(Path, config.input or packages):
+    for folder in (Path(name).expanduser() for name in config.input or packages):
         if not folder.is_dir():
             fail(f"--input {folder}: no such folder")
         names = (path.relative_to(folder) for path in folder.rglob("*.py") if path.is_file())
         files += [(name_number(name), name, folder) for name in names]
-    splits, seen = {"train": [], "val": []}, set()
+    splits, seen, size = {"train": [], "val": []}, set(), 0
     for number, name, folder in sorted(files):
-        content = hashlib.sha256((folder / name).read_bytes()).digest()
-        if content not in seen:  # many packages bring the same file: the first one counts
-            seen.add(content)
+        content = (folder / name).read_bytes()
+        checksum = hashlib.sha256(content).digest()
+        if checksum not in seen:  # many packages bring the same file: the first one counts
+            seen.add(checksum)
             splits["val" if number < config.val_share else "train"].append(folder / name)
-    write_corpus("code", config, lambda split: read_sources(splits[split]), sample=4000,
+            size += len(content)
+    write_corpus("code", config, lambda split: read_sources(splits[split]), size=size,
                  limit=config.tokens or None)
 
 
 @dataclass
 class TextConfig(SplitConfig):
-    input: tuple[str, ...] = ()  # files of UTF-8 text, each a document
+    input: tuple[str, ...] = ()  # text files (UTF-8 or UTF-16, also .gz), or folders with .txt files
     name: str = "text"  # the folder under data/
     val_share: float = 0.1  # share of each file, at its end, that is kept for validation
 
 
 def text(config: TextConfig) -> None:
-    """Any text. Files are read in blocks, so that they may be larger than the memory."""
+    """Any text. Each file is a document, or many that end with <|endoftext|>. Files may be very large."""
     if not config.input:
         fail("name the files: --input FILE ...")
-    for name in config.input:
-        try:
-            with open(name, encoding="utf-8") as f:
-                while f.read(2**20):
-                    pass
-        except OSError as error:
-            fail(f"--input {name}: {error.strerror}")
-        except UnicodeDecodeError as error:
-            fail(f"--input {name}: not UTF-8 ({error.reason} near byte {error.start}); convert it first")
+    paths = list(dict.fromkeys(path.resolve() for name in config.input for path in find_files(name)))
+    lengths = {path: sum(map(len, split_documents(read_checked(path)))) for path in paths}
 
     def texts(split: str) -> Iterator[str]:
-        for name in config.input:
-            size = Path(name).stat().st_size
-            block = max(1, min(2**16, int(size * config.val_share / 16)))  # characters, of 4 bytes at most
-            read = 0
-            with open(name, encoding="utf-8", newline="") as f:
-                while piece := f.read(block) + f.readline(block):
-                    in_val = read >= size * (1 - config.val_share)
-                    read += len(piece.encode())
-                    if in_val == (split == "val"):
-                        yield piece
-            yield END
+        for path, length in lengths.items():
+            border = int(length * (1 - config.val_share))
+            yield from cut_at_border(split_documents(read_blocks(path)), border, split)
 
-    write_corpus(config.name, config, texts)
+    config = replace(config, input=tuple(map(str, paths)))
+    write_corpus(config.name, config, texts, size=sum(lengths.values()))
+
+
+def find_files(name: str) -> list[Path]:
+    """The files that a user means by a path, a folder or a pattern such as texts/*.txt."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return sorted(path.rglob("*.txt")) or fail(f"--input {name}: the folder has no .txt files")
+    if path.exists() and not path.is_file():
+        fail(f"--input {name}: a stream can be read only once; save it to a file")
+    paths = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    return paths or fail(f"--input {name}: No such file" + " (save a stream to a file)" * (name == "-"))
+
+
+def read_blocks(path: Path) -> Iterator[str]:
+    open_file = gzip.open if path.suffix == ".gz" else open
+    with open_file(path, "rb") as f:
+        is_utf16 = f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    with open_file(path, "rt", encoding="utf-16" if is_utf16 else "utf-8-sig", newline="") as f:
+        while block := f.read(BLOCK):
+            yield block
+
+
+def read_checked(path: Path) -> Iterator[str]:
+    """The same, for the first time: finds what is wrong with a file before anything is written."""
+    try:
+        for block in read_blocks(path):
+            if "\0" in block:
+                fail(f"--input {path}: not a text file (it has zero bytes)")
+            yield block
+    except UnicodeDecodeError as error:
+        fail(f"--input {path}: not UTF-8 ({error.reason}); convert it first: iconv -f LATIN1 -t UTF-8")
+    except (OSError, EOFError, zlib.error) as error:
+        fail(f"--input {path}: {getattr(error, 'strerror', None) or error}")
+
+
+SEPARATOR = re.compile(re.escape(END) + r"[\r\n]*(?=[^\r\n])")
+
+
+def split_documents(blocks: Iterable[str]) -> Iterator[str]:
+    """
+    Cuts a text at each END in it. The line breaks after END go. The last text of a document ends with END. An
+    empty text has no document.
+    """
+    held = None
+    for block in blocks:
+        *documents, held = SEPARATOR.split((held or "") + block)
+        yield from (document + END for document in documents)
+        # what is held back may be the beginning of END, or END with the first of its line breaks
+        ready = held.find(END) if END in held else max(0, len(held) - len(END))
+        if ready:
+            yield held[:ready]
+        held = held[ready:]
+    if held is not None:
+        yield held.partition(END)[0] + END
+
+
+def cut_at_border(texts: Iterable[str], border: int, split: str) -> Iterator[str]:
+    """The first `border` characters for training, or all others for validation."""
+    for text in texts:
+        cut, border = border, border - len(text)
+        if cut > 0 >= border:  # the border is in this text; it moves to the next end of a line, or of a word
+            content = text.removesuffix(END)
+            near = content[cut:cut + min(200, (len(content) - cut) // 2)]
+            match = re.search(r"\n", near) or re.search(r"(?=\s)", near)
+            cut += match.end() if match else 0
+            if split == "train":
+                yield content[:cut] + END
+            elif cut < len(content):
+                yield text[cut:]
+        elif (cut > 0) == (split == "train"):
+            yield text
+
+
+@dataclass
+class ShakespeareConfig(TextConfig):
+    name: str = "shakespeare"  # the folder under data/
+
+
+def shakespeare(config: ShakespeareConfig) -> None:
+    """
+    The same as text, with the name shakespeare. nanoGPT's file of 1.1 MB is
+    https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+    """
+    if not config.input:
+        fail(f"save {shakespeare.__doc__.split()[-1]} and name the file: --input input.txt")
+    text(config)
 
 
 CORPORA = {"facts": (facts, FactsConfig), "stdlib": (stdlib, SplitConfig), "code": (code, CodeConfig),
-           "mqar": (mqar, MqarConfig), "text": (text, TextConfig)}
+           "mqar": (mqar, MqarConfig), "text": (text, TextConfig),
+           "shakespeare": (shakespeare, ShakespeareConfig)}
 
 # corpora that training makes when it needs them, by the name of their folder under data/
 READY_MADE = {
@@ -485,7 +438,8 @@ READY_MADE = {
 def main(argv: list[str] | None = None) -> None:
     name, arguments = first_word(argv, CORPORA, __doc__, "a corpus")
     make, config_class = CORPORA[name]
-    _, options = parse(config_class, arguments, description=f"{name}: {make.__doc__}")
+    hints = {"site_packages": "without --input, code takes all installed packages"}
+    _, options = parse(config_class, arguments, description=f"{name}: {make.__doc__}", hints=hints)
     make(build(config_class, options))
 
 

@@ -1,16 +1,28 @@
 """data/prepare.py: text comes back as it was, splits do not overlap, and facts are what their options say."""
 
+import gzip
 import hashlib
 import json
+import os
 import re
+import resource
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 import tiktoken
 
-from data import prepare
-from data.prepare import END, build_encoding, encoding_from_json, encoding_to_json, main
+from data import corpus, prepare, tokenizer
+from data.corpus import Dataset
+from data.facts import make_names
+from data.prepare import END, main
+from data.tokenizer import encoding_from_json
 from evaluate import exposure_bin
 
 
@@ -27,40 +39,6 @@ def load(folder):
         meta,
         encoding,
         {split: np.fromfile(folder / f"{split}.bin", meta["dtype"]) for split in ("train", "val")},
-    )
-
-
-TEXTS = ["Hello hello world, it's 42 o'clock.\n\n  def f(x):\n\treturn x", "naïve — 日本語 \u0000\r\n", ""]
-
-
-@pytest.mark.parametrize("vocab_size", [257, 270, 4096])
-def test_any_text_decodes_to_itself(vocab_size):
-    encoding = build_encoding(TEXTS[:1] * 3, vocab_size)
-    assert encoding.n_vocab <= vocab_size and encoding.eot_token == encoding.n_vocab - 1
-    for text in [*TEXTS, "unseen Wörter \U0001f600"]:
-        assert encoding.decode(encoding.encode(text)) == text
-    again = encoding_from_json(json.loads(json.dumps(encoding_to_json(encoding))))
-    assert again.encode(TEXTS[0] + END, allowed_special={END}) == encoding.encode(
-        TEXTS[0], allowed_special={END}
-    ) + [encoding.eot_token]
-
-
-def test_frequent_pieces_are_one_token_each():
-    encoding = build_encoding(["the cat saw the dog saw the cat"], 256 + 1 + 3)
-    assert [encoding.decode([token]) for token in encoding.encode("x the saw")] == ["x", " the", " saw"]
-
-
-def test_a_named_encoding_survives_the_checkpoint_s_json():
-    """gpt2 itself is a download; an encoding of the same make stands in for it."""
-    ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256, b"abc": 257}
-    encoding = tiktoken.Encoding(
-        "made", pat_str=prepare.GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={END: 300}
-    )
-    again = encoding_from_json(json.loads(json.dumps(encoding_to_json(encoding))))
-    assert (
-        again.encode("abcab" + END, allowed_special={END})
-        == encoding.encode("abcab" + END, allowed_special={END})
-        == [257, 256, 300]
     )
 
 
@@ -96,7 +74,7 @@ def test_facts_are_what_the_options_say(data):
 
 def test_facts_repeat_with_the_seed(data):
     def made(*options):
-        main(["facts", "--people=20", "--exposures=3", *options])
+        main(["facts", "--people=20", "--exposures=3", "--overwrite", *options])
         return [
             (data / "facts" / name).read_bytes() for name in ("train.bin", "val.bin", "qa.jsonl", "meta.json")
         ]
@@ -135,7 +113,7 @@ def test_every_word_of_facts_is_one_token(data):
 
 
 def test_many_people_get_as_many_names():
-    assert len(set(prepare.make_names(np.random.default_rng(0), 3000, 2))) == 3000
+    assert len(set(make_names(np.random.default_rng(0), 3000, 2))) == 3000
 
 
 def test_a_mistake_leaves_the_data_that_was_there(data):
@@ -143,10 +121,14 @@ def test_a_mistake_leaves_the_data_that_was_there(data):
     (data / "empty").write_bytes(b"")
     files = {path: path.read_bytes() for path in (data / "facts").iterdir()}
     assert len(files) == 4
-    for mistake in (["facts", "--tokenizer=gtp2"], ["text", "--name=facts", "--input", str(data / "empty")]):
+    for mistake in (["facts", "--people=5", "--exposures=3", "--tokenizer=gtp2", "--overwrite"],
+                    ["facts", "--people=6"], ["facts", "--people=5"], ["mqar", "--tokenizer=gtp2"],
+                    ["text", "--name=facts", "--input", str(data / "empty"), "--overwrite"],
+                    ["text", "--name=facts", "--input", str(data / "facts" / "qa.jsonl")]):
         with pytest.raises(SystemExit):
             main(mistake)
         assert {path: path.read_bytes() for path in files} == files
+    assert sorted(path.name for path in data.iterdir()) == ["empty", "facts"], "nothing half-written is left"
 
 
 def test_mqar_asks_what_it_told(data):
@@ -213,7 +195,7 @@ def test_code_takes_each_file_once_and_splits_by_name(data, monkeypatch):
     folders = [str(data / f"v{i}" / "site-packages") for i in range(2)]
 
     def made(*options):
-        main(["code", "--val_share=0.3", *options])
+        main(["code", "--val_share=0.3", "--overwrite", *options])
         _, encoding, splits = load(data / "code")
         return {split: encoding.decode(ids.tolist()).split(END) for split, ids in splits.items()}
 
@@ -249,8 +231,199 @@ def test_text_leaves_questions_that_are_the_user_s(data, capsys):
     main(["text", "--input", str(data / "a.txt")])
     assert (data / "text" / "qa.jsonl").read_text() == "mine"
     assert "qa.jsonl stay" in capsys.readouterr().out
-    main(["facts", "--name=text", "--people=5"])
+    main(["facts", "--name=text", "--people=5", "--overwrite"])
     assert (data / "text" / "qa.jsonl").read_text() != "mine"
+
+
+def prepared_text(data, *names, options=()):
+    """Makes a corpus of these files in `data`. Returns its documents."""
+    main(["text", "--overwrite", *options, "--input", *(str(data / name) for name in names)])
+    _, encoding, splits = load(data / "text")
+    return {split: encoding.decode(ids.tolist()).split(END)[:-1] for split, ids in splits.items()}
+
+
+STORIES = [f"Story {i} has some words.\nAnd {i % 7} more.\n" for i in range(200)]
+
+
+@pytest.mark.parametrize("line", [f"{END}\n", f"{END}\r\n\r\n", END])
+def test_end_of_text_in_a_file_is_the_end_of_a_document(line):
+    stories = STORIES[:60]
+    for text in (line.join(stories), line.join(stories) + line):  # at the end of a file it changes nothing
+        for block in (1, 7, 50, 2**16):
+            def documents():
+                blocks = (text[i:i + block] for i in range(0, len(text), block))  # noqa: B023
+                return prepare.split_documents(blocks)
+            assert "".join(documents()) == END.join([*stories, ""])
+            for border in (1, 500, 501, 530, 531, 540, 550, 1900, 10**6):
+                train, val = ("".join(prepare.cut_at_border(documents(), border, split)).split(END)
+                              for split in ("train", "val"))
+                assert train[-1] == val[-1] == "", "the last document has an END, too"
+                assert "".join(train + val) == "".join(stories), "nothing is lost or in both"
+                assert train[:-2] == stories[:len(train) - 2], "the border cuts one story at most"
+                assert len("".join(train)) <= border + 200
+
+
+def test_a_file_of_stories(data):
+    (data / "stories").write_text(f"{END}\n".join(STORIES))
+    documents = prepared_text(data, "stories")
+    tokens = load(data / "text")[2]["train"]
+    assert (tokens == tokens.max()).sum() == len(documents["train"]) > 170, "END is the last token"
+    assert "".join(documents["train"] + documents["val"]) == "".join(STORIES) and len(documents["val"]) > 15
+
+
+def test_files_as_other_systems_write_them(data):
+    text = "".join(STORIES) + "naïve — 日本語\n" * 9
+    (data / "plain").write_text(text, encoding="utf-8")
+    (data / "bom").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (data / "utf16").write_bytes(text.encode("utf-16"))
+    (data / "utf16be").write_bytes(b"\xfe\xff" + text.encode("utf-16-be"))
+    (data / "plain.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (data / "empty").write_bytes(b"")
+    documents = prepared_text(data, "plain")
+    assert documents["train"][0] + documents["val"][0] == text
+    for name in ("bom", "utf16", "utf16be", "plain.txt.gz"):
+        assert "".join(prepare.read_checked(data / name)) == text, name
+    assert prepared_text(data, "empty", "plain.txt.gz", "empty") == documents, "an empty file is no document"
+
+
+def test_paths_as_people_type_them(data, monkeypatch):
+    monkeypatch.setenv("HOME", str(data))
+    monkeypatch.chdir(data)
+    for name in ("texts/a.txt", "texts/more/b.txt"):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).write_text(f"{name} has words\n" * 50)
+    prepared_text(data, "texts/a.txt", "texts/more/b.txt")
+    both = (data / "text" / "train.bin").read_bytes()
+    for words in (["~/texts"], ["texts/*.txt", "texts/**/b.txt"], ["texts", "./texts/a.txt"]):
+        main(["text", "--input", *words])  # not --overwrite: these are the same options
+        assert (data / "text" / "train.bin").read_bytes() == both, words
+
+
+def test_words_are_not_cut_where_a_file_is(data):
+    """Files of 500 bytes gave more than twice the tokens of one file."""
+    text = " ".join(STORIES)
+    (data / "one").write_text(text)
+    names = [f"part{i:02}" for i in range(len(text) // 500 + 1)]
+    for i, name in enumerate(names):
+        (data / name).write_text(text[i * 500:(i + 1) * 500])
+    prepared_text(data, "one")
+    one = sum(map(len, load(data / "text")[2].values()))
+    prepared_text(data, *names)
+    parts = sum(map(len, load(data / "text")[2].values()))
+    assert parts < 1.25 * one + 2 * len(names), "two ENDs per file, and few words that a file cuts"
+
+
+def test_a_name_that_is_taken_is_not_overwritten(data, capsys):
+    (data / "words").write_text("some words\n" * 200)
+    make = ["text", "--name=mine", "--input", str(data / "words")]
+    main(make)
+    main(make)  # the same options: the same corpus again
+    first = (data / "mine" / "meta.json").read_bytes()
+    for other in ([*make, "--vocab_size=300"], ["facts", "--name=mine", "--people=5"]):
+        with pytest.raises(SystemExit):
+            main(other)
+        assert "mine has a corpus that was made with other options" in capsys.readouterr().err
+        assert (data / "mine" / "meta.json").read_bytes() == first
+    main(["facts", "--name=mine", "--people=5", "--overwrite"])
+    assert json.loads((data / "mine" / "meta.json").read_text())["options"]["people"] == 5
+    (data / "mine" / "meta.json").unlink()  # whose train.bin is this?
+    with pytest.raises(SystemExit):
+        main(["facts", "--name=mine", "--people=5"])
+
+
+def run_prepare(data, *arguments, **options):
+    program = ("import sys; from data import prepare; prepare.DATA = prepare.Path(sys.argv[1]);"
+               "prepare.main(sys.argv[2:])")
+    return subprocess.Popen([sys.executable, "-c", program, str(data), *map(str, arguments)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            cwd=Path(prepare.__file__).parents[1], **options)
+
+
+def test_a_full_disk_is_one_line_and_the_old_corpus_stays(data):
+    main(["facts", "--people=5"])
+    files = {path: path.read_bytes() for path in (data / "facts").iterdir()}
+
+    def no_large_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    process = run_prepare(data, "facts", "--people=100", "--overwrite", preexec_fn=no_large_files)
+    _, err = process.communicate()
+    assert process.returncode == 2 and err.endswith(f"error: {data / 'facts'}: File too large\n"), err
+    assert {path: path.read_bytes() for path in files} == files and len(list(data.iterdir())) == 1
+
+
+@pytest.mark.parametrize("at", ["tokenizer from", ".text-"])
+def test_ctrl_c_leaves_the_old_corpus(data, at):
+    """Stopped while it learns a tokenizer, and while it writes."""
+    (data / "words").write_text("".join(f"{i} and {i * i % 997} make {i * 7}\n" for i in range(40_000)))
+    (data / "few").write_text("some words\n" * 200)
+    main(["text", "--input", str(data / "few")])
+    files = {path: path.read_bytes() for path in (data / "text").iterdir()}
+    process = run_prepare(data, "text", "--input", data / "words", "--overwrite")
+    if at == "tokenizer from":
+        process.stdout.readline()
+    else:
+        while process.poll() is None and not list(data.glob(".text-*/train.bin")):
+            time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode != 0
+    assert {path: path.read_bytes() for path in files} == files
+    assert sorted(path.name for path in data.iterdir()) == ["few", "text", "words"]
+
+
+def test_a_vocabulary_above_65536_takes_four_bytes_per_token(data, monkeypatch):
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b" story": 99_999}
+    large = tiktoken.Encoding("o200k_base", pat_str=r"\s?\w+|.|\s", mergeable_ranks=ranks,
+                              special_tokens={END: 100_000})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: large)
+    (data / "a").write_text("a story\n" * 100)
+    documents = prepared_text(data, "a", options=["--tokenizer=o200k_base"])
+    assert documents["train"][0] + documents["val"][0] == "a story\n" * 100
+    meta, encoding, splits = load(data / "text")
+    assert meta["dtype"] == "uint32" and splits["train"].max() == 100_000 and encoding.n_vocab == 100_001
+    assert meta["options"]["tokenizer"] == meta["encoding"]["name"] == "o200k_base"
+
+
+def test_bytes_and_characters_of_a_corpus(data, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "DATA", data)
+    (data / "a").write_text("naïve — 日本語\n" * 100, encoding="utf-8")
+    val = prepared_text(data, "a")["val"][0]
+    assert Dataset("text").val_bytes == len(val.encode())
+    characters = float(re.search(r"([\d.]+) characters per token", capsys.readouterr().out)[1])
+    tokens = len(load(data / "text")[2]["train"]) - 1
+    assert characters == pytest.approx((12 * 100 - len(val)) / tokens, rel=0.02)
+
+
+def test_a_warning_if_most_tokens_are_single_bytes(data, capsys):
+    rng = np.random.default_rng(0)
+    words = rng.integers(0x4E00, 0x9FA5, 3000)
+    (data / "a").write_text("".join(map(chr, words)), encoding="utf-8")
+    prepared_text(data, "a")
+    assert "most tokens are single bytes" in capsys.readouterr().out
+    (data / "a").write_text("".join(map(chr, words[:100])) * 30, encoding="utf-8")
+    prepared_text(data, "a")
+    assert "single bytes" not in capsys.readouterr().out
+
+
+def test_a_large_text_gives_a_sample_to_the_tokenizer(data, monkeypatch):
+    """Blocks from all parts of the text. The tokens of the text do not depend on the size of the blocks."""
+    monkeypatch.setattr(prepare, "SAMPLE", 1)
+    monkeypatch.setattr(tokenizer, "BLOCK", 100)
+    (data / "a").write_text("early words\n" * 500 + "later thoughts\n" * 500)
+    documents = prepared_text(data, "a")
+    assert documents["train"][0] + documents["val"][0] == (data / "a").read_text()
+    encoding = load(data / "text")[1]
+    assert len(encoding.encode(" words")) == len(encoding.encode(" thoughts")) == 1
+
+
+def test_shakespeare_is_text_with_its_name(data):
+    (data / "input.txt").write_text("First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 50)
+    main(["shakespeare", "--input", str(data / "input.txt")])
+    main(["text", "--input", str(data / "input.txt")])
+    for name in ("train.bin", "val.bin"):
+        assert (data / "shakespeare" / name).read_bytes() == (data / "text" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -260,7 +433,6 @@ def test_text_leaves_questions_that_are_the_user_s(data, capsys):
         (["fact"], "name a corpus"),
         (["text"], "name the files: --input FILE"),
         (["text", "--input", "nowhere.txt"], "nowhere.txt: No such file"),
-        (["text", "--input", "BINARY"], "not UTF-8"),
         (["text", "--input", "EMPTY"], "too short"),
         (["facts", "--people=0"], "--people=0 must be between"),
         (["facts", "--seed=-1"], "--seed=-1 must not be negative"),
@@ -273,6 +445,19 @@ def test_text_leaves_questions_that_are_the_user_s(data, capsys):
         (["facts", "--ask=2"], "--ask=2.0 must be between"),
         (["facts", "--tokenizer=gtp2"], "tiktoken has"),
         (["facts", "--vocab_size=10"], "at least 257"),
+        (["facts", "--vocab_size=9999999"], "at most 1048576"),
+        (["facts", "--tokenizer=gpt2"], "could not download"),
+        (["text", "--input", "LATIN"], "iconv -f LATIN1"),
+        (["text", "--input", "ZEROS"], "zero bytes"),
+        (["text", "--input", "BROKEN"], "broken.gz: Not a gzipped file"),
+        (["text", "--input", "CUT"], "cut.gz: Compressed file ended"),
+        (["text", "--input", "STREAM"], "can be read only once"),
+        (["text", "--input", "-"], "save a stream to a file"),
+        (["text", "--input", "nowhere/*.txt"], "No such file"),
+        (["text", "--input", "FOLDER"], "the folder has no .txt files"),
+        (["text", "--input", "SOME", "--name=prepare.py"], "prepare.py"),
+        (["shakespeare"], "https://raw.githubusercontent.com/"),
+        (["code", "--site_packages"], "without --input, code takes all installed packages"),
         (["facts", "--questions=-1"], "--questions=-1 must not be negative"),
         (["stdlib", "--val_share=1"], "between 0 and 1"),
         (["code", "--tokens=-1"], "--tokens=-1 must not be negative"),
@@ -283,10 +468,21 @@ def test_text_leaves_questions_that_are_the_user_s(data, capsys):
         (["mqar", "--seed=-1"], "--seed=-1 must not be negative"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(data, argv, message, capsys):
-    (data / "binary").write_bytes(b"\xff\xfe\x00" * 100)
-    (data / "empty").write_bytes(b"")
-    argv = [{"BINARY": str(data / "binary"), "EMPTY": str(data / "empty")}.get(word, word) for word in argv]
+def test_a_mistake_is_one_line_and_status_2(data, argv, message, capsys, monkeypatch):
+    os.mkfifo(data / "stream")
+    (data / "folder").mkdir()
+    (data / "prepare.py").write_text("a file where the folder should be")
+    for file, content in {"latin": b"caf\xe9 " * 9, "zeros": "no mark".encode("utf-16-le"), "empty": b"",
+                          "broken.gz": b"no gzip", "cut.gz": gzip.compress(b"text " * 99)[:-9],
+                          "some": b"some words\n" * 99}.items():
+        (data / file).write_bytes(content)
+    files = {path.name.split(".")[0].upper(): str(path) for path in data.iterdir()}
+    argv = [files.get(word, word) for word in argv]
+
+    def no_network(name):
+        raise requests.exceptions.ConnectionError
+
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     with pytest.raises(SystemExit) as stop:
         main(argv)
     err = capsys.readouterr().err

@@ -23,7 +23,7 @@ from conftest import SMALL, assert_fails, assert_same_checkpoint, log
 import evaluate
 import train
 from data import corpus, prepare
-from data.prepare import END, build_encoding
+from data.tokenizer import END, word_encoding
 from model import GPT
 from pool import PoolOptimizer
 from runtime import build
@@ -141,7 +141,7 @@ def test_recall_counts_exact_answers():
     """Of answers that are right, have two tokens, go on too long, or never end."""
     answers = {"a?": " x\n", "b?": " x y\n", "c? no": " x z\n", "d?": " x y x", "e? no": " y\n",
                "f?": " x\n  y", "g?": " x" + END}
-    encoding = build_encoding(["".join(answers) * 9 + "".join(answers.values()) * 9, "\n  y"], 300)
+    encoding = word_encoding(["".join(answers) * 9 + "".join(answers.values()) * 9, "\n  y"], [1, 1], 300)
 
     def generate(idx, max_new_tokens, temperature, stop):
         rows = []

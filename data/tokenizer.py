@@ -1,0 +1,193 @@
+"""
+Text into tokens and back. A tokenizer is a tiktoken.Encoding:
+
+    train_bpe         byte pair encoding, learnt from a text
+    word_encoding     one token per word, for texts that are made of few words
+    named_encoding    downloaded, such as gpt2
+"""
+
+import base64
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import regex
+import tiktoken
+
+from runtime.cli import fail
+
+END = "<|endoftext|>"  # stands between documents
+# A text is first cut into pieces, and no token is longer than a piece. This is GPT-2's pattern with two
+# changes: a piece has a greatest length, and accents (\p{M}) stay with their letters, as many scripts need
+SPLIT = (r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]{1,24}| ?\p{N}{1,24}| ?[^\s\p{L}\p{M}\p{N}]{1,24}"
+         r"|\s{1,24}(?!\S)|\s{1,24}")
+MIN_COUNT = 10  # a pair of tokens that is rarer gets no token of its own: a model could hardly learn it
+BLOCK = 2**16  # characters that are read and encoded at a time
+
+
+def make_encoding(tokens: Iterable[bytes], pattern: str = SPLIT) -> tiktoken.Encoding:
+    """An encoding of the 256 bytes, then these tokens, and END."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for token in tokens:
+        ranks.setdefault(token, len(ranks))
+    return tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={END: len(ranks)})
+
+
+# --- three kinds of tokenizers ------------------------------------------------------------------------------
+
+def train_bpe(texts: Callable[[], Iterable[str]], vocab_size: int) -> tiktoken.Encoding:
+    """
+    Byte pair encoding: the most frequent pair of neighbouring tokens becomes a new token, again and again,
+    until there are `vocab_size` tokens, or no pair occurs MIN_COUNT times. texts() returns a new iterator.
+    """
+    try:
+        import rustbpe
+    except ImportError:
+        fail("a tokenizer for this text needs the package rustbpe: pip install rustbpe, or --tokenizer=gpt2")
+    bpe = rustbpe.Tokenizer()
+    blocks = (block.removesuffix(END) for block in cut_blocks(texts(), SPLIT))
+    bpe.train_from_iterator(blocks, vocab_size - 1, buffer_size=64, pattern=SPLIT)
+    encoding = make_encoding(bytes(token) for token, _ in bpe.get_mergeable_ranks())
+    ranks = encoding._mergeable_ranks
+    counts = np.zeros(encoding.n_vocab, np.int64)
+    for tokens in encode_texts(encoding, texts()):
+        counts += np.bincount(tokens, minlength=len(counts))
+    for token, rank in reversed(list(ranks.items())[256:]):  # a token is also made on the way to longer ones
+        for part in last_merge(token, ranks):
+            counts[ranks[part]] += counts[rank]
+    return make_encoding(token for token, rank in ranks.items() if counts[rank] >= MIN_COUNT)
+
+
+def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two tokens that become `token`, found by merging its bytes as the encoding does."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+        first = pairs.index(min(pairs))
+        parts[first:first + 2] = [parts[first] + parts[first + 1]]
+    return parts
+
+
+def word_encoding(fragments: list[str], counts: Iterable[int], vocab_size: int,
+                  pattern: str = SPLIT) -> tiktoken.Encoding:
+    """
+    Each word of the fragments is one token, the most frequent first. counts: uses of each fragment. pattern:
+    what a word is.
+    """
+    words = Counter()
+    for fragment, count in zip(fragments, counts, strict=True):
+        if fragment != END:
+            words.update({word: n * count for word, n in Counter(regex.findall(pattern, fragment)).items()})
+    by_count = sorted((-count, word) for word, count in words.items() if count)  # ties: by the alphabet
+    tokens = make_encoding(word.encode() for _, word in by_count)._mergeable_ranks
+    return make_encoding(list(tokens)[:vocab_size - 1], pattern)
+
+
+def named_encoding(name: str) -> tiktoken.Encoding:
+    if name not in tiktoken.list_encoding_names():
+        fail(f"--tokenizer={name}: tiktoken has {', '.join(tiktoken.list_encoding_names())}; "
+             "without --tokenizer one is built from the corpus")
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError):
+        fail(f"--tokenizer={name}: tiktoken could not download it; "
+             "without --tokenizer one is built from the corpus")
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+def encoding_to_json(encoding: tiktoken.Encoding) -> dict:
+    """Everything that `encoding_from_json` needs. Tokens are base64, in order of their ids."""
+    ranks = encoding._mergeable_ranks
+    return {"name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens,
+            "tokens": {base64.b64encode(token).decode(): rank for token, rank in ranks.items()}}
+
+
+def encoding_from_json(stored: dict) -> tiktoken.Encoding:
+    ranks = {base64.b64decode(token): rank for token, rank in stored["tokens"].items()}
+    return tiktoken.Encoding(stored["name"], pat_str=stored["pat_str"], mergeable_ranks=ranks,
+                             special_tokens=stored["special_tokens"])
+
+
+# --- text into tokens ---------------------------------------------------------------------------------------
+
+# Every pattern cuts between a letter or digit and one of these characters, whatever else the text has
+CUT = re.compile(r".*[^\W_](?=[\s.,:;!?()\[\]{}<>=/+*。，、！？；：])", re.DOTALL)
+
+
+def find_cut(text: str, pattern: str) -> int:
+    """The last place in `text` where `pattern` surely cuts, however the text goes on. 0: there is none."""
+    if match := CUT.match(text):
+        return match.end()
+    # a piece is final if it ends well before the end of the text. Patterns look ahead only for spaces
+    ends = [piece.end() for piece in regex.finditer(pattern, text)
+            if piece.end() < len(text) - 32 and not piece[0][-1].isspace()]
+    return ends[-1] if ends else 0
+
+
+def cut_blocks(texts: Iterable[str], pattern: str) -> Iterator[str]:
+    """
+    Joins the texts up to each END, and cuts them into blocks where `pattern` cuts, too. So the tokens of a
+    long text do not depend on how it was cut into `texts`.
+    """
+    rest, enough = "", BLOCK
+    for text in texts:
+        rest += text
+        if text.endswith(END):
+            yield rest
+            rest, enough = "", BLOCK
+        elif len(rest) >= enough:
+            cut = find_cut(rest, pattern)
+            if cut:
+                yield rest[:cut]
+            rest, enough = rest[cut:], BLOCK if cut else 2 * len(rest)
+    if rest:
+        yield rest
+
+
+def encode_texts(encoding: tiktoken.Encoding, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """The tokens of the texts, about a megabyte of text at a time."""
+    batch, size = [], 0
+    for block in cut_blocks(texts, encoding._pat_str):
+        batch.append(block)
+        size += len(block)
+        if size >= 16 * BLOCK:
+            yield encode_batch(encoding, batch)
+            batch, size = [], 0
+    if batch:
+        yield encode_batch(encoding, batch)
+
+
+def encode_batch(encoding: tiktoken.Encoding, blocks: list[str]) -> np.ndarray:
+    """The tokens of all blocks. tiktoken encodes them in several threads."""
+    try:
+        encoded = encoding.encode_ordinary_batch([block.removesuffix(END) for block in blocks])
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust
+            raise
+        fail(f"the tokenizer {encoding.name} cannot encode this text: has it a very long run of spaces?")
+    for block, tokens in zip(blocks, encoded, strict=True):
+        tokens += [encoding.eot_token] * block.endswith(END)
+    return np.concatenate(encoded).astype(np.int64)
+
+
+def encode_fragments(encoding: tiktoken.Encoding, fragments: list[str],
+                     texts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The tokens of texts that consist of few different fragments. Each fragment is encoded only once."""
+    parts = [encoding.encode(fragment, allowed_special={END}) for fragment in fragments]
+    lengths, tokens = np.array([len(part) for part in parts]), np.concatenate(parts).astype(np.int64)
+    starts = lengths.cumsum() - lengths  # of each fragment in `tokens`
+    for ids in texts:
+        n = lengths[ids]
+        shift = starts[ids] - (n.cumsum() - n)  # from a place in the result to a place in `tokens`
+        yield tokens[np.arange(n.sum()) + shift.repeat(n)]
+
+
+def token_sizes(encoding: tiktoken.Encoding) -> np.ndarray:
+    """(2, n_vocab): the bytes of each token, and the characters that start in it. END has none."""
+    sizes = np.zeros((2, encoding.n_vocab), np.int64)
+    for token, rank in encoding._mergeable_ranks.items():
+        sizes[:, rank] = len(token), sum(byte & 0xC0 != 0x80 for byte in token)
+    return sizes

@@ -1,0 +1,196 @@
+"""data/tokenizer.py: any text comes back, and its tokens do not depend on how it was cut, nor on threads."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from data import tokenizer
+from data.tokenizer import (
+    END,
+    MIN_COUNT,
+    SPLIT,
+    cut_blocks,
+    encode_texts,
+    encoding_from_json,
+    encoding_to_json,
+    last_merge,
+    token_sizes,
+    train_bpe,
+    word_encoding,
+)
+
+# the patterns of named encodings, from tiktoken's source
+PATTERNS = {
+    "corpus": SPLIT,
+    "gpt2": r50k_pat_str,
+    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"
+              r"\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    "o200k": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+             r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+             r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+ALPHABETS = ["ab ", "a", " ", "\n", "a\r\n", "don't 'll we've ", "1a. ", "你好世界。，", "é e\u0301\u0301 ",
+             "日本 \u3000", "\u00a0\u2028\x1c\x85 a", "x=[1];\n\n    ", "\U0001f642\u200d\u2764\ufe0f ",
+             "कि हिन्दी ", "A-Za__/\n ", ".'\u2019\" s"]
+
+
+def random_text(rng: random.Random) -> str:
+    """Runs of characters of one alphabet each, some of them long."""
+    return "".join(rng.choice(alphabet) for alphabet in rng.choices(ALPHABETS, k=rng.randint(1, 12))
+                   for _ in range(rng.choice([1, 5, 40, 200])))
+
+
+def random_cuts(text: str, rng: random.Random):
+    while text:
+        n = rng.choice([1, 3, 10, 30])
+        yield text[:n]
+        text = text[n:]
+
+
+def pairs_encoding(pattern: str) -> tiktoken.Encoding:
+    """An encoding in which most pairs of bytes are tokens: a wrong cut shows nearly everywhere."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for pair in np.ndindex(256, 256):
+        ranks[bytes(pair)] = len(ranks)
+    return tiktoken.Encoding("pairs", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={END: len(ranks)})
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_tokens_do_not_depend_on_how_a_text_was_cut(name, monkeypatch):
+    monkeypatch.setattr(tokenizer, "BLOCK", 50)
+    encoding, rng = pairs_encoding(PATTERNS[name]), random.Random(1)
+    cuts = 0
+    for _ in range(300):
+        text = random_text(rng)
+        blocks = list(cut_blocks(random_cuts(text, rng), encoding._pat_str))
+        assert "".join(blocks) == text
+        tokens = np.concatenate([*encode_texts(encoding, random_cuts(text, rng)), []]).tolist()
+        assert tokens == encoding.encode_ordinary(text), repr(text)
+        cuts += len(blocks) - 1
+    assert cuts > 1000, "texts are cut"
+
+
+@pytest.mark.parametrize("run", ["a", "你", "0", "=", "\n", "ab1."])
+def test_a_megabyte_without_a_space_is_encoded_in_blocks(run):
+    text = "x" + run * (10**6 // len(run))
+    encoding = train_bpe(lambda: [text, END], 1000)
+    tokens = np.concatenate(list(encode_texts(encoding, [text + END])))
+    assert tokens.tolist() == encoding.encode(text + END, allowed_special={END})
+    assert np.concatenate(list(encode_texts(encoding, (text[i:i + 1000] for i in range(0, len(text), 1000))))
+                          ).tolist() == tokens[:-1].tolist()
+    if not run.isspace():
+        parts = (text[i:i + 1000] for i in range(0, len(text), 1000))
+        assert max(map(len, cut_blocks(parts, SPLIT))) < 2 * tokenizer.BLOCK, "no block is much too long"
+
+
+def test_the_end_of_a_document_is_one_token_and_its_name_in_a_text_is_text():
+    encoding = train_bpe(lambda: ["a b " * 100], 300)
+    tokens = np.concatenate(list(encode_texts(encoding, ["a", " b", END, "a" + END, f"x {END} y"])))
+    assert tokens.tolist() == [*encoding.encode("a b"), encoding.eot_token, *encoding.encode("a"),
+                               encoding.eot_token, *encoding.encode_ordinary(f"x {END} y")]
+
+
+def sources() -> str:
+    paths = sorted(Path(json.__file__).parent.glob("*.py"))
+    return "".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+def slow_bpe(pieces: list[str]) -> list[bytes]:
+    """Byte pair encoding as the textbook has it: the tokens that it made at least MIN_COUNT times."""
+    words = [[bytes([byte]) for byte in piece.encode()] for piece in pieces]
+    ids = {bytes([byte]): byte for byte in range(256)}
+    made = []
+    while True:
+        counts = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
+        pair = max(counts, key=lambda pair: (counts[pair], -ids[pair[0]], -ids[pair[1]]))
+        if counts[pair] < MIN_COUNT:
+            return made
+        token, merges = b"".join(pair), 0
+        for word in words:
+            for i in range(len(word) - 1):
+                if tuple(word[i:i + 2]) == pair:
+                    word[i:i + 2] = [token]
+                    merges += 1
+        ids.setdefault(token, len(ids))
+        if merges >= MIN_COUNT:  # in aaa, the pair aa occurs twice and is merged once
+            made.append(token)
+
+
+def test_the_merges_are_those_of_the_textbook():
+    text = sources()[:8000]
+    encoding = train_bpe(lambda: [text], 4096)
+    made = slow_bpe(regex.findall(SPLIT, text))
+    assert list(encoding._mergeable_ranks)[256:] == made and len(made) > 50
+
+
+def test_the_vocabulary_is_as_large_as_the_text_deserves():
+    text = sources()
+    sizes = [train_bpe(lambda n=n: [text[:n]], 600).n_vocab for n in (0, 1000, 10_000, len(text))]
+    assert sizes == sorted(sizes) and sizes[0] == 257 and sizes[-1] == 600 and sizes[1] < 300
+    once = "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))
+    assert train_bpe(lambda: [once], 4096).n_vocab < 257 + 300, "no token for what occurs once"
+
+
+def test_any_text_decodes_to_itself_and_every_merge_can_be_made():
+    rng = random.Random(2)
+    training = [random_text(rng) for _ in range(100)]
+    encoding = train_bpe(lambda: training, 1000)
+    for text in [*training[:9], "unseen Wörter \U0001f600\u0000\r\n", ""]:
+        assert encoding.decode(encoding.encode(text)) == text
+    ranks = encoding._mergeable_ranks
+    assert sorted(ranks.values()) == list(range(encoding.n_vocab - 1)) and encoding.n_vocab > 500
+    for token, rank in ranks.items():
+        if rank >= 256:
+            parts = last_merge(token, ranks)
+            assert len(parts) == 2 and all(ranks[part] < rank for part in parts)
+
+
+def test_the_same_text_gives_the_same_tokenizer_with_any_number_of_threads(tmp_path):
+    (tmp_path / "text").write_text(sources(), encoding="utf-8")
+    program = ("import json, sys; from data.tokenizer import *;"
+               "lines = open(sys.argv[1], encoding='utf-8').readlines();"
+               "print(json.dumps(encoding_to_json(train_bpe(lambda: lines, 2000))))")
+    printed = {subprocess.run([sys.executable, "-c", program, str(tmp_path / "text")], check=True, text=True,
+                              capture_output=True, env=os.environ | {"RAYON_NUM_THREADS": threads},
+                              cwd=Path(tokenizer.__file__).parents[1]).stdout for threads in "134"}
+    assert len(printed) == 1
+
+
+def test_words_are_one_token_each_the_most_frequent_first():
+    encoding = word_encoding([" the cat", " saw", "never", END], [2, 3, 0, 9], 256 + 1 + 3)
+    assert list(encoding._mergeable_ranks)[256:] == [b" saw", b" cat", b" the"] and encoding.n_vocab == 260
+    assert encoding.decode([256]) == " saw" and encoding.encode(" saw") == [256]
+    assert word_encoding([" the cat", " saw"], [2, 3], 258).n_vocab == 258
+
+
+def test_a_named_encoding_survives_the_checkpoint_s_json():
+    """gpt2 itself is a download; an encoding of the same make stands in for it."""
+    ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256, b"abc": 257}
+    encoding = tiktoken.Encoding("made", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                                 special_tokens={END: 300})
+    again = encoding_from_json(json.loads(json.dumps(encoding_to_json(encoding))))
+    assert (
+        again.encode("abcab" + END, allowed_special={END})
+        == encoding.encode("abcab" + END, allowed_special={END})
+        == [257, 256, 300]
+    )
+
+
+def test_the_sizes_of_tokens_add_up_to_the_text():
+    text = sources() + "naïve — 日本語 🙂"
+    encoding = train_bpe(lambda: [text], 500)
+    sizes = token_sizes(encoding)[:, encoding.encode(text + END, allowed_special={END})].sum(axis=1)
+    assert sizes.tolist() == [len(text.encode()), len(text)]

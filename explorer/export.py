@@ -1,0 +1,241 @@
+"""
+Writes a trained model as one HTML page. In the page, the model runs and shows how it searches its memory.
+
+    python explorer/export.py --out_dir=out/facts     writes out/facts/explorer.html: open it in a browser
+    python explorer/export.py --help                  every option
+
+The page needs no network and nothing else from this folder. It also shows how the slots of some people change
+during training. It takes them from the checkpoints of the run, so keep many:
+
+    python train.py --out_dir=out/explorer --eval_interval=50 --keep=100
+    python explorer/export.py --out_dir=out/explorer --page=docs/explorer.html
+"""
+
+import base64
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # to find model.py also when this file is run as a script
+from data.corpus import decode_answer, load_dataset  # noqa: E402
+from data.prepare import ATTRIBUTES, GPT2_SPLIT, encoding_from_json  # noqa: E402
+from evaluate import answer, recall  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from runtime.build import make_model  # noqa: E402
+from runtime.checkpoint import checkpoints, damage, read_meta, step_of  # noqa: E402
+from runtime.cli import at_least, build, command, fail, parse  # noqa: E402
+from train import load  # noqa: E402
+
+LARGEST = 4 * 2**20  # bytes of a page
+READERS = 4  # stored per slot
+
+
+@dataclass
+class ExportConfig:
+    out_dir: str = "out/facts"  # the folder of a run
+    page: str = ""  # the file to write; none: explorer.html in out_dir
+    followed: int = 12  # people whose slots are followed over the checkpoints of the run
+    sample_tokens: int = 262_144  # tokens of train.bin in which the readers of each slot are searched
+
+    def __post_init__(self):
+        at_least(0, self, "followed", "sample_tokens")
+
+
+def to_base64(numbers: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(numbers).tobytes()).decode()
+
+
+def check_model(config: GPTConfig, encoding) -> None:
+    """The page computes product-key memory only, and splits text as the tokenizers of data/prepare.py do."""
+    if not config.mem_layers:
+        fail("this model has no memory layers: train one with --mem_layers")
+    if config.mem_kind != "product-key":
+        fail(f"this model has mem_kind={config.mem_kind}: the page can show product-key only")
+    if config.moe_layers:
+        fail("this model has a mixture of experts (moe_layers): the page cannot compute it")
+    if encoding._pat_str != GPT2_SPLIT:
+        fail(f"the page cannot split text as the tokenizer {encoding.name} does: make the corpus without "
+             "--tokenizer")
+
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+def round_values(model: GPT) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Rounds the pool's values to those of the page: int8 numbers times one scale per row. Returns the numbers
+    and the scales. Rounding changes a value by at most half a scale.
+    """
+    values = model.pool.values.detach().float()
+    scales = values.abs().amax(1) / 127
+    numbers = (values / scales.masked_fill(scales == 0, 1).unsqueeze(1)).round().to(torch.int8)
+    model.pool.values = torch.nn.Parameter(numbers * scales.unsqueeze(1))
+    return numbers, scales
+
+
+def model_data(model: GPT, values: torch.Tensor, scales: torch.Tensor) -> dict:
+    tensors, parts, end = [], [], 0
+    for name, tensor in sorted(model.named_parameters()):
+        if name != "pool.values":
+            parts.append(tensor.detach().float().flatten().numpy())
+            tensors.append([name, end, end := end + tensor.numel()])
+    options = {field.name for field in fields(GPTConfig)} - {"kernel"}
+    return {"config": {name: value for name, value in asdict(model.config).items() if name in options},
+            "tensors": tensors, "weights": to_base64(np.concatenate(parts)),
+            "pool": {"values": to_base64(values.numpy()), "scales": to_base64(scales.numpy())}}
+
+
+def tokenizer_data(encoding) -> dict:
+    tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    return {"pattern": encoding._pat_str, "end": encoding.eot_token,
+            "tokens": [base64.b64encode(token).decode() for token in tokens]}
+
+
+# --- what each token reads ----------------------------------------------------------------------------------
+
+def reads_of(model: GPT, idx: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Runs the model. Returns (slots, weights) for each memory layer, each (B, T, heads * knn)."""
+    reads = []
+    hook = model.pool.register_forward_pre_hook(lambda module, read: reads.append(read))
+    with torch.no_grad():
+        model(idx)
+    hook.remove()
+    return [tuple(part.view(*idx.shape, -1) for part in read) for read in reads]
+
+
+def sum_by_key(keys: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    keys, place = np.unique(keys, return_inverse=True)
+    return keys, np.bincount(place, numbers)
+
+
+def readers_data(model: GPT, tokens: np.ndarray) -> dict:
+    """
+    Who reads a slot: for each slot, the pairs of tokens (the previous one, and the one that reads) that give
+    it the greatest weight, on average over the corpus. weights: in percent, all layers and heads together.
+    """
+    V, T = model.config.vocab_size, model.config.block_size
+    blocks = torch.from_numpy(tokens[:len(tokens) // T * T].astype(np.int64)).view(-1, T)
+    known, counts = np.unique((blocks[:, :-1] * V + blocks[:, 1:]).numpy(), return_counts=True)
+    sums = np.zeros(0, np.int64), np.zeros(0)  # keys: (slot * V + previous token) * V + token
+    for batch in blocks.split(64):
+        pairs = batch[:, :-1] * V + batch[:, 1:]
+        for slots, weights in reads_of(model, batch):  # the first token of a block has no previous token
+            keys = slots[:, 1:] * V**2 + pairs.unsqueeze(2)
+            new = sum_by_key(keys.numpy().ravel(), weights[:, 1:].numpy().ravel())
+            sums = sum_by_key(*(np.concatenate(parts) for parts in zip(sums, new, strict=True)))
+    keys, weight = sums
+    slot, pair = np.divmod(keys, V**2)
+    number = np.searchsorted(known, pair)
+    mean = weight / counts[number]
+    order = np.lexsort((pair, -mean, slot))  # by slot, then the greatest weight first
+    slot, number, mean = slot[order], number[order], mean[order]
+    rank = np.arange(len(slot)) - np.searchsorted(slot, slot)
+    slot, number, mean, rank = (part[rank < READERS] for part in (slot, number, mean, rank))
+    used, number = np.unique(number, return_inverse=True)
+    pairs = np.stack((*np.divmod(known[used], V), counts[used]), 1)
+    readers = np.full((model.pool.num_values, READERS), -1, np.int32)
+    means = np.zeros((model.pool.num_values, READERS), np.uint8)
+    readers[slot, rank], means[slot, rank] = number, np.round(100 * mean).clip(0, 255)
+    return {"count": READERS, "pairs": to_base64(pairs.astype(np.int32)), "readers": to_base64(readers),
+            "weights": to_base64(means)}
+
+
+# --- people, and the checkpoints of training ----------------------------------------------------------------
+
+def people_of(questions: list[dict]) -> list[dict]:
+    """The people of a corpus of facts, most told first, each with their questions. [] for other corpora."""
+    forms = [re.compile(re.escape(f"Question: {form} Answer:").replace(r"\{\}", "(.+)"))
+             for _, _, asked in ATTRIBUTES.values() for form in asked]
+    people = {}
+    for question in questions:
+        name = next((match[1] for form in forms if (match := form.fullmatch(question["prompt"]))), None)
+        if name is not None and "exposures" in question:
+            person = people.setdefault(name, {"name": name, "told": question["exposures"], "asked": []})
+            person["asked"].append([question["prompt"].replace(name, "{}"), question["answer"]])
+    return sorted(people.values(), key=lambda person: (-person["told"], person["name"]))
+
+
+def training_data(model_config, folders: list[Path], encoding, people: list[dict], count: int) -> dict:
+    """
+    For `count` people, from the most to the least told, and for each checkpoint: the slots that the end of
+    the name reads in the person's first question, their weights in 1/255, and the answer to this question.
+    """
+    places = sorted({i * (len(people) - 1) // max(1, count - 1) for i in range(count)} if people else [])
+    followed = [people[place] for place in places]
+    questions = [{"prompt": form.replace("{}", person["name"]), "answer": value}
+                 for person in followed for form, value in person["asked"][:1]]
+    slots, weights, answers = [], [], []
+    for folder in folders if followed else []:
+        model = make_model(model_config, folder).eval()
+        for person in followed:
+            text = person["asked"][0][0].split("{}")[0] + person["name"]  # the last token is the last name
+            read = reads_of(model, torch.tensor([encoding.encode_ordinary(text)]))
+            slots.append(torch.cat([slots[0, -1] for slots, _ in read]))
+            weights.append(torch.cat([weights[0, -1] for _, weights in read]))
+        answers.append([decode_answer(encoding, tokens) for tokens in answer(model, encoding, questions)])
+    if not answers:
+        return {"steps": [], "people": []}
+    recalls = [read_meta(folder)["measured"].get("recall", {}).get("all") for folder in folders]
+    return {"steps": [step_of(folder) for folder in folders], "people": places, "recall": recalls,
+            "answers": answers, "slots": to_base64(torch.stack(slots).int().numpy()),
+            "weights": to_base64((torch.stack(weights) * 255).round().byte().numpy())}
+
+
+# --- the page -----------------------------------------------------------------------------------------------
+
+def fill_template(data: dict) -> str:
+    """page.html with the scripts and the data in it."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":")).replace("</", "<\\/")
+    parts = {"data": text} | {name: (Path(__file__).parent / name).read_text(encoding="utf-8")
+                              for name in ("model.js", "page.js")}
+    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts[match[1]], template)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    _, options = parse(ExportConfig, argv, description=__doc__)
+    config = build(ExportConfig, options)
+    out_dir = Path(config.out_dir)
+    model, encoding, trained = load(out_dir)
+    check_model(trained, encoding)
+    sizes = model.count_parameters()
+    if (sizes["memory"] + 4 * sizes["dense"]) * 4 / 3 > LARGEST:  # in base64, 3 bytes are 4 characters
+        fail(f"this model is too large for a page of {LARGEST // 2**20} MB: train a smaller one, for example "
+             "with --n_embd=64 --mem_num_keys=128")
+    corpus = load_dataset(trained.dataset)
+    folders = [folder for folder in checkpoints(out_dir) if damage(folder) is None]
+    if encoding_from_json(corpus.encoding_json)._mergeable_ranks != encoding._mergeable_ranks:
+        fail(f"data/{trained.dataset} is not the corpus of this run: make that corpus again, or train again")
+
+    before = recall(model, encoding, corpus.questions).get("all")
+    values, scales = round_values(model)
+    people = people_of(corpus.questions)
+    data = model_data(model, values, scales) | {
+        "tokenizer": tokenizer_data(encoding), "people": people,
+        "start": (corpus.questions[0]["prompt"] if corpus.questions else
+                  encoding.decode(corpus.val[:16].tolist(), errors="ignore")),
+        "readers": readers_data(model, corpus.train[:max(config.sample_tokens, trained.block_size)]),
+        "training": training_data(trained, folders, encoding, people, config.followed)}
+    html = fill_template(data).encode()
+    if len(html) > LARGEST:
+        fail(f"the page has {len(html) / 2**20:.1f} MB, more than {LARGEST // 2**20}: lower --followed, or "
+             "train a smaller model")
+    page = Path(config.page or out_dir / "explorer.html")
+    try:
+        page.write_bytes(html)
+    except OSError as error:
+        fail(f"--page={page}: {error.strerror}")
+    print(f"wrote {page}: {len(html) / 2**20:.1f} MB, with {len(data['training']['steps'])} checkpoints")
+    if before is not None:
+        after = recall(model, encoding, corpus.questions)["all"]
+        print(f"recall {before:.3f}; with the values of the page, which are int8, {after:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,455 @@
+"use strict";
+// The page: what it shows, and what clicks and keys do. The model is in the script above.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const model = new Model(data);
+const {mem_layers: LAYERS, mem_heads: H, mem_knn: K, mem_num_keys: S} = data.config;
+const {people, readers, training} = data;
+for (const name of ["pairs", "readers"]) readers[name] = intsOf(readers[name]);
+readers.weights = bytesOf(readers.weights);
+const LAST = Math.max(0, training.steps.length - 1); // index of the last checkpoint: the model of this page
+if (LAST) Object.assign(training, {slots: intsOf(training.slots), weights: bytesOf(training.weights)});
+
+function range(length) {
+  return [...Array(length).keys()];
+}
+
+// numbers in the text of the page, by the names that page.html uses
+const NUMBERS = {
+  rows: S * S, keys: S, scores: 2 * S, best: K, heads: H, width: data.config.n_embd,
+  sums: range(K).reduce((sum, i) => sum + Math.floor(K / (i + 1)), 0),
+};
+const TERMS = {
+  told: "how often the training text tells each fact about this person.",
+  token: "a piece of text, here mostly a word with the space before it. The model reads and writes tokens.",
+  layer: "the part of a block that reads the memory. All memory layers read the same rows.",
+  head: "one search. Each head has a query and half-keys of its own. All heads read the same rows.",
+  query: "numbers that say what a head looks for. As published, both halves come from the same state.",
+  "half-key": "learnt numbers. Its score, a dot product, says how well it fits one half of the query.",
+  row: `${NUMBERS.width} learnt numbers. Training changes them, so that they hold what the readers need.`,
+  slot: `the number of a row. Left half-key i and right half-key j stand for slot i × ${S} + j.`,
+  pool: "the table of all rows. A step of training changes only the rows that it reads.",
+  softmax: "turns scores into weights that add up to 100%. A score greater by 1 gets 2.7 times the weight.",
+  reader: "two tokens in a sample of the training text. The second reads this row, with this mean weight.",
+  state: "numbers that stand for a token in the model. Layers add to them; later tokens can see them.",
+  checkpoint: "a copy of the model, saved during training.",
+  recall: "the share of all questions that the model answers with exactly the right words.",
+};
+
+// --- what is chosen, and what the model computes for it ----------------------------------------------------
+
+const state = {
+  prompt: "", person: null, question: 0, other: null, // person, other: indices of people, or null
+  token: 0, layer: LAYERS[0], head: 0, rank: 0, // rank of the chosen row: 0 has most weight
+  off: new Set(), // slots of the rows that are switched off
+  step: LAST, // index of a checkpoint
+};
+let now, before, otherNow, otherBefore; // answers, with the switches as they are, and with all rows on
+let tokens, firstShown, reads; // of the prompt and its answer. firstShown: older tokens do not fit the model
+
+const promptOf = (person, question) => person.asked[question][0].replace("{}", person.name);
+const otherQuestion = () => Math.min(state.question, people[state.other].asked.length - 1);
+const search = () => reads[state.layer][state.token][state.head];
+const chosenRow = () => search().winners[state.rank];
+
+function compute() {
+  const bothAnswers = prompt => {
+    const answer = model.answer(prompt);
+    return [state.off.size ? model.answer(prompt, state.off) : answer, answer];
+  };
+  [now, before] = bothAnswers(state.prompt || "\n"); // a new line, as in sample.py
+  if (state.other !== null) {
+    [otherNow, otherBefore] = bothAnswers(promptOf(people[state.other], otherQuestion()));
+  }
+  firstShown = Math.max(0, now.tokens.length - data.config.block_size);
+  tokens = now.tokens.slice(firstShown);
+  reads = model.forward(tokens, state.off).reads;
+  state.token = Math.min(state.token, tokens.length - 1);
+}
+
+// The slots that a token reads in all layers and heads: the greatest weights first
+function slotsOf(token) {
+  const weights = new Map();
+  for (const {slot, weight} of LAYERS.flatMap(layer => reads[layer][token]).flatMap(read => read.winners)) {
+    weights.set(slot, (weights.get(slot) ?? 0) + weight);
+  }
+  return [...weights.keys()].sort((a, b) => weights.get(b) - weights.get(a));
+}
+
+// Who else reads a slot: the pairs of tokens that give it the greatest weights, without the chosen pair
+function otherReaders(slot) {
+  const found = [], most = readers.count;
+  for (let n = slot * most; n < (slot + 1) * most && readers.readers[n] >= 0; n++) {
+    const [first, second, times] = readers.pairs.subarray(3 * readers.readers[n]);
+    if (first === tokens[state.token - 1] && second === tokens[state.token]) continue;
+    const text = visible(model.tokenizer.decode([first, second]));
+    found.push({text, weight: readers.weights[n] / 100, times});
+  }
+  return found.slice(0, most - 1);
+}
+
+// --- helpers -----------------------------------------------------------------------------------------------
+
+const byId = id => document.getElementById(id);
+const fill = (id, ...children) => byId(id).replaceChildren(...children);
+
+// element("p", {class: "answer"}, "text", node) makes <p class="answer">text...</p>. onclick is a function
+function element(tag, attributes = {}, ...children) {
+  return build(document.createElement(tag), attributes, children);
+}
+
+function draw(tag, attributes, ...children) { // the same for a part of a drawing
+  return build(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+}
+
+function build(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === "onclick") node.addEventListener("click", value);
+    else node.setAttribute(name, value);
+  }
+  node.append(...children);
+  return node;
+}
+
+function rectangle(x, y, width, height, kind, title, attributes = {}) {
+  return draw("rect", {x, y, width, height, class: kind, ...attributes}, draw("title", {}, title));
+}
+
+function choiceButton(id, text, isChosen, change, kind = "") {
+  return element("button", {id, class: kind, "aria-pressed": isChosen, onclick: () => choose(change)}, text);
+}
+
+const colored = (kind, text) => element("strong", {class: kind}, text);
+const percent = share => share > 0 && share < 0.005 ? "<1%" : `${Math.round(100 * share)}%`;
+const count = number => number.toLocaleString("en");
+const fixed = number => number.toFixed(2).replace("-", "−");
+const visible = text => text.replaceAll("\n", "⏎").trim() || "␣";
+const tokenText = position => visible(model.tokenizer.decode([tokens[position]]));
+const withoutLabels = form => form.replace("Question: ", "").replace(" Answer:", "");
+
+// --- step 1: question and answer ---------------------------------------------------------------------------
+
+function showAnswer(id, answer, original, expected) {
+  const notes = [];
+  if (expected !== undefined) notes.push(answer.text === expected ? "right" : `wrong: it is ${expected}`);
+  if (state.off.size) notes.push(`with all rows on: ${original.text} ${percent(original.probability)}`);
+  fill(id, element("p", {class: answer.text === original.text ? "answer" : "answer changed"},
+                   element("b", {}, answer.text || "(nothing)"), ` ${percent(answer.probability)}`),
+       element("p", {}, notes.join("; ")));
+}
+
+function showAnswers() {
+  fill("tokens", ...tokens.map((_, token) => choiceButton(
+    `token-${token}`, tokenText(token), token === state.token, {token, rank: 0},
+    token + firstShown < now.start ? "token" : "token new")));
+  showAnswer("answer", now, before, people[state.person]?.asked[state.question][1]);
+  fill("next", ...now.first.map(([text, share]) => element("div", {class: "next"}, visible(text),
+    element("div", {class: "bar", style: `width: ${100 * share}%`}),
+    element("span", {class: "number"}, percent(share)))));
+  if (state.other === null) return;
+  const [form, expected] = people[state.other].asked[otherQuestion()];
+  fill("other-question", withoutLabels(form).replace("{}", people[state.other].name));
+  showAnswer("other-answer", otherNow, otherBefore, expected);
+}
+
+// --- step 2: the query, the scores and the map -------------------------------------------------------------
+
+const MAP = {x: 76, y: 64, size: 262}; // the square of all rows. The bars of the scores stand at its edges
+const UNIT = MAP.size / S;
+const squareSize = weight => 4 + 8 * Math.sqrt(weight);
+
+function showQuery() {
+  fill("layers", ...LAYERS.map(layer => choiceButton(`layer-${layer}`, layer, layer === state.layer,
+                                                     {layer, rank: 0})));
+  fill("heads", ...range(H).map(head => choiceButton(`head-${head}`, head, head === state.head,
+                                                     {head, rank: 0})));
+  const token = `“${tokenText(state.token)}”`;
+  const previous = state.token ? `“${tokenText(state.token - 1)}”` : "(there is none)";
+  const [left, right] = {
+    tokens: [`the token ${token}`, `the token before, ${previous}`],
+    shifted: [`the model's state at ${token}`, `its state at the token before, ${previous}`],
+    state: [`the model's state at ${token}`, "the same state"],
+  }[data.config.mem_query];
+  fill("query-left", left);
+  fill("query-right", right);
+}
+
+// One bar per half-key, at the left edge of the map or at its top. Those of the best half-keys are colored
+function scoreBars(side, scores, best) {
+  const lowest = Math.min(...scores), range = Math.max(...scores) - lowest || 1, isBest = new Set(best);
+  const thickness = Math.max(UNIT - 0.4, 0.5), isLeft = side === "left";
+  return Array.from(scores, (score, key) => {
+    const length = 1 + ((isLeft ? MAP.x : MAP.y) - 16) * (score - lowest) / range;
+    const kind = isBest.has(key) ? `key-${side}` : "lost";
+    const title = `${side} half-key ${key}: score ${fixed(score)}`;
+    return isLeft ? rectangle(MAP.x - 2 - length, MAP.y + key * UNIT, length, thickness, kind, title)
+      : rectangle(MAP.x + key * UNIT, MAP.y - 2 - length, thickness, length, kind, title);
+  });
+}
+
+function keyLine(side, key) { // all rows of one half-key
+  const at = (key + 0.5) * UNIT;
+  return draw("line", side === "left"
+    ? {x1: MAP.x, x2: MAP.x + MAP.size, y1: MAP.y + at, y2: MAP.y + at, class: "line-left"}
+    : {x1: MAP.x + at, x2: MAP.x + at, y1: MAP.y, y2: MAP.y + MAP.size, class: "line-right"});
+}
+
+function mapSquare(slot, size, kind, title = "", attributes = {}) {
+  const x = MAP.x + (slot % S + 0.5) * UNIT, y = MAP.y + (Math.floor(slot / S) + 0.5) * UNIT;
+  return rectangle(x - size / 2, y - size / 2, size, size, kind, `slot ${count(slot)}${title}`, attributes);
+}
+
+function searchOnMap() {
+  const {left, right, bestLeft, bestRight, winners} = search(), {slot, weight} = chosenRow();
+  return [
+    draw("text", {x: 0, y: 12}, "scores of the"), draw("text", {x: 0, y: 26}, "half-keys"),
+    ...scoreBars("left", left, bestLeft), ...scoreBars("right", right, bestRight),
+    ...bestLeft.map(key => keyLine("left", key)), ...bestRight.map(key => keyLine("right", key)),
+    ...Array.from(state.off, slot => mapSquare(slot, 4, "off", ", switched off")),
+    ...winners.map(({slot, weight}, rank) => mapSquare(
+      slot, squareSize(weight), state.off.has(slot) ? "off" : "winner", `: weight ${percent(weight)}`,
+      {"data-rank": rank, onclick: () => choose({rank})})),
+    mapSquare(slot, squareSize(weight) + 4, "chosen"),
+  ];
+}
+
+function showMap() {
+  fill("map", draw("svg", {width: MAP.x + MAP.size + 4, height: MAP.y + MAP.size + 4, role: "img",
+                           "aria-label": "the scores of all half-keys, and the map of all rows"},
+    rectangle(MAP.x, MAP.y, MAP.size, MAP.size, "back", "all rows"),
+    ...isPast() ? pastOnMap() : searchOnMap()));
+  byId("map-text").hidden = isPast();
+  byId("past-text").hidden = !isPast();
+}
+
+// --- step 3: the sums of the best half-keys ----------------------------------------------------------------
+
+const CORNER = {x: 42, y: 42, size: 160}; // the square of the sums. The best scores stand at its edges
+const CELL = CORNER.size / K;
+
+function sumCell(i, j, score, rank) {
+  const {bestLeft, bestRight} = search(), isOff = state.off.has(bestLeft[i] * S + bestRight[j]);
+  const isWinner = rank !== undefined, isComputed = (i + 1) * (j + 1) <= K;
+  const kind = isWinner ? (isOff ? "off" : "winner") : isComputed ? "computed" : "pruned";
+  return rectangle(CORNER.x + j * CELL, CORNER.y + i * CELL, CELL - 1, CELL - 1, kind,
+                   `place ${i + 1} on the left, place ${j + 1} on the right: sum ${fixed(score)}`,
+                   isWinner ? {"data-rank": rank, onclick: () => choose({rank})} : {});
+}
+
+function showCorner() {
+  const {left, right, bestLeft, bestRight, winners} = search(), parts = [];
+  const rankOf = new Map(winners.map(({i, j}, rank) => [i * K + j, rank]));
+  const scoresLeft = bestLeft.map(key => left[key]);
+  const scoresRight = bestRight.map(key => right[key]);
+  const barLength = (score, scores) => 2 + 36 * (score - scores[K - 1]) / (scores[0] - scores[K - 1] || 1);
+  for (let i = 0; i < K; i++) {
+    const length = barLength(scoresLeft[i], scoresLeft), height = barLength(scoresRight[i], scoresRight);
+    parts.push(rectangle(CORNER.x - 2 - length, CORNER.y + i * CELL, length, CELL - 1, "key-left",
+                         `left half-key ${bestLeft[i]}: score ${fixed(scoresLeft[i])}`),
+               rectangle(CORNER.x + i * CELL, CORNER.y - 2 - height, CELL - 1, height, "key-right",
+                         `right half-key ${bestRight[i]}: score ${fixed(scoresRight[i])}`));
+    for (let j = 0; j < K; j++) {
+      parts.push(sumCell(i, j, scoresLeft[i] + scoresRight[j], rankOf.get(i * K + j)));
+    }
+  }
+  const {i, j} = chosenRow();
+  parts.push(rectangle(CORNER.x + j * CELL - 1, CORNER.y + i * CELL - 1, CELL + 1, CELL + 1, "chosen",
+                       "the chosen row"));
+  const size = {width: CORNER.x + CORNER.size, height: CORNER.y + CORNER.size};
+  const label = {role: "img", "aria-label": "the sums of the best half-keys"};
+  fill("corner", draw("svg", {...size, ...label}, ...parts));
+}
+
+// --- steps 4 and 5: the rows and their switches ------------------------------------------------------------
+
+function rowOfTable({slot, weight}, rank) {
+  const isOff = state.off.has(slot), [reader] = otherReaders(slot), greatest = search().winners[0].weight;
+  const box = element("input", {type: "checkbox", id: `row-${rank}`, "aria-label": `row ${slot} is on`});
+  box.checked = !isOff;
+  box.addEventListener("click", event => {
+    event.stopPropagation(); // a click on the rest of the line chooses the row
+    switchRows([slot], isOff);
+  });
+  const kind = (rank === state.rank ? "chosen " : "") + (isOff ? "off" : "");
+  return element("tr", {class: kind, "data-rank": rank, onclick: () => choose({rank})},
+    element("td", {}, box), element("td", {class: "number"}, count(slot)),
+    element("td", {}, element("div", {class: "bar", style: `width: ${100 * weight / greatest}%`})),
+    element("td", {class: "number"}, percent(weight)),
+    element("td", {}, reader ? `${reader.text} ${percent(reader.weight)}` : "nobody"));
+}
+
+function showRows() {
+  const {winners, left, right} = search(), {slot, i, j, score, weight} = chosenRow();
+  const keyLeft = Math.floor(slot / S), keyRight = slot % S;
+  fill("rows", ...winners.map(rowOfTable));
+  fill("example",
+    colored("left", `left half-key ${keyLeft}`), ` scores ${fixed(left[keyLeft])} (place ${i + 1}), `,
+    colored("right", `right half-key ${keyRight}`), ` scores ${fixed(right[keyRight])} (place ${j + 1}). `,
+    `The sum, ${fixed(score)}, has place ${state.rank + 1} and gets ${percent(weight)}. `,
+    `Slot = ${keyLeft} × ${S} + ${keyRight} = `, colored("win", count(slot)), ". Also read by ",
+    otherReaders(slot).map(({text, weight, times}) => `“${text}” (${percent(weight)}, seen ${times}×)`)
+      .join(", ") || "nobody", ".");
+}
+
+function showSwitches() {
+  const slots = slotsOf(state.token), most = Math.min(2 * K, slots.length), token = tokenText(state.token);
+  const offButton = (id, text, rows) => element("button", {id, onclick: () => switchRows(rows, false)}, text);
+  const onButton = element("button", {id: "on-all", onclick: () => switchRows([...state.off], true)},
+                           `all on again (${state.off.size} off)`);
+  onButton.disabled = !state.off.size;
+  fill("switches", offButton("off-head", `these ${K}`, search().winners.map(winner => winner.slot)),
+       offButton("off-most", `the ${most} that “${token}” reads most`, slots.slice(0, most)),
+       offButton("off-all", `all ${slots.length} that it reads`, slots), onButton);
+}
+
+function switchRows(slots, isOn) {
+  for (const slot of slots) state.off[isOn ? "delete" : "add"](slot);
+  compute();
+  show();
+}
+
+// --- step 6: training --------------------------------------------------------------------------------------
+
+const followedPlace = () => training.people.indexOf(state.person);
+const isPast = () => state.step < LAST && followedPlace() >= 0;
+
+// What the end of the person's name read at a checkpoint, in this layer: [slot, weight] of all heads
+function pastReads(step) {
+  const place = step * training.people.length + followedPlace();
+  const start = (place * LAYERS.length + LAYERS.indexOf(state.layer)) * H * K;
+  return range(H * K).map(n => [training.slots[start + n], training.weights[start + n] / 255]);
+}
+
+function pastOnMap() {
+  return [...pastReads(LAST).map(([slot]) => mapSquare(slot, 6, "other", ", read after training")),
+          ...pastReads(state.step).map(([slot, weight]) => mapSquare(slot, squareSize(weight), "winner",
+                                                                     `: weight ${percent(weight)}`))];
+}
+
+function showTraining() {
+  const place = followedPlace(), step = place < 0 ? LAST : state.step, recall = training.recall?.[step];
+  byId("step").disabled = place < 0;
+  byId("step").value = step;
+  byId("step-text").hidden = place < 0;
+  byId("not-followed").hidden = place >= 0;
+  if (place < 0 || !LAST) return;
+  const last = new Set(pastReads(LAST).map(([slot]) => slot));
+  const kept = pastReads(step).filter(([slot]) => last.has(slot)).length;
+  for (const node of document.querySelectorAll("[data-past]")) {
+    node.textContent = {
+      step: training.steps[step], recall: recall === null ? "unknown" : percent(recall), kept, reads: H * K,
+      name: people[state.person].name, answer: training.answers[step][place],
+    }[node.dataset.past];
+  }
+}
+
+// --- what clicks and keys do -------------------------------------------------------------------------------
+
+function show() {
+  const focused = document.activeElement.id;
+  showAnswers();
+  showQuery();
+  showMap();
+  showCorner();
+  showRows();
+  showSwitches();
+  showTraining();
+  byId(focused)?.focus(); // the focus was lost if its element was made again
+}
+
+function choose(change) {
+  Object.assign(state, change);
+  show();
+}
+
+function chooseRow(rank) { // and show it, if the table is longer than its place
+  choose({rank});
+  byId("rows").children[rank].scrollIntoView({block: "nearest"});
+}
+
+function ask(person, question) { // and choose the last token of the name
+  const name = people[person].asked[question][0].split("{}")[0] + people[person].name;
+  const other = state.other === person ? (person + 1) % people.length : state.other;
+  Object.assign(state, {person, question, other, prompt: promptOf(people[person], question), rank: 0,
+                        token: model.tokenizer.encode(name).length - 1});
+  update();
+}
+
+function update() { // everything, also what people type and select
+  compute();
+  byId("prompt").value = state.prompt;
+  byId("person").value = state.person ?? "";
+  byId("other").value = state.other ?? "";
+  byId("question").hidden = state.person === null;
+  fill("question", ...(people[state.person]?.asked ?? []).map(([form], n) => element(
+    "option", {value: n}, withoutLabels(form).replace("{}", "…"))));
+  byId("question").value = state.question;
+  show();
+}
+
+function onKey(event) {
+  if (event.target === byId("prompt") && event.key === "Enter") {
+    event.preventDefault();
+    event.target.blur(); // now the browser reports the change
+  }
+  const isTaken = event.target.matches("select, textarea, input[type=range]"); // they use the keys themselves
+  if (isTaken || event.ctrlKey || event.metaKey || event.altKey) return;
+  const next = (value, length, by) => (value + by + length) % length;
+  const changes = {
+    arrowleft: () => choose({token: next(state.token, tokens.length, -1), rank: 0}),
+    arrowright: () => choose({token: next(state.token, tokens.length, 1), rank: 0}),
+    arrowup: () => chooseRow(next(state.rank, K, -1)),
+    arrowdown: () => chooseRow(next(state.rank, K, 1)),
+    l: () => choose({layer: LAYERS[next(LAYERS.indexOf(state.layer), LAYERS.length, 1)], rank: 0}),
+    h: () => choose({head: next(state.head, H, 1), rank: 0}),
+    x: () => switchRows([chosenRow().slot], state.off.has(chosenRow().slot)),
+  };
+  const change = changes[event.key.toLowerCase()];
+  if (!change) return;
+  event.preventDefault();
+  change();
+}
+
+function explain(event) { // the meaning of the word under the mouse, or of the word with the focus
+  const word = event.target.closest?.("[data-term]")?.dataset.term;
+  byId("explanation").textContent = word ? `${word}: ${TERMS[word]}`
+    : "Point at a dotted word, and its meaning appears here.";
+}
+
+function listen() {
+  const onChange = (id, act) => byId(id).addEventListener("change", event => act(event.target.value));
+  onChange("person", value => value && ask(Number(value), 0));
+  onChange("question", value => ask(state.person, Number(value)));
+  onChange("other", value => { state.other = Number(value); update(); });
+  onChange("prompt", prompt => {
+    Object.assign(state, {prompt, person: null, question: 0, token: Infinity, rank: 0}); // the last token
+    update();
+  });
+  byId("step").addEventListener("input", event => choose({step: Number(event.target.value)}));
+  for (const name of ["mouseover", "focusin"]) document.addEventListener(name, explain);
+  document.addEventListener("keydown", onKey);
+}
+
+function start() {
+  for (const node of document.querySelectorAll("[data-number]")) {
+    node.textContent = count(NUMBERS[node.dataset.number]);
+  }
+  const options = () => people.map(({name, told}, n) => element(
+    "option", {value: n}, `${name}${training.people.includes(n) ? " ●" : ""}, told ${told} times`));
+  fill("person", element("option", {value: ""}, "Choose a person"), ...options());
+  fill("other", ...options());
+  for (const id of ["person", "comparison"]) byId(id).hidden = !people.length;
+  byId("training").hidden = !LAST;
+  byId("step").max = LAST;
+  listen();
+  explain({target: document});
+  if (people.length) {
+    state.other = Math.floor(people.length / 4);
+    ask(training.people[Math.floor(training.people.length / 2)] ?? 0, 0);
+  } else {
+    Object.assign(state, {prompt: data.start, token: model.tokenizer.encode(data.start).length - 1});
+    update();
+  }
+}
+
+start();

@@ -1,0 +1,252 @@
+"""explorer/: a page computes what PyTorch computes, is complete, and works in a browser."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_fails
+
+import train
+from data import corpus, prepare
+from evaluate import answer
+from explorer import export
+from model import GPT, GPTConfig
+from runtime.checkpoint import checkpoints
+
+EXPLORER = Path(export.__file__).parent
+BUILT = EXPLORER.parent / "docs" / "explorer.html"
+NODE = shutil.which("node")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_node = pytest.mark.skipif(NODE is None, reason="needs node")
+
+# runs the model of a page outside a browser: reads jobs from stdin and prints their results
+RUN_MODEL = """
+const html = require("fs").readFileSync(process.argv[1], "utf8");
+const [data, script] = [...html.matchAll(/<script.*?>(.*?)<\\/script>/gs)].map(match => match[1]);
+const model = require("vm").runInThisContext(script + "; new Model(" + data + ")");
+const run = ({tokens, off, text, prompt}) =>
+  tokens ? model.forward(tokens, new Set(off)) : text !== undefined ? model.tokenizer.encode(text)
+    : model.answer(prompt);
+const short = (key, value) => key === "left" || key === "right" ? undefined
+  : value instanceof Float32Array ? [...value] : value;
+const jobs = JSON.parse(require("fs").readFileSync(0, "utf8"));
+console.log(JSON.stringify(jobs.map(run), short));
+"""
+
+
+def run_in_node(page: Path, jobs: list[dict]) -> list:
+    command = [NODE, "-e", RUN_MODEL, str(page)]
+    result = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def data_of(page: Path) -> dict:
+    return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(), re.S)[1])
+
+
+def array(text: str, dtype) -> np.ndarray:
+    return np.frombuffer(export.base64.b64decode(text), dtype)
+
+
+def model_of(page: Path) -> GPT:
+    """A GPT with the weights that stand in a page."""
+    data = data_of(page)
+    weights = torch.from_numpy(array(data["weights"], np.float32).copy())
+    model = GPT(GPTConfig(**data["config"])).eval()
+    state = {name: weights[start:end] for name, start, end in data["tensors"]}
+    state["pool.values"] = torch.from_numpy(
+        array(data["pool"]["values"], np.int8).reshape(-1, model.config.n_embd)
+        * array(data["pool"]["scales"], np.float32)[:, None])
+    model.load_state_dict({name: part.view_as(model.get_parameter(name)) for name, part in state.items()})
+    return model
+
+
+@torch.no_grad()
+def assert_same(model: GPT, page: Path, prompts: list[list[int]]):
+    """The page and PyTorch have the same logits, slots and weights, also with some rows switched off."""
+    generator = random.Random(0)
+    jobs = []
+    for tokens in prompts:
+        read = torch.cat([slots.flatten() for slots, _ in export.reads_of(model, torch.tensor([tokens]))])
+        off = generator.choices(read.tolist(), k=5) if len(jobs) % 2 else []
+        jobs.append({"tokens": tokens, "off": off})
+    values, H = model.pool.values.detach().clone(), model.config.mem_heads
+    for job, result in zip(jobs, run_in_node(page, jobs), strict=True):
+        model.pool.values[job["off"]] = 0
+        idx = torch.tensor([job["tokens"]])
+        logits, reads = model(idx)[0].flatten(), export.reads_of(model, idx)
+        model.pool.values.copy_(values)
+        torch.testing.assert_close(torch.tensor(result["logits"]), logits, atol=1e-3, rtol=0)
+        for layer, (slots, weights) in zip(model.config.mem_layers, reads, strict=True):
+            for t, heads in enumerate(result["reads"][str(layer)]):
+                for head in range(H):
+                    expected = dict(zip(slots[0, t].view(H, -1)[head].tolist(),
+                                        weights[0, t].view(H, -1)[head].tolist(), strict=True))
+                    found = {winner["slot"]: winner["weight"] for winner in heads[head]["winners"]}
+                    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def encoding_of(page: Path):
+    stored = data_of(page)["tokenizer"]
+    tokens = {token: rank for rank, token in enumerate(stored["tokens"])}
+    return prepare.encoding_from_json({"name": "page", "pat_str": stored["pattern"], "tokens": tokens,
+                                       "special_tokens": {prepare.END: stored["end"]}})
+
+
+def make_page(run, *options) -> Path:
+    run(*options)
+    page = run.out / "explorer.html"
+    export.main([f"--out_dir={run.out}", "--followed=3", "--sample_tokens=1000"])
+    return page
+
+
+@needs_node
+@pytest.mark.parametrize("options", [
+    ["--mem_query=tokens", "--mem_layers=0,1"],
+    ["--mem_query=shifted", "--mem_qk_norm=false", "--mem_dtype=bfloat16"],
+    ["--mem_query=state", "--bias=false", "--mem_swilu=false", "--mem_mode=add", "--mem_knn=8", "--lr=0.1"],
+    ["--mem_query=state", "--mem_knn=1", "--scale_embeddings=false", "--mem_layers=0"],
+], ids=["tokens", "shifted", "add", "state"])
+def test_a_page_computes_what_pytorch_computes(run, options):
+    # not tested: queries that are zero, as that of a first token without bias. All slots have the same score
+    page = make_page(run, *options)
+    model = train.load(run.out)[0]
+    values = model.pool.values.detach().float()
+    scales = values.abs().amax(1, keepdim=True) / 127
+    rows = (values / scales).round()
+    assert ((rows * scales - values).abs() <= 0.5001 * scales).all()
+    model.pool.values = torch.nn.Parameter(rows * scales)
+    generator = random.Random(1)
+    assert_same(model, page, [[generator.randrange(model.config.vocab_size) for _ in range(length)]
+                              for length in (1, 2, 3, 17, 32, 32)])
+
+
+@needs_node
+def test_the_built_page_computes_what_pytorch_computes():
+    model, encoding, people = model_of(BUILT), encoding_of(BUILT), data_of(BUILT)["people"]
+    asked = [{"prompt": form.replace("{}", person["name"]), "answer": value}
+             for person in random.Random(2).sample(people, 25) for form, value in person["asked"][:2]]
+    prompts = [encoding.encode(question["prompt"]) for question in asked]
+    assert_same(model, BUILT, prompts)
+    answers = run_in_node(BUILT, [{"prompt": question["prompt"]} for question in asked[:10]])
+    for result, tokens, prompt in zip(answers, answer(model, encoding, asked[:10]), prompts, strict=False):
+        assert result["tokens"] == prompt + tokens and 0 < result["probability"] <= 1
+    right = [result["text"] == question["answer"] for result, question in zip(answers, asked, strict=False)]
+    assert sum(right) >= 9
+
+
+@needs_node
+def test_text_has_the_tokens_that_tiktoken_gives_it():
+    encoding, generator = encoding_of(BUILT), random.Random(3)
+    words = [token.decode() for token in encoding.token_byte_values() if len(token) > 1]
+    alphabet = ["a", "Q", "é", "😀", "👩‍🚀", "中", "Ω", "7", "½", "'s", "'", "!?", " ", "  ", "\n",
+                "\t", "\x85", "\ufeff", "\u2028", "\xa0", prepare.END, "\0", "_", "e\u0301", " lastly"]
+    texts = ["", *alphabet] + ["".join(generator.choices(alphabet + words[:60], k=generator.randrange(1, 12)))
+                               for _ in range(300)]
+    for text, tokens in zip(texts, run_in_node(BUILT, [{"text": text} for text in texts]), strict=True):
+        assert tokens == encoding.encode_ordinary(text), repr(text)
+
+
+def test_readers_and_training_are_what_the_model_reads(run, facts_folder):
+    page = make_page(run, "--mem_layers=0,1")
+    data, (model, encoding, config) = data_of(page), train.load(run.out)
+    export.round_values(model)
+    tokens = np.fromfile(facts_folder / "facts" / "train.bin", np.uint16)[:1000].astype(int).tolist()
+    blocks = [tokens[i:i + 32] for i in range(0, 992, 32)]
+    weight, times = defaultdict(lambda: defaultdict(float)), defaultdict(int)
+    for block in blocks:
+        reads = export.reads_of(model, torch.tensor([block]))
+        for t in range(1, 32):
+            times[block[t - 1], block[t]] += 1
+            for slots, weights in reads:
+                for slot, w in zip(slots[0, t].tolist(), weights[0, t].tolist(), strict=True):
+                    weight[slot][block[t - 1], block[t]] += w
+    pairs = array(data["readers"]["pairs"], np.int32).reshape(-1, 3).tolist()
+    readers = array(data["readers"]["readers"], np.int32).reshape(64, -1).tolist()
+    weights = array(data["readers"]["weights"], np.uint8).reshape(64, -1).tolist()
+    for slot in range(64):
+        expected = sorted((w / times[pair] for pair, w in weight[slot].items()), reverse=True)
+        shown = [(pairs[reader], w) for reader, w in zip(readers[slot], weights[slot], strict=True)
+                 if reader >= 0]
+        assert len(shown) == min(export.READERS, len(expected))
+        for ((*pair, count), w), best in zip(shown, expected, strict=False):
+            assert count == times[tuple(pair)] and abs(w - 100 * best) <= 0.6
+            assert abs(100 * weight[slot][tuple(pair)] / count - w) <= 0.6
+
+    training = data["training"]
+    assert training["steps"] == [3, 6] and len(training["people"]) == 3 == len(training["answers"][0])
+    slots = array(training["slots"], np.int32).reshape(2, 3, 2, -1)
+    model = export.make_model(config, checkpoints(run.out)[0]).eval()
+    for place, number in enumerate(training["people"]):
+        person = data["people"][number]
+        text = person["asked"][0][0].split("{}")[0] + person["name"]
+        reads = export.reads_of(model, torch.tensor([encoding.encode(text)]))
+        assert slots[0, place].tolist() == [part[0, -1].tolist() for part, _ in reads]
+
+
+def test_a_page_is_complete_and_always_the_same(run):
+    page = make_page(run)
+    first = page.read_bytes()
+    export.main([f"--out_dir={run.out}", "--followed=3", "--sample_tokens=1000"])
+    assert page.read_bytes() == first
+    questions = [json.loads(line) for line in open(corpus.DATA / "facts" / "qa.jsonl")]
+    people = data_of(page)["people"]
+    assert sorted((form.replace("{}", person["name"]), value) for person in people
+                  for form, value in person["asked"]) == sorted((q["prompt"], q["answer"]) for q in questions)
+    told = [person["told"] for person in people]
+    assert told == sorted((question["exposures"] for question in questions[::4]), reverse=True)
+
+
+def test_the_built_page_has_the_scripts_of_this_folder():
+    """docs/explorer.html must be made again when a script changes."""
+    page = BUILT.read_text()
+    template = re.split(r"\{\{[\w.]+\}\}", (EXPLORER / "page.html").read_text())
+    assert len(BUILT.read_bytes()) <= 4 * 2**20
+    scripts = [(EXPLORER / name).read_text() for name in ("model.js", "page.js")]
+    assert all(part in page for part in template + scripts)
+    outside = re.sub(r'<script type="application/json".*?</script>', "", page, flags=re.S)
+    addresses = set(re.findall(r"\b\w+://[^\s\"'`)]+", outside))
+    assert addresses == {"http://www.w3.org/2000/svg"}, "the name of SVG; nothing is loaded"
+    assert not re.search(r"\bsrc=|@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", outside)
+
+
+@needs_node
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_built_page_works_in_a_browser():
+    command = [NODE, str(EXPLORER / "check.mjs"), str(BUILT)]
+    result = subprocess.run(command, env=os.environ | {"CHROMIUM": CHROMIUM}, capture_output=True, text=True)
+    assert result.returncode == 0 and "no errors" in result.stdout, result.stderr
+
+
+def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path, monkeypatch):
+    stored = {"name": "x", "pat_str": ".", "tokens": {"AA==": 0}, "special_tokens": {}}
+    encoding = prepare.encoding_from_json(stored)
+    layers = {"mem_layers": (0,)}
+    for options, message in [({}, "no memory layers"), (layers | {"mem_kind": "peer"}, "mem_kind=peer"),
+                             (layers | {"mem_kind": "hash"}, "mem_kind=hash"),
+                             (layers | {"moe_layers": (1,)}, "mixture of experts"),
+                             (layers, "the tokenizer x does")]:
+        with pytest.raises(ValueError, match=message):
+            export.check_model(GPTConfig(**options), encoding)
+    run("--max_steps=1")
+    here = f"--out_dir={run.out}"
+    for options, message in [
+        ([f"--out_dir={tmp_path / 'empty'}"], "no checkpoint in"),
+        ([here, "--followed=-1"], "must not be negative"),
+        ([here, f"--page={tmp_path / 'missing' / 'page.html'}"], "No such file"),
+        ([here, "--pages=x"], "did you mean --page?"),
+    ]:
+        assert_fails(lambda options=options: export.main(options), message, capsys)
+    for largest, message in [(1000, "too large for a page"), (70_000, "lower --followed")]:
+        monkeypatch.setattr(export, "LARGEST", largest)
+        assert_fails(lambda: export.main([here]), message, capsys)
+    assert not (run.out / "explorer.html").exists()

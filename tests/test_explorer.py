@@ -15,7 +15,8 @@ import torch
 from conftest import assert_fails
 
 import train
-from data import corpus, prepare
+from data import corpus
+from data.tokenizer import END, encoding_from_json
 from evaluate import answer
 from explorer import export
 from model import GPT, GPTConfig
@@ -98,8 +99,8 @@ def assert_same(model: GPT, page: Path, prompts: list[list[int]]):
 def encoding_of(page: Path):
     stored = data_of(page)["tokenizer"]
     tokens = {token: rank for rank, token in enumerate(stored["tokens"])}
-    return prepare.encoding_from_json({"name": "page", "pat_str": stored["pattern"], "tokens": tokens,
-                                       "special_tokens": {prepare.END: stored["end"]}})
+    return encoding_from_json({"name": "page", "pat_str": stored["pattern"], "tokens": tokens,
+                                       "special_tokens": {END: stored["end"]}})
 
 
 def make_page(run, *options) -> Path:
@@ -149,7 +150,7 @@ def test_text_has_the_tokens_that_tiktoken_gives_it():
     encoding, generator = encoding_of(BUILT), random.Random(3)
     words = [token.decode() for token in encoding.token_byte_values() if len(token) > 1]
     alphabet = ["a", "Q", "é", "😀", "👩‍🚀", "中", "Ω", "7", "½", "'s", "'", "!?", " ", "  ", "\n",
-                "\t", "\x85", "\ufeff", "\u2028", "\xa0", prepare.END, "\0", "_", "e\u0301", " lastly"]
+                "\t", "\x85", "\ufeff", "\u2028", "\xa0", END, "\0", "_", "e\u0301", " lastly"]
     texts = ["", *alphabet] + ["".join(generator.choices(alphabet + words[:60], k=generator.randrange(1, 12)))
                                for _ in range(300)]
     for text, tokens in zip(texts, run_in_node(BUILT, [{"text": text} for text in texts]), strict=True):
@@ -229,7 +230,7 @@ def test_the_built_page_works_in_a_browser():
 
 def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path, monkeypatch):
     stored = {"name": "x", "pat_str": ".", "tokens": {"AA==": 0}, "special_tokens": {}}
-    encoding = prepare.encoding_from_json(stored)
+    encoding = encoding_from_json(stored)
     layers = {"mem_layers": (0,)}
     for options, message in [({}, "no memory layers"), (layers | {"mem_kind": "peer"}, "mem_kind=peer"),
                              (layers | {"mem_kind": "hash"}, "mem_kind=hash"),

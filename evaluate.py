@@ -4,11 +4,13 @@ exactly the right words. Each process works on its share of the batches and of t
 """
 
 import random
+from collections import Counter
 from itertools import groupby
 
 import torch
 
 from data.corpus import Dataset, decode_answer, draw_batch
+from data.questions import accepted_answers, is_right
 from model import GPT, eval_mode
 from runtime.distributed import RANK, WORLD_SIZE, all_reduce_sum, gather_objects
 
@@ -46,15 +48,19 @@ def validation_loss(model, tokens, config, device) -> float:
     return all_reduce_sum(torch.tensor(sum(losses) / len(losses), device=device)).item() / WORLD_SIZE
 
 
-def answer(model: GPT, encoding, questions: list[dict], batch_size: int = 64) -> list[list[int]]:
+def answer(model: GPT, encoding, questions: list[dict], max_new_tokens: int | None = None,
+           batch_size: int = 64) -> list[list[int]]:
     """
-    The tokens of the model's greedy answer to each question, up to the end of the line. Each process answers
-    its share of the questions, and returns the answers of all processes.
+    The tokens of the model's greedy answer to each question, with the newline that ends it. Each process
+    answers its share of the questions, and returns the answers of all processes. max_new_tokens: longer
+    answers are cut; None: as many as the longest right answer needs.
     """
     device, newline = model.wte.weight.device, encoding.encode("\n")[0]
     prompts = [encoding.encode(question["prompt"], disallowed_special=()) for question in questions]
-    longest = max((len(encoding.encode(" " + question["answer"], disallowed_special=()))
-                   for question in questions), default=0)
+    if max_new_tokens is None:
+        lengths = [len(encoding.encode_ordinary(" " + text))
+                   for question in questions for text in accepted_answers(question)]
+        max_new_tokens = max(lengths, default=0) + 1  # 1: the newline
     # Processes that share a pool must read it equally often, with batches of the same size. So each group is
     # padded with its last question, and no process stops generating early.
     stop = newline if WORLD_SIZE == 1 else None
@@ -67,9 +73,9 @@ def answer(model: GPT, encoding, questions: list[dict], batch_size: int = 64) ->
             group = group[RANK::WORLD_SIZE]
             for batch in (group[i:i + batch_size] for i in range(0, len(group), batch_size)):
                 idx = torch.tensor([prompts[i] for i in batch], device=device)
-                idx = model.generate(idx, longest + 1, temperature=0, stop=stop)  # + 1: the newline
+                idx = model.generate(idx, max_new_tokens, temperature=0, stop=stop)
                 for i, tokens in zip(batch, idx[:, length:].tolist(), strict=True):
-                    own_answers[i] = tokens[:tokens.index(newline)] if newline in tokens else tokens
+                    own_answers[i] = tokens[:tokens.index(newline) + 1] if newline in tokens else tokens
     all_answers = {i: tokens for part in gather_objects(own_answers) for i, tokens in part.items()}
     return [all_answers[i] for i in range(len(prompts))]
 
@@ -82,16 +88,31 @@ def exposure_bin(question: dict) -> str:
 def recall(model: GPT, encoding, questions: list[dict]) -> dict:
     """
     The share of questions answered with exactly the right words: {"all": ..., "held_out": ..., "by_exposure":
-    {"8": ...}}. "held_out": questions about people whom the training text never asks about. "all": all other
-    questions. "by_exposure": the questions of "all" in bins, see exposure_bin.
+    {"8": ...}}. "held_out": questions about things that the training text states but never asks about. "all":
+    all other questions. "by_exposure": the questions of "all" in bins, see exposure_bin.
     """
-    right = {"all": [], "held_out": []}
-    by_exposure = {}
-    for question, tokens in zip(questions, answer(model, encoding, questions), strict=True):
-        is_right = decode_answer(encoding, tokens) == question["answer"]
-        right["held_out" if question.get("held_out") else "all"].append(is_right)
+    answers = [decode_answer(encoding, tokens) for tokens in answer(model, encoding, questions)]
+    return shares(questions, answers)
+
+
+def shares(questions: list[dict], answers: list[str]) -> dict:
+    """The share of right answers, as `recall` returns it."""
+    right, by_exposure = {"all": [], "held_out": []}, {}
+    for question, text in zip(questions, answers, strict=True):
+        right["held_out" if question.get("held_out") else "all"].append(is_right(question, text))
         if "exposures" in question and not question.get("held_out"):
-            by_exposure.setdefault(exposure_bin(question), []).append(is_right)
+            by_exposure.setdefault(exposure_bin(question), []).append(is_right(question, text))
     result = {name: sum(r) / len(r) for name, r in right.items() if r}
     return result | {"by_exposure": {name: sum(by_exposure[name]) / len(by_exposure[name])
                                      for name in sorted(by_exposure, key=int)}}
+
+
+def commonest_answers(questions: list[dict]) -> list[str]:
+    """
+    A guess for each question: the answer that most questions of the same kind have. What guesses get right,
+    a model can get right without knowing any fact. "kind" in qa.jsonl names the kind of a question.
+    """
+    counts = {}
+    for question in questions:
+        counts.setdefault(question.get("kind"), Counter()).update(accepted_answers(question))
+    return [counts[question.get("kind")].most_common(1)[0][0] for question in questions]

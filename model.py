@@ -327,13 +327,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                 seed: int | None = None, stop: int | None = None):
+                 seed: int | None = None, stop: int | None = None, on_token=None):
         """
         Continues idx (B, T), T >= 1, by at most max_new_tokens: returns (B, T + new).
 
         temperature=0 takes the likeliest token. top_k: draw only from the k likeliest. The same seed draws
         the same tokens. Generation ends early once every row has produced the token `stop`. Ignore what a row
         has after `stop`. If the context grows beyond block_size, the oldest tokens are dropped.
+        on_token: called with each row's new token, (B, 1), as soon as it is there.
         """
         if idx.dim() != 2 or not idx.numel():
             raise ValueError(f"the prompt has the shape {tuple(idx.shape)}: it must be (rows, tokens), with "
@@ -345,9 +346,9 @@ class GPT(nn.Module):
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
         with eval_mode(self):
-            return self._generate(idx, max_new_tokens, temperature, top_k, seed, stop)
+            return self._generate(idx, max_new_tokens, temperature, top_k, seed, stop, on_token)
 
-    def _generate(self, idx, max_new_tokens, temperature, top_k, seed, stop):
+    def _generate(self, idx, max_new_tokens, temperature, top_k, seed, stop, on_token):
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         past, new = None, idx
@@ -365,6 +366,8 @@ class GPT(nn.Module):
                     logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
                 new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             idx = torch.cat((idx, new), dim=1)
+            if on_token is not None:
+                on_token(new)
             if stop is not None:
                 stopped |= new[:, 0] == stop
                 if stopped.all():

@@ -3,6 +3,7 @@ Trains a GPT with memory layers.
 
     python train.py                          facts about 400 people: two minutes on two cores
     python train.py --preset=facts-2000      facts about 2,000 people: seven minutes
+    python train.py --preset=airports        codes, cities and countries of real airports: five minutes
     python train.py --preset=stdlib          source text of the Python standard library: ten minutes
     python train.py --preset=paper           the 400 people, with Memory+ as published
     python train.py --mem_layers= --out_dir=out/dense   the first run without memory
@@ -11,7 +12,7 @@ Trains a GPT with memory layers.
     torchrun --nproc_per_node=2 train.py     the first run on two processes, half of the pool in each
     python train.py --help                   every option
 
-The first three are not Memory+ as published. The previous token also takes part in their queries: see
+The first four are not Memory+ as published. The previous token also takes part in their queries: see
 --mem_query, and query_sources in model.py.
 
 Ctrl-C saves a checkpoint and ends. A run leaves log.jsonl, loss.png and its checkpoints in --out_dir.
@@ -33,6 +34,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import torch
 
 from data.corpus import Dataset, draw_batch, load_dataset
+from data.questions import check_length
 from data.tokenizer import encoding_from_json
 from evaluate import evaluate
 from kernel import resolve_kernel
@@ -111,6 +113,8 @@ PRESETS = {
     "facts": TWO_TOKENS,
     "facts-2000": TWO_TOKENS | dict(dataset="facts-2000", out_dir="out/facts-2000", max_steps=3000, lr=3e-3,
                                     eval_interval=500),
+    "airports": TWO_TOKENS | dict(dataset="airports", out_dir="out/airports", max_steps=2000, lr=3e-3,
+                                  eval_interval=500),
     "stdlib": dict(dataset="stdlib", out_dir="out/stdlib", block_size=256, n_layer=4, n_embd=128,
                    mem_layers=(1, 3), mem_num_keys=256, mem_query="shifted", scale_embeddings=True,
                    batch_size=8, max_steps=2000, lr=2e-3, eval_interval=500),
@@ -157,6 +161,7 @@ def check_data(data: Dataset, config: TrainConfig, checkpoint: Path | None) -> N
         fail(f"{config.dataset} and {checkpoint} have different tokenizers: choose another --out_dir")
     if 0 < config.vocab_size < (needed := data.encoding.n_vocab):
         fail(f"--vocab_size={config.vocab_size} is too small: {config.dataset} has {needed} tokens")
+    check_length(data.questions, data.encoding, config.block_size)
     for split, tokens in (("train", data.train), ("val", data.val)):
         if len(tokens) <= config.block_size:
             fail(f"--block_size={config.block_size} is too large: {split}.bin has only {len(tokens)} tokens")

@@ -2,14 +2,14 @@
 Reads a corpus that data/prepare.py made: tokens, batches and questions. Turns tokens back into text.
 """
 
-import contextlib
 import json
-from pathlib import Path
+import re
 
 import numpy as np
 import torch
 
 from data.prepare import DATA, END, READY_MADE
+from data.questions import read_questions
 from data.tokenizer import encoding_from_json
 from runtime.cli import fail
 from runtime.distributed import LOCAL_RANK, RANK, WORLD_SIZE, gather_objects
@@ -58,29 +58,6 @@ def load_dataset(name: str) -> Dataset:
     return data
 
 
-def read_questions(path: Path) -> list[dict]:
-    """
-    One question per line: {"prompt", "answer"}, and in facts also "exposures" and "held_out". Returns [] if
-    there is no file.
-    """
-    questions = []
-    try:
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-    except OSError as error:
-        fail(f"{path}: {error.strerror}")
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                question = json.loads(line)
-                for text in (question["prompt"], question["answer"]):
-                    if not isinstance(text, str) or not text:
-                        raise ValueError
-                questions.append(question)
-        except (ValueError, KeyError, TypeError):
-            fail(f'line {number} of {path} must be {{"prompt": "...", "answer": "..."}}')
-    return questions
-
-
 def draw_batch(tokens: np.ndarray, count: int, block_size: int, *key: int):
     """
     Draws `count` windows of `tokens`, and returns this process's share of them. The random numbers depend
@@ -93,15 +70,20 @@ def draw_batch(tokens: np.ndarray, count: int, block_size: int, *key: int):
     return windows[:, :-1], windows[:, 1:]
 
 
+def token_bytes(encoding, token: int) -> bytes:
+    """b"" for an id that the encoding does not use: an untrained model may produce it."""
+    try:
+        return encoding.decode_single_token_bytes(token)
+    except KeyError:
+        return b""
+
+
 def decode(encoding, tokens: list[int]) -> str:
-    """tokens -> text. Leaves out ids that the encoding does not use: an untrained model may produce them."""
-    parts = []
-    for token in tokens:
-        with contextlib.suppress(KeyError):
-            parts.append(encoding.decode_single_token_bytes(token))
-    return b"".join(parts).decode(errors="replace")
+    return b"".join(token_bytes(encoding, token) for token in tokens).decode(errors="replace")
 
 
 def decode_answer(encoding, tokens: list[int]) -> str:
-    """tokens -> text, up to the end of the line or document."""
-    return decode(encoding, tokens).split("\n")[0].split(END)[0].strip()
+    """tokens -> text, up to the end of the line or document. An answer that was cut ends with "…"."""
+    text = decode(encoding, tokens)
+    answer = re.split(f"\n|{re.escape(END)}", text)[0]
+    return answer.strip() + "…" * (answer == text)

@@ -3,6 +3,7 @@ Makes a corpus for train.py. It writes train.bin and val.bin (token ids), meta.j
 questions, qa.jsonl to the folder data/NAME. docs/data.md has more.
 
     python data/prepare.py facts --people=400         generated people and their attributes, with questions
+    python data/prepare.py airports                   codes and cities of real airports, with questions
     python data/prepare.py stdlib                     source of the Python standard library on this machine
     python data/prepare.py code                       Python source of all installed packages
     python data/prepare.py mqar                       pairs of words, to be recalled from the context
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # to find runtime/ also when this file is run as a script
+from data.airports import SPLITS, airport_text  # noqa: E402
 from data.facts import facts_text, mqar_text  # noqa: E402
 from data.tokenizer import (  # noqa: E402
     BLOCK,
@@ -171,7 +173,11 @@ def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable],
               "a larger --vocab_size, or another --tokenizer")
 
 
-# --- made-up corpora ----------------------------------------------------------------------------------------
+# --- corpora with questions, made of few different words ----------------------------------------------------
+
+ZIPF_NOTE = ("The validation text tells each fact once, but the training text tells some facts more often "
+             "than others. So the validation loss is above the training loss.")
+
 
 @dataclass
 class FactsConfig(Corpus):
@@ -201,9 +207,40 @@ class FactsConfig(Corpus):
 def facts(config: FactsConfig) -> None:
     """Facts about people who do not exist, with questions."""
     texts, questions, fragments = facts_text(config)
-    note = ("The validation text tells each fact once, but the training text tells some facts more often "
-            "than others. So the validation loss is above the training loss.")
-    write_corpus(config.name, config, texts, questions, note if config.zipf else "", fragments)
+    write_corpus(config.name, config, texts, questions, ZIPF_NOTE if config.zipf else "", fragments)
+
+
+@dataclass
+class AirportsConfig(Corpus):
+    name: str = "airports"  # the folder under data/
+    vocab_size: int = 16_384  # most tokens of the tokenizer; rarer words are several tokens
+    airports: int = 2000  # airports in the corpus, the best known ones first; 0: all
+    exposures: float = 10.0  # how often train.bin tells each fact, on average over airports
+    zipf: float = 1.0  # the r-th airport gets exposures in proportion to r**-zipf; 0: all alike
+    ask: float = 0.25  # share of exposures that are a question and its answer; the others are statements
+    held_out: float = 0.1  # share of cities whose airports train.bin has statements about, but no questions
+    code_tokens: int = 2  # tokens per airport code: 1, 2 or 3; a --tokenizer splits codes in its own way
+    seed: int = 1  # seed of all random draws
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(0, self, "airports", "zipf", "seed")
+        at_least(1, self, "exposures")
+        for name in ("exposures", "zipf"):
+            if getattr(self, name) == np.inf:
+                raise ValueError(f"{name}=inf must be finite")
+        if self.code_tokens not in SPLITS:
+            raise ValueError(f"code_tokens={self.code_tokens} must be 1, 2 or 3")
+        for name in ("ask", "held_out"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
+
+
+def airports(config: AirportsConfig) -> None:
+    """Real airports: code, city, country and time zone. The best known ones are told most often."""
+    texts, questions, fragments = airport_text(config)
+    write_corpus(config.name, config, texts, questions, ZIPF_NOTE if config.zipf else "", fragments,
+                 pattern=SPLITS[config.code_tokens] + SPLIT)
 
 
 @dataclass
@@ -418,7 +455,7 @@ def shakespeare(config: ShakespeareConfig) -> None:
 
 CORPORA = {"facts": (facts, FactsConfig), "stdlib": (stdlib, SplitConfig), "code": (code, CodeConfig),
            "mqar": (mqar, MqarConfig), "text": (text, TextConfig),
-           "shakespeare": (shakespeare, ShakespeareConfig)}
+           "shakespeare": (shakespeare, ShakespeareConfig), "airports": (airports, AirportsConfig)}
 
 # corpora that training makes when it needs them, by the name of their folder under data/
 READY_MADE = {
@@ -428,6 +465,7 @@ READY_MADE = {
     # most people are told once or twice
     "facts-large": (facts, FactsConfig(name="facts-large", people=200_000, exposures=8.0, zipf=1.0,
                                        questions=256)),
+    "airports": (airports, AirportsConfig()),
     "stdlib": (stdlib, SplitConfig()),
     "code": (code, CodeConfig()),
     "mqar": (mqar, MqarConfig()),

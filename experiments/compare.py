@@ -37,8 +37,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from data.corpus import read_questions
 from data.prepare import DATA, READY_MADE, Corpus
+from data.questions import read_questions
 from evaluate import exposure_bin
 from model import GPT
 from runtime.cli import at_least, build, command, fail, first_word, parse

@@ -1,11 +1,16 @@
-"""sample.py: it needs nothing but a checkpoint, asks, traces, and names each mistake."""
+"""sample.py: it needs nothing but a checkpoint, asks, continues, traces, and names each mistake."""
 
 import json
 import os
 import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_fails
 
 import sample
 import train
@@ -35,6 +40,13 @@ def test_questions_are_judged_as_training_judged_them(run, capsys, facts_folder)
     shares = [json.loads(line) for line in open(run.out / "log.jsonl")][-1]["recall"]
     held_out = sum(question["held_out"] for question in questions)
     assert right == round(shares["all"] * (len(questions) - held_out) + shares["held_out"] * held_out)
+    text = printed(capsys, f"--out_dir={run.out}", f"--qa={facts_folder / 'facts' / 'qa.jsonl'}")
+    assert f"{right} of {len(questions)} right" in text
+    rows = dict(re.findall(r"^ *(.*?)  +(\d\.\d{3})  \d\.\d{3}$", text, re.MULTILINE))
+    bins = {f"told {low} to {2 * int(low) - 1} times": share for low, share in shares["by_exposure"].items()}
+    bins["questions asked in training"] = shares["all"]
+    bins["questions never asked in training"] = shares["held_out"]
+    assert rows == {label: f"{share:.3f}" for label, share in bins.items()}
 
 
 @pytest.mark.parametrize("kind", ["product-key", "peer"])  # PEER has negative weights
@@ -58,6 +70,100 @@ def test_trace_shows_what_each_layer_read(run, capsys, kind):
         assert int(shown[0][0]) == use.argmax()
 
 
+def asked(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("Question: ")]
+
+
+def test_questions_of_a_file_about_a_name_and_of_the_user(run, capsys, facts_folder, tmp_path):
+    run()
+    here = f"--out_dir={run.out}"
+    path = facts_folder / "facts" / "qa.jsonl"
+    questions = [json.loads(line) for line in open(path)]
+    every = printed(capsys, here, f"--qa={path}")
+    assert [line.split(" Answer:")[0] for line in asked(every)] == [
+        question["prompt"].removesuffix(" Answer:") for question in questions], "in the order of the file"
+    first = questions[0]
+    name = re.search(r"[A-Z]\w+ [A-Z]\w+", first["prompt"]).group()
+    about = printed(capsys, here, f"--ask={name.lower()}")
+    assert [line.split(" Answer:")[0] for line in asked(about)] == [
+        line.split(" Answer:")[0] for line in asked(every) if name in line] and len(asked(about)) == 4
+    assert " of 4 right" in about
+    bare = first["prompt"].removeprefix("Question: ").removesuffix(" Answer:")
+    for text in (bare, first["prompt"], bare.lower().removesuffix("?")):
+        line, = asked(printed(capsys, here, f"--question={text}"))
+        assert line.startswith(first["prompt"]) and f"wrong: {first['answer']}, told" in line
+    unknown = printed(capsys, here, "--question=Who is Ada?")
+    assert "Question: Who is Ada? Answer:" in unknown and "the corpus does not have this question" in unknown
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"prompt": "Q: x? A:", "answers": ["a", "b"], "held_out": true, "exposures": 1}\n'
+                    '{"prompt": "Q: y? A:", "answer": "a", "kind": "letter"}\n')
+    text = printed(capsys, here, f"--qa={mine}")
+    assert re.search(r"Q: x\? A: .*\[wrong: a or b, told once, never asked in training]", text)
+    assert "0 of 2 right, 0.0%" in text and "  kind: letter                     0.000  1.000\n" in text
+    assert "questions never asked in training  0.000  1.000" in text
+
+
+def test_each_token_is_printed_when_it_is_there(run, monkeypatch):
+    """Guards characters of several tokens: half of one must not be printed as a question mark."""
+    run()
+    model, encoding, _ = train.load(run.out)
+    text = "Zürich 東京 \U0001f600"
+    tokens = [*encoding.encode(text), encoding.n_vocab + 5, 0xE6, 0xFF]  # the last two are no characters
+    shown = []
+
+    def generate(idx, max_new_tokens, temperature, top_k, stop, seed, on_token):
+        for i, token in enumerate(tokens):
+            on_token(torch.tensor([[token]]))
+            so_far = "".join(shown)
+            assert ("x" + sample.decode(encoding, tokens)).startswith(so_far)
+            assert len("x" + sample.decode(encoding, tokens[:i + 1])) - len(so_far) in (0, 1), "no delay"
+        return torch.cat((idx, torch.tensor([tokens])), dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr("builtins.print", lambda text, end="\n", flush=False: shown.append(text + end))
+    sample.continue_text(model, encoding, "x", 1, sample.SampleConfig())
+    assert "".join(shown) == "x" + sample.decode(encoding, tokens) + "\n"
+    assert len(shown) > len(tokens)
+
+
+def test_lines_of_a_file_are_continued_together(run, capsys, tmp_path, monkeypatch):
+    run()
+    here, passes = f"--out_dir={run.out}", []
+    lines = ["The job of", "a", "When", "The job of", "For a"]
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\n \n").encode())
+    generate = train.GPT.generate
+
+    def counted(model, idx, *arguments, **options):
+        passes.append(len(idx))
+        return generate(model, idx, *arguments, **options)
+
+    monkeypatch.setattr(train.GPT, "generate", counted)
+    greedy = [here, "--temperature=0", "--max_new_tokens=4"]
+    text = printed(capsys, *greedy, f"--prompt_file={path}", "--num_samples=2")
+    encoding = train.load(run.out)[1]
+    lengths = Counter(len(encoding.encode(line)) for line in lines * 2)
+    assert sorted(passes) == sorted(lengths.values()) and max(passes) >= 4
+    alone = [printed(capsys, *greedy, f"--prompt={line}").split("---")[1].split("\n", 1)[1] for line in lines]
+    assert re.split(r"--- sample .*\n", text)[1:] == [alone[i // 2] for i in range(10)]
+    draws = printed(capsys, here, f"--prompt_file={path}", "--max_new_tokens=9")
+    assert printed(capsys, here, f"--prompt_file={path}", "--max_new_tokens=9") == draws
+    assert printed(capsys, here, f"--prompt_file={path}", "--max_new_tokens=9", "--seed=2") != draws
+    traced = printed(capsys, *greedy, f"--prompt_file={path}", "--trace")
+    assert traced.count("--- sample") == 5 and traced.count("slots") > 20
+
+
+def test_output_of_any_kind(run, tmp_path):
+    """Guards a terminal without Unicode, and a reader that stops reading."""
+    run()
+    (tmp_path / "prompts.txt").write_text("é\n" * 3)
+    options = f"--out_dir={run.out} --device=cpu --num_samples=400 --max_new_tokens=1"
+    command = f"{sys.executable} sample.py {options} --prompt_file={tmp_path / 'prompts.txt'} | head -n 3"
+    result = subprocess.run(command, shell=True, cwd=Path(sample.__file__).parent, capture_output=True,
+                            env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert not result.stderr and b"\n--- sample 1 of 1200\n?" in result.stdout
+
+
 def test_without_options_it_asks_the_newest_run(run, capsys):
     run(out=run.out / "old")
     run("--mem_layers=", out=run.out / "new")
@@ -73,6 +179,9 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path, monkeypatch):
     run("--mem_layers=")
     here = f"--out_dir={run.out}"
     monkeypatch.setattr(sample, "DATA", tmp_path / "nothing")
+    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "long").write_text(json.dumps({"prompt": "x " * 40, "answer": "y"}))
     for options, message in [
         ([f"--out_dir={tmp_path / 'empty'}"], "no checkpoint in"),
         ([here, "--trace"], "no memory layers"),
@@ -82,6 +191,20 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path, monkeypatch):
         ([here, "--temperature=-1"], "must not be negative"),
         ([here, "--temperature=1e-40"], "must be 0, or at least"),
         ([here, "--questions=1", "--prompt=x"], "choose one"),
+        ([here, "--ask=x", "--qa=x"], "choose one"),
+        ([here, "--questions=1", "--temperature=0.5"], "--temperature has no effect with --questions"),
+        ([here, "--question=x?", "--seed=2"], "--seed has no effect with --question"),
+        ([here, "--qa=x", "--num_samples=2"], "--num_samples has no effect with --qa"),
+        ([here, "--ask="], "--ask has no effect with --prompt"),
+        ([here, "--ask=x"], "has no questions"),
+        ([here, "--qa=nowhere"], "--qa=nowhere: no such file"),
+        ([here, "--prompt_file=nowhere"], "--prompt_file=nowhere: No such file"),
+        ([here, f"--prompt_file={tmp_path}"], "Is a directory"),
+        ([here, f"--prompt_file={tmp_path / 'empty'}"], "no lines"),
+        ([here, f"--prompt_file={tmp_path / 'binary'}"], "not UTF-8"),
+        ([here, f"--qa={tmp_path / 'empty'}"], "has no questions"),
+        ([here, f"--qa={tmp_path / 'long'}"], "more than block_size=32"),
+        ([here, "--question=" + "x " * 40], "more than block_size=32"),
     ]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -90,6 +213,15 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path, monkeypatch):
         assert (
             stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
         ), err
+
+
+def test_a_name_without_questions_gives_similar_names(run, capsys, facts_folder):
+    run()
+    name = re.search(r"[A-Z]\w+ [A-Z]\w+", open(facts_folder / "facts" / "qa.jsonl").readline()).group()
+    for wrong in (name[:-2] + "x" + name[-1], name.lower().replace(" ", "  ") + "e"):
+        assert_fails(lambda wrong=wrong: sample.main([f"--out_dir={run.out}", f"--ask={wrong}"]),
+                     "no question of the corpus contains this name", capsys, also=f"similar: {name}")
+    assert_fails(lambda: sample.main([f"--out_dir={run.out}", "--ask=99"]), "contains this name\n", capsys)
 
 
 def test_a_damaged_checkpoint_and_damaged_questions_are_named(run, capsys, tmp_path, monkeypatch):

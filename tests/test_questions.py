@@ -1,0 +1,275 @@
+"""qa.jsonl: each mistake is named before training; which answers are right; the corpus of airports."""
+
+import json
+import re
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiktoken
+from conftest import assert_fails
+
+import evaluate
+from data import airports, corpus, facts, prepare
+from data.questions import accepted_answers, check_length, is_right, normalize_answer, read_questions
+from data.tokenizer import END, word_encoding
+
+
+def written(path, *lines):
+    path.write_bytes(b"".join(line if isinstance(line, bytes) else line.encode() + b"\n" for line in lines))
+    return path
+
+
+# --- reading qa.jsonl ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("line, prompt, answers", [
+    ('{"prompt": "x?", "answer": " lion"}', "x?", ["lion"]),
+    ('{"prompt": "x?", "answer": "lion\\n"}', "x?", ["lion"]),
+    ('{"prompt": "x? ", "answer": "lion"}', "x?", ["lion"]),
+    ('{"prompt": " x?\\n", "answer": "lion"}', " x?\n", ["lion"]),
+    ('{"prompt": "x?", "answers": ["lion ", "the king"]}', "x?", ["lion", "the king"]),
+    (b'\xef\xbb\xbf{"prompt": "x?", "answer": "lion"}\r\n', "x?", ["lion"]),
+    ('{"prompt": "x?", "answer": "a\u2028b", "id": 7}', "x?", ["a\u2028b"]),
+])
+def test_spaces_and_line_ends_do_not_make_an_answer_wrong(tmp_path, line, prompt, answers):
+    question, = read_questions(written(tmp_path / "qa.jsonl", line, "", " "))
+    assert question["prompt"] == prompt and accepted_answers(question) == answers
+    assert is_right(question, answers[-1])
+
+
+def test_a_question_may_be_there_twice_if_the_answers_are_the_same(tmp_path):
+    path = tmp_path / "qa.jsonl"
+    lines = ['{"prompt": "x?", "answers": ["a", "b"]}', '{"prompt": "x? ", "answers": ["b", "a "]}']
+    assert len(read_questions(written(path, *lines))) == 2
+    assert read_questions(tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{", 'must be {"prompt"'),
+    ("[1, 2]", 'must be {"prompt"'),
+    (b"\xff\n", 'must be {"prompt"'),
+    ('{"prompt": "y?"}', 'must be {"prompt"'),
+    ('{"answer": "y"}', 'must be {"prompt"'),
+    ('{"prompt": "", "answer": "y"}', 'must have a text as "prompt"'),
+    ('{"prompt": " ", "answer": "y"}', 'must have a text as "prompt"'),
+    ('{"prompt": ["y"], "answer": "y"}', 'must have a text as "prompt"'),
+    ('{"prompt": "y?", "answer": 3}', 'must have a text as "answer", not 3'),
+    ('{"prompt": "y?", "answer": ["y"]}', 'must have a text as "answer", not ["y"]'),
+    ('{"prompt": "y?", "answer": "\\n"}', 'must have a text as "answer"'),
+    ('{"prompt": "y?", "answer": null}', 'must have a text as "answer", not null'),
+    ('{"prompt": "y?", "answers": "y"}', 'list of texts as "answers"'),
+    ('{"prompt": "y?", "answers": []}', 'list of texts as "answers"'),
+    ('{"prompt": "y?", "answers": ["y", 3]}', 'must have a text as "answers", not 3'),
+    ('{"prompt": "y?", "answer": "y", "answers": ["y"]}', "leave one out"),
+    ('{"prompt": "y?", "answer": "y\\nz"}', "answer of several lines"),
+    ('{"prompt": "y?", "answer": "y<|endoftext|>"}', "answer of several lines"),
+    ('{"prompt": "y?", "answer": "\\ud800"}', "half of a character"),
+    ('{"prompt": "\\ud800?", "answer": "y"}', "half of a character"),
+    ('{"prompt": "y?", "answer": "y", "exposures": null}', '"exposures": null'),
+    ('{"prompt": "y?", "answer": "y", "exposures": "3"}', '"exposures": "3"'),
+    ('{"prompt": "y?", "answer": "y", "exposures": 2.5}', '"exposures": 2.5'),
+    ('{"prompt": "y?", "answer": "y", "exposures": true}', '"exposures": true'),
+    ('{"prompt": "y?", "answer": "y", "exposures": -1}', '"exposures": -1'),
+    ('{"prompt": "y?", "answer": "y", "exposures": NaN}', '"exposures": NaN'),
+    ('{"prompt": "y?", "answer": "y", "held_out": "false"}', '"held_out": "false"'),
+    ('{"prompt": "y?", "answer": "y", "held_out": 0}', '"held_out": 0'),
+    ('{"prompt": "y?", "answer": "y", "kind": 1}', '"kind"'),
+    ('{"prompt": "x? ", "answer": "z"}', "asks the same as line 1"),
+])
+def test_a_mistake_is_named_with_its_line(tmp_path, line, message):
+    path = written(tmp_path / "qa.jsonl", '{"prompt": "x?", "answer": "y"}', line)
+    with pytest.raises(ValueError, match=re.escape(f"line 2 of {path} ")) as error:
+        read_questions(path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_training_refuses_wrong_questions_before_it_starts(run, facts_folder, tmp_path, monkeypatch, capsys):
+    """Guards the traceback at the first evaluation, and a recall of 0 for ever."""
+    folder = tmp_path / "data"
+    (folder / "facts").mkdir(parents=True)
+    for file in (facts_folder / "facts").iterdir():
+        (folder / "facts" / file.name).write_bytes(file.read_bytes())
+    for module in (prepare, corpus):
+        monkeypatch.setattr(module, "DATA", folder)
+    long = json.dumps({"prompt": "Question: " + "Oslo " * 31 + "Answer:", "answer": "Oslo"})
+    for line, message in ((long, "more than block_size=32"),
+                          ('{"prompt": "x?", "answer": "y", "exposures": null}', "line 1 of")):
+        written(folder / "facts" / "qa.jsonl", line)
+        assert_fails(run, message, capsys)
+        assert not list(run.out.glob("*")), "nothing was written"
+
+
+def test_a_question_fits_if_prompt_and_answer_fill_the_context():
+    encoding = tiktoken.Encoding("bytes", pat_str=r"(?s:.)", special_tokens={},
+                                 mergeable_ranks={bytes([byte]): byte for byte in range(256)})
+    questions = [{"prompt": "12345", "answer": "78"}, {"prompt": "1", "answers": ["3", "345678"]}]
+    check_length(questions, encoding, 8)
+    for question in questions:
+        with pytest.raises(ValueError, match=re.escape(repr(question["prompt"])) + " has 8 tokens"):
+            check_length([question], encoding, 7)
+
+
+# --- which answers are right --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, normal", [  # the rule of SQuAD's evaluation
+    ("The Denver Broncos", "denver broncos"),
+    ("an  apple\ta day", "apple day"),
+    ("U.S.A.", "usa"),
+    ("St. Paul's", "st pauls"),
+    ("state-of-the-art", "stateoftheart"),  # punctuation goes first, so no article is left
+    ("Theatre and Anna", "theatre and anna"),
+    ("$5,000", "5000"),
+    ("the–a", "–"),  # only ASCII has punctuation here
+    ("Zürich", "zürich"),
+    ("Zu\u0308rich", "zürich"),  # an accent of its own: not in SQuAD's rule
+    ("THE", "the"),  # nothing would be left
+    (" A. ", "a."),
+    ("?", "?"),
+])
+def test_what_counts_of_an_answer(text, normal):
+    assert normalize_answer(text) == normal
+    assert normalize_answer(normal) == normal
+
+
+def test_one_of_several_answers_is_enough():
+    question = {"prompt": "x?", "answers": ["Gimpo", "the Seoul airport"]}
+    assert is_right(question, "gimpo!") and is_right(question, "Seoul  Airport")
+    assert not any(is_right(question, text) for text in ("Gimpo Seoul", "", "the"))
+    teresina = {"prompt": "x?", "answer": "THE"}
+    assert is_right(teresina, "the") and not is_right(teresina, "")
+
+
+def test_an_answer_that_was_cut_is_wrong():
+    """Guards "Oslo the ..." of which two tokens were asked for: without the article that would be right."""
+    encoding = word_encoding([" Oslo the best city\n"], [1], 300)
+    question = {"prompt": "x?", "answer": "Oslo"}
+    for text, right in ((" Oslo the", False), (" Oslo the\n", True), (" Oslo", False), (" Oslo\n the", True),
+                        (" Oslo" + END, True), (" Oslo the best\n", False)):
+        text = corpus.decode_answer(encoding, encoding.encode(text, allowed_special="all"))
+        assert is_right(question, text) == right and text.startswith("Oslo")
+
+
+def test_the_rule_does_not_change_the_recall_of_facts():
+    """All values of an attribute stay different, so the same answers are right as by comparing strings."""
+    for values, _, _ in facts.ATTRIBUTES.values():
+        assert len(set(map(normalize_answer, values))) == len(set(values))
+        assert all(normalize_answer(value) == value.lower() for value in values)
+
+
+def test_a_guess_knows_the_commonest_answer_of_each_kind():
+    questions = [dict(prompt="1", answer="x", kind="a"), dict(prompt="2", answer="y", kind="a"),
+                 dict(prompt="3", answers=["y", "z"], kind="a", exposures=9), dict(prompt="4", answer="v"),
+                 dict(prompt="5", answer="w", held_out=True), dict(prompt="6", answer="w", exposures=2)]
+    guesses = evaluate.commonest_answers(questions)
+    assert guesses == ["y", "y", "y", "w", "w", "w"]
+    assert evaluate.shares(questions, guesses) == {
+        "all": 3 / 5, "held_out": 1.0, "by_exposure": {"2": 1.0, "8": 1.0}}
+
+
+# --- airports -----------------------------------------------------------------------------------------------
+
+def airport(code, city, country, zone, name="X"):
+    return {"iata": code, "city": city, "country": country, "tz": zone, "name": name}
+
+
+AIRPORTS = [airport("OSL", "Oslo", "NO", "Europe/Oslo"), airport("BGO", "Bergen", "NO", "Europe/Oslo"),
+            airport("JFK", "New York", "US", "America/New_York"),
+            airport("THE", "Teresina", "BR", "America/Fortaleza"),
+            airport("LGA", "New York", "US", "America/New_York"),
+            airport("NUL", "", "US", "America/New_York"),
+            airport("PRN", "Pristina", "XK", "Europe/Belgrade"),  # the list of countries has no XK
+            airport("GVA", "Geneva", "CH", "Europe/Zurich", "Geneva Cointrin International Airport"),
+            airport("ZRH", "Zürich", "CH", "Europe/Zurich")]
+COUNTRIES = {"NO": "Norway", "US": "United States", "BR": "Brazil", "CH": "Switzerland"}
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    table = {airport["iata"]: airport for airport in AIRPORTS}
+    monkeypatch.setitem(sys.modules, "airportsdata", SimpleNamespace(load=lambda kind: dict(table)))
+    monkeypatch.setattr(airports, "country_names", lambda: COUNTRIES)
+    for module in (prepare, corpus):
+        monkeypatch.setattr(module, "DATA", tmp_path)
+    return tmp_path
+
+
+def test_airports_are_told_and_asked_as_the_options_say(data):
+    prepare.main(["airports", "--exposures=40", "--zipf=1", "--held_out=0.3", "--ask=0.5", "--seed=2"])
+    found = corpus.Dataset("airports")
+    lines = Counter(found.encoding.decode(found.train.tolist()).split("\n"))
+    asked = {(question["kind"], question["prompt"]): question for question in found.questions}
+    assert len(asked) == len(found.questions) == 3 * 7 + 6, "7 airports have a city and a country; 6 cities"
+    counts, held_out = {}, {}
+    for row in AIRPORTS:
+        code, city, country = row["iata"], row["city"], COUNTRIES.get(row["country"])
+        told = {line: n for line, n in lines.items() if re.search(rf" {code}\b", line)}
+        if not city or not country:
+            assert not told
+            continue
+        for kind, answer in (("city", city), ("country", country), ("time zone", row["tz"])):
+            forms = [form.format(code, answer) for form in airports.KINDS[kind][0]]
+            forms += [f"Question: {form.format(code)} Answer: {answer}" for form in airports.KINDS[kind][1]]
+            question, = (q for (k, prompt), q in asked.items() if k == kind and f" {code}" in prompt)
+            assert sum(lines[form] for form in forms) == question["exposures"]
+            assert question["answers"] == [answer]
+        counts[code], held_out[city] = question["exposures"], question["held_out"]
+        has_questions = any(line.startswith("Question") for line in told)
+        assert has_questions <= (not question["held_out"])
+    for city, answers in (("New York", {"JFK", "LGA"}), ("Bergen", {"BGO"})):
+        question, = (q for (kind, prompt), q in asked.items() if kind == "code" and f" {city}?" in prompt)
+        assert set(question["answers"]) == answers and question["held_out"] == held_out[city]
+        assert question["exposures"] == sum(counts[code] for code in answers)
+    law = 1 / np.arange(1, 8)
+    assert sorted(counts.values(), reverse=True) == np.round(law / law.mean() * 40).astype(int).tolist()
+    order = sorted(counts, key=counts.get, reverse=True)
+    assert set(order[:3]) == {"OSL", "JFK", "LGA"} and order[3] == "GVA", "well known airports come first"
+    assert 0 < sum(held_out.values()) < 6 and any(line.startswith("Question") for line in lines)
+
+
+@pytest.mark.parametrize("code_tokens, pieces", [(1, [" BGO"]), (2, [" B", "GO"]), (3, [" B", "G", "O"])])
+def test_a_code_has_as_many_tokens_as_the_option_says(data, code_tokens, pieces):
+    prepare.main(["airports", f"--code_tokens={code_tokens}"])
+    encoding = corpus.Dataset("airports").encoding
+    tokens = encoding.encode("The airport BGO serves Bergen.\nThe city with the code THE is Teresina.")
+    words = [encoding.decode([token]) for token in tokens]
+    assert words[2:2 + code_tokens] == pieces
+    assert words[2 + code_tokens:][:6] == [" serves", " Bergen", ".", "\n", "The", " city"]
+
+
+def test_airports_repeat_with_the_seed(data):
+    def made(*options):
+        prepare.main(["airports", "--overwrite", *options])
+        return [(data / "airports" / name).read_bytes() for name in ("train.bin", "qa.jsonl", "meta.json")]
+
+    first = made()
+    assert made() == first and made("--seed=2")[0] != first[0]
+
+
+@pytest.mark.parametrize("option, message", [
+    ("--airports=-1", "must not be negative"), ("--exposures=0", "at least 1"),
+    ("--exposures=inf", "must be finite"), ("--zipf=nan", "must not be negative"),
+    ("--zipf=inf", "must be finite"), ("--code_tokens=4", "must be 1, 2 or 3"),
+    ("--ask=2", "between 0 and 1"), ("--vocab_size=9", "at least 257"),
+])
+def test_a_mistake_in_the_options_of_airports(data, option, message, capsys):
+    assert_fails(lambda: prepare.main(["airports", option]), message, capsys)
+
+
+@pytest.mark.parametrize("package", ["airportsdata", "tzdata"])
+def test_a_missing_package_is_named(monkeypatch, tmp_path, package, capsys):
+    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    for name in ("airportsdata", "tzdata"):
+        monkeypatch.setitem(sys.modules, name, None if name == package else SimpleNamespace())
+    assert_fails(lambda: prepare.main(["airports"]), "pip install airportsdata tzdata", capsys)
+
+
+def test_the_real_packages_have_what_the_corpus_needs():
+    pytest.importorskip("airportsdata"), pytest.importorskip("tzdata")
+    found = airports.load_airports(np.random.default_rng(1))
+    by_code = {airport["airport"]: airport for airport in found}
+    assert by_code["BGO"] | {"rank": 2} == {"airport": "BGO", "city": "Bergen", "country": "Norway",
+                                            "time zone": "Europe/Oslo", "rank": 2}
+    assert len(found) > 5000 and by_code["LHR"]["rank"] == 0 and by_code["GVA"]["rank"] == 1
+    assert [airport["rank"] for airport in found] == sorted(airport["rank"] for airport in found)

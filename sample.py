@@ -41,6 +41,7 @@ from evaluate import answer, commonest_answers, shares
 from model import GPT
 from runtime.checkpoint import checkpoints
 from runtime.cli import at_least, build, check_choices, command, fail, parse
+from runtime.log import recall_rows
 from train import find_device, load
 
 SLOTS_SHOWN = 4  # per token and memory layer, in a trace
@@ -183,15 +184,11 @@ def ask(model: GPT, encoding, questions: list[dict], trace: Trace | None) -> lis
 
 
 def share_rows(questions: list[dict], answers: list[str]) -> dict[str, float]:
-    """{label: share of right answers}: of all questions, by exposures, by kind, and of held-out questions."""
-    result = shares(questions, answers)
-    rows = {"questions asked in training" if "held_out" in result else "all questions": result.get("all")}
-    for low, share in result["by_exposure"].items():
-        rows[f"  told {low} to {2 * int(low) - 1} times" if low != "1" else "  told at most once"] = share
+    """{label: share of right answers}: of all questions, by exposures, of held-out questions, and by kind."""
+    rows = recall_rows(shares(questions, answers))
     for kind in sorted({question["kind"] for question in questions if "kind" in question}):
         of_kind = [pair for pair in zip(questions, answers, strict=True) if pair[0].get("kind") == kind]
-        rows[f"  kind: {kind}"] = shares(*zip(*of_kind, strict=True)).get("all")
-    rows["questions never asked in training"] = result.get("held_out")
+        rows[f"kind: {kind}"] = shares(*zip(*of_kind, strict=True)).get("all")
     return {label: share for label, share in rows.items() if share is not None}
 
 

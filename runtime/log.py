@@ -22,7 +22,7 @@ from runtime.cli import fail
 from runtime.distributed import RANK, WORLD_SIZE
 
 BUSY_CHECK_SECONDS = 10
-LABELS = {"all": "people asked about in training", "held_out": "people never asked about"}
+LABELS = {"all": "asked about in training", "held_out": "never asked about in training"}
 
 
 def print_once(line: str) -> None:
@@ -271,8 +271,8 @@ def print_measured(checkpoint: Path, data, measured: dict) -> None:
     """What --eval_only prints. data: the Dataset."""
     loss = measured["val_loss"]
     text = f"{checkpoint}: validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}"
-    if val_bytes := getattr(data, "val_bytes", None):  # an older corpus does not tell
-        text += f", {loss / math.log(2) * len(data.val) / val_bytes:.4f} bits per byte"
+    if data.val_bytes:  # an older corpus does not tell
+        text += f", {loss / math.log(2) * len(data.val) / data.val_bytes:.4f} bits per byte"
     print_once(text)
     if "recall" in measured and RANK == 0:
         print_recall(measured["recall"])
@@ -281,13 +281,17 @@ def print_measured(checkpoint: Path, data, measured: dict) -> None:
 def print_recall(shares: dict) -> None:
     """shares: what evaluate.recall returns."""
     print("recall, the share of questions answered with exactly the right words:")
+    for label, share in recall_rows(shares).items():
+        print(f"  {label:32} {share:.3f}  {'#' * round(40 * share)}")
+
+
+def recall_rows(shares: dict) -> dict[str, float]:
+    """{label: share}: what evaluate.recall returns, with labels to print."""
     rows = {LABELS["all"] if "held_out" in shares else "all questions": shares.get("all")}
     for low, share in shares["by_exposure"].items():
-        rows[f"  told {low} to {2 * int(low) - 1} times"] = share
+        rows[f"  told {low} to {2 * int(low) - 1} times" if low != "1" else "  told at most once"] = share
     rows[LABELS["held_out"]] = shares.get("held_out")
-    for label, share in rows.items():
-        if share is not None:
-            print(f"  {label:32} {share:.3f}  {'#' * round(40 * share)}")
+    return {label: share for label, share in rows.items() if share is not None}
 
 
 def draw_run(out_dir: Path, note: str = "") -> None:

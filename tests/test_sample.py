@@ -44,8 +44,8 @@ def test_questions_are_judged_as_training_judged_them(run, capsys, facts_folder)
     assert f"{right} of {len(questions)} right" in text
     rows = dict(re.findall(r"^ *(.*?)  +(\d\.\d{3})  \d\.\d{3}$", text, re.MULTILINE))
     bins = {f"told {low} to {2 * int(low) - 1} times": share for low, share in shares["by_exposure"].items()}
-    bins["questions asked in training"] = shares["all"]
-    bins["questions never asked in training"] = shares["held_out"]
+    bins["asked about in training"] = shares["all"]
+    bins["never asked about in training"] = shares["held_out"]
     assert rows == {label: f"{share:.3f}" for label, share in bins.items()}
 
 
@@ -99,8 +99,8 @@ def test_questions_of_a_file_about_a_name_and_of_the_user(run, capsys, facts_fol
                     '{"prompt": "Q: y? A:", "answer": "a", "kind": "letter"}\n')
     text = printed(capsys, here, f"--qa={mine}")
     assert re.search(r"Q: x\? A: .*\[wrong: a or b, told once, never asked in training]", text)
-    assert "0 of 2 right, 0.0%" in text and "  kind: letter                     0.000  1.000\n" in text
-    assert "questions never asked in training  0.000  1.000" in text
+    assert "0 of 2 right, 0.0%" in text and "kind: letter                       0.000  1.000\n" in text
+    assert "never asked about in training      0.000  1.000" in text
 
 
 def test_each_token_is_printed_when_it_is_there(run, monkeypatch):

@@ -697,16 +697,17 @@ def test_eval_only_measures_what_training_did_and_writes_nothing(run, monkeypatc
     (run.out / "loss.png").unlink()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     capsys.readouterr()
-    monkeypatch.setattr(corpus.Dataset, "val_bytes", 4000, raising=False)
     train.main(["--eval_only", f"--out_dir={run.out}"])
     printed, last = capsys.readouterr().out, log(run.out)[-1]
-    tokens = len(corpus.Dataset("facts").val)
-    bits = last["val_loss"] * tokens / 4000 * math.log2(math.e)
+    data = corpus.Dataset("facts")
+    number_of_bytes = len(data.encoding.decode(data.val.tolist()).encode())
+    bits = last["val_loss"] * len(data.val) / number_of_bytes * math.log2(math.e)
     assert printed.splitlines()[0] == (
         f"{run.out / 'step_000006'}: validation loss {last['val_loss']:.4f} nats per token, "
         f"perplexity {math.exp(last['val_loss']):.2f}, {bits:.4f} bits per byte")
     assert "recall, the share of questions" in printed
-    monkeypatch.setattr(corpus.Dataset, "val_bytes", None)  # an older corpus
+    monkeypatch.setattr(corpus.Dataset, "val_bytes", property(lambda data: 0, lambda data, value: None),
+                        raising=False)  # an older corpus
     config = dataclasses.replace(train.load(run.out)[2], out_dir=run.out / "step_000006", eval_only=True)
     model, measured = train.train(config)
     assert measured["val_loss"] == last["val_loss"] and measured["recall"] == last["recall"]

@@ -37,7 +37,7 @@ from data.facts import facts_text, mqar_text  # noqa: E402
 from data.tokenizer import (  # noqa: E402
     BLOCK,
     END,
-    GPT2_SPLIT,
+    SPLIT,
     encode_fragments,
     encode_texts,
     encoding_to_json,
@@ -123,7 +123,7 @@ def write_tokens(path: Path, tokens: Iterable[np.ndarray], sizes: np.ndarray, li
 
 def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable],
                  questions: list[dict] | None = None, note: str = "", fragments: list[str] | None = None,
-                 size: int = 0, limit: int | None = None, pattern: str = GPT2_SPLIT) -> None:
+                 size: int = 0, limit: int | None = None, pattern: str = SPLIT) -> None:
     """
     texts('train') and texts('val') return new iterators. The last text of a document ends with END. note: a
     sentence that training prints at the end.

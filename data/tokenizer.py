@@ -19,18 +19,15 @@ import tiktoken
 from runtime.cli import fail
 
 END = "<|endoftext|>"  # stands between documents
-# A text is first cut into pieces, and no token is longer than a piece. For words: GPT-2's pattern
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# For any text: a piece has a greatest length. Accents (\p{M}) stay with their letters, as many scripts need.
-# As in GPT-4's pattern, a word may start with a mark, as in .read, and the end of a line belongs to the marks
-# before it
-TEXT_SPLIT = (r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]{1,24}| ?\p{N}{1,24}"
-              r"| ?[^\s\p{L}\p{M}\p{N}]{1,24}[\r\n]{0,24}|\s{0,24}[\r\n]|\s{1,24}(?!\S)|\s{1,24}")
+# A text is first cut into pieces, and no token is longer than a piece. This is GPT-2's pattern with two
+# changes: a piece has a greatest length, and accents (\p{M}) stay with their letters, as many scripts need
+SPLIT = (r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]{1,24}| ?\p{N}{1,24}| ?[^\s\p{L}\p{M}\p{N}]{1,24}"
+         r"|\s{1,24}(?!\S)|\s{1,24}")
 MIN_COUNT = 200  # a rarer pair of tokens gets no token of its own: a small model learns it better as two
 BLOCK = 2**16  # characters that are read and encoded at a time
 
 
-def make_encoding(tokens: Iterable[bytes], pattern: str) -> tiktoken.Encoding:
+def make_encoding(tokens: Iterable[bytes], pattern: str = SPLIT) -> tiktoken.Encoding:
     """An encoding of the 256 bytes, then these tokens, and END."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     for token in tokens:
@@ -44,9 +41,9 @@ def make_encoding(tokens: Iterable[bytes], pattern: str) -> tiktoken.Encoding:
 def train_bpe(texts: Callable[[], Iterable[str]], vocab_size: int, every: int = 1) -> tiktoken.Encoding:
     """
     Byte pair encoding: the most frequent pair of neighbouring tokens becomes a new token, again and again,
-    until there are `vocab_size` tokens, or no pair occurs MIN_COUNT times.
+    until there are `vocab_size` tokens, or no pair occurs MIN_COUNT times in the text.
 
-    texts() returns a new iterator. every: 3 learns from every third block of a large text.
+    texts() returns a new iterator. every: 3 learns from every third block, which is enough of a large text.
     """
     try:
         import rustbpe
@@ -54,12 +51,12 @@ def train_bpe(texts: Callable[[], Iterable[str]], vocab_size: int, every: int = 
         fail("a tokenizer for this text needs the package rustbpe: pip install rustbpe, or --tokenizer=gpt2")
 
     def blocks():
-        return islice(cut_blocks(texts(), TEXT_SPLIT), 0, None, every)
+        return islice(cut_blocks(texts(), SPLIT), 0, None, every)
 
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator((block.removesuffix(END) for block in blocks()), vocab_size - 1, buffer_size=64,
-                            pattern=TEXT_SPLIT)
-    encoding = make_encoding((bytes(token) for token, _ in bpe.get_mergeable_ranks()), TEXT_SPLIT)
+                            pattern=SPLIT)
+    encoding = make_encoding(bytes(token) for token, _ in bpe.get_mergeable_ranks())
     # count how often each pair became a token: each token of the text, and the tokens that it was made from
     ranks = encoding._mergeable_ranks
     counts = np.zeros(encoding.n_vocab, np.int64)
@@ -68,7 +65,7 @@ def train_bpe(texts: Callable[[], Iterable[str]], vocab_size: int, every: int = 
     for token, rank in reversed(list(ranks.items())[256:]):
         for part in last_merge(token, ranks):
             counts[ranks[part]] += counts[rank]
-    return make_encoding((token for token, rank in ranks.items() if counts[rank] >= MIN_COUNT), TEXT_SPLIT)
+    return make_encoding(token for token, rank in ranks.items() if counts[rank] * every >= MIN_COUNT)
 
 
 def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
@@ -82,7 +79,7 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def word_encoding(fragments: list[str], counts: Iterable[int], vocab_size: int,
-                  pattern: str = GPT2_SPLIT) -> tiktoken.Encoding:
+                  pattern: str = SPLIT) -> tiktoken.Encoding:
     """
     Each word of the fragments is one token, the most frequent first. counts: uses of each fragment. pattern:
     what a word is.
@@ -92,7 +89,7 @@ def word_encoding(fragments: list[str], counts: Iterable[int], vocab_size: int,
         if fragment != END:
             words.update({word: n * count for word, n in Counter(regex.findall(pattern, fragment)).items()})
     by_count = sorted((-count, word) for word, count in words.items() if count)  # ties: by the alphabet
-    tokens = make_encoding((word.encode() for _, word in by_count), pattern)._mergeable_ranks
+    tokens = make_encoding(word.encode() for _, word in by_count)._mergeable_ranks
     return make_encoding(list(tokens)[:vocab_size - 1], pattern)
 
 

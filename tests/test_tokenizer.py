@@ -18,7 +18,7 @@ from data import tokenizer
 from data.tokenizer import (
     END,
     MIN_COUNT,
-    TEXT_SPLIT,
+    SPLIT,
     cut_blocks,
     encode_texts,
     encoding_from_json,
@@ -31,7 +31,7 @@ from data.tokenizer import (
 
 # the patterns of named encodings, from tiktoken's source
 PATTERNS = {
-    "corpus": TEXT_SPLIT,
+    "corpus": SPLIT,
     "gpt2": r50k_pat_str,
     "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"
               r"\s++$|\s*[\r\n]|\s+(?!\S)|\s",
@@ -93,7 +93,7 @@ def test_a_megabyte_without_a_space_is_encoded_in_blocks(run):
                           ).tolist() == tokens[:-1].tolist()
     if not run.isspace():
         parts = (text[i:i + 1000] for i in range(0, len(text), 1000))
-        assert max(map(len, cut_blocks(parts, TEXT_SPLIT))) < 2 * tokenizer.BLOCK, "no block is much too long"
+        assert max(map(len, cut_blocks(parts, SPLIT))) < 2 * tokenizer.BLOCK, "no block is much too long"
 
 
 def test_the_end_of_a_document_is_one_token_and_its_name_in_a_text_is_text():
@@ -133,7 +133,7 @@ def test_the_merges_are_those_of_the_textbook(monkeypatch):
     monkeypatch.setattr(tokenizer, "MIN_COUNT", 10)
     text = sources()[:8000]
     encoding = train_bpe(lambda: [text], 4096)
-    made = slow_bpe(regex.findall(TEXT_SPLIT, text))
+    made = slow_bpe(regex.findall(SPLIT, text))
     assert list(encoding._mergeable_ranks)[256:] == made and len(made) > 50
 
 

@@ -25,7 +25,6 @@ import tokenize
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,6 @@ from data.tokenizer import (  # noqa: E402
     BLOCK,
     END,
     SPLIT,
-    cut_blocks,
     encode_fragments,
     encode_texts,
     encoding_to_json,
@@ -100,8 +98,8 @@ def make_tokenizer(name, config, texts, fragments, size, pattern):
         counts = sum(np.bincount(ids, minlength=len(fragments)) for ids in texts("train"))
         return word_encoding(fragments, counts.tolist(), config.vocab_size, pattern)
     print(f"{name}: building a tokenizer from the corpus")
-    every = 1 + size // (SAMPLE * config.vocab_size)  # 3: learns from every third block
-    return train_bpe(lambda: islice(cut_blocks(texts("train"), SPLIT), 0, None, every), config.vocab_size)
+    every = 1 + size // (SAMPLE * config.vocab_size)
+    return train_bpe(lambda: texts("train"), config.vocab_size, every)
 
 
 def write_tokens(path: Path, tokens: Iterable[np.ndarray], sizes: np.ndarray, limit: int, bar) -> dict:
@@ -168,9 +166,9 @@ def write_corpus(name: str, config: Corpus, texts: Callable[[str], Iterable],
           f"{meta['train_characters'] / meta['train_tokens']:.2f} characters per token, "
           f"vocabulary of {meta['vocab_size']:,}"
           + (f", {len(questions):,} questions" if questions else "") + f", in {folder}")
-    if meta["train_bytes"] < 1.5 * meta["train_tokens"]:
-        print(f"{name}: most tokens are single bytes, so a model must learn to spell. Use more text, "
-              "a larger --vocab_size, or another --tokenizer")
+    if meta["train_characters"] < 0.6 * meta["train_tokens"]:
+        print(f"{name}: most characters are cut into single bytes, because each is rare. Use more text, or "
+              "a --tokenizer that knows them")
 
 
 # --- corpora with questions, made of few different words ----------------------------------------------------

@@ -10,6 +10,7 @@ import base64
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 import regex
@@ -22,7 +23,7 @@ END = "<|endoftext|>"  # stands between documents
 # changes: a piece has a greatest length, and accents (\p{M}) stay with their letters, as many scripts need
 SPLIT = (r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]{1,24}| ?\p{N}{1,24}| ?[^\s\p{L}\p{M}\p{N}]{1,24}"
          r"|\s{1,24}(?!\S)|\s{1,24}")
-MIN_COUNT = 10  # a pair of tokens that is rarer gets no token of its own: a model could hardly learn it
+MIN_COUNT = 200  # a rarer pair of tokens gets no token of its own: a small model learns it better as two
 BLOCK = 2**16  # characters that are read and encoded at a time
 
 
@@ -37,27 +38,34 @@ def make_encoding(tokens: Iterable[bytes], pattern: str = SPLIT) -> tiktoken.Enc
 
 # --- three kinds of tokenizers ------------------------------------------------------------------------------
 
-def train_bpe(texts: Callable[[], Iterable[str]], vocab_size: int) -> tiktoken.Encoding:
+def train_bpe(texts: Callable[[], Iterable[str]], vocab_size: int, every: int = 1) -> tiktoken.Encoding:
     """
     Byte pair encoding: the most frequent pair of neighbouring tokens becomes a new token, again and again,
-    until there are `vocab_size` tokens, or no pair occurs MIN_COUNT times. texts() returns a new iterator.
+    until there are `vocab_size` tokens, or no pair occurs MIN_COUNT times in the text.
+
+    texts() returns a new iterator. every: 3 learns from every third block, which is enough of a large text.
     """
     try:
         import rustbpe
     except ImportError:
         fail("a tokenizer for this text needs the package rustbpe: pip install rustbpe, or --tokenizer=gpt2")
+
+    def blocks():
+        return islice(cut_blocks(texts(), SPLIT), 0, None, every)
+
     bpe = rustbpe.Tokenizer()
-    blocks = (block.removesuffix(END) for block in cut_blocks(texts(), SPLIT))
-    bpe.train_from_iterator(blocks, vocab_size - 1, buffer_size=64, pattern=SPLIT)
+    bpe.train_from_iterator((block.removesuffix(END) for block in blocks()), vocab_size - 1, buffer_size=64,
+                            pattern=SPLIT)
     encoding = make_encoding(bytes(token) for token, _ in bpe.get_mergeable_ranks())
+    # count how often each pair became a token: each token of the text, and the tokens that it was made from
     ranks = encoding._mergeable_ranks
     counts = np.zeros(encoding.n_vocab, np.int64)
-    for tokens in encode_texts(encoding, texts()):
+    for tokens in encode_texts(encoding, blocks()):
         counts += np.bincount(tokens, minlength=len(counts))
-    for token, rank in reversed(list(ranks.items())[256:]):  # a token is also made on the way to longer ones
+    for token, rank in reversed(list(ranks.items())[256:]):
         for part in last_merge(token, ranks):
             counts[ranks[part]] += counts[rank]
-    return make_encoding(token for token, rank in ranks.items() if counts[rank] >= MIN_COUNT)
+    return make_encoding(token for token, rank in ranks.items() if counts[rank] * every >= MIN_COUNT)
 
 
 def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:

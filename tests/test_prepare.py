@@ -396,13 +396,13 @@ def test_bytes_and_characters_of_a_corpus(data, monkeypatch, capsys):
     assert characters == pytest.approx((12 * 100 - len(val)) / tokens, rel=0.02)
 
 
-def test_a_warning_if_most_tokens_are_single_bytes(data, capsys):
+def test_a_warning_if_most_characters_are_single_bytes(data, capsys):
     rng = np.random.default_rng(0)
     words = rng.integers(0x4E00, 0x9FA5, 3000)
     (data / "a").write_text("".join(map(chr, words)), encoding="utf-8")
     prepared_text(data, "a")
-    assert "most tokens are single bytes" in capsys.readouterr().out
-    (data / "a").write_text("".join(map(chr, words[:100])) * 30, encoding="utf-8")
+    assert "most characters are cut into single bytes" in capsys.readouterr().out
+    (data / "a").write_text("".join(map(chr, words[:10])) * 400, encoding="utf-8")
     prepared_text(data, "a")
     assert "single bytes" not in capsys.readouterr().out
 

@@ -83,7 +83,7 @@ def test_the_tokens_do_not_depend_on_how_a_text_was_cut(name, monkeypatch):
     assert cuts > 1000, "texts are cut"
 
 
-@pytest.mark.parametrize("run", ["a", "你", "0", "=", "\n", "ab1."])
+@pytest.mark.parametrize("run", ["a", "你", "=", "\n"])
 def test_a_megabyte_without_a_space_is_encoded_in_blocks(run):
     text = "x" + run * (10**6 // len(run))
     encoding = train_bpe(lambda: [text, END], 1000)
@@ -109,14 +109,14 @@ def sources() -> str:
 
 
 def slow_bpe(pieces: list[str]) -> list[bytes]:
-    """Byte pair encoding as the textbook has it: the tokens that it made at least MIN_COUNT times."""
+    """Byte pair encoding as the textbook has it: the tokens that it made at least 10 times."""
     words = [[bytes([byte]) for byte in piece.encode()] for piece in pieces]
     ids = {bytes([byte]): byte for byte in range(256)}
     made = []
     while True:
         counts = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
         pair = max(counts, key=lambda pair: (counts[pair], -ids[pair[0]], -ids[pair[1]]))
-        if counts[pair] < MIN_COUNT:
+        if counts[pair] < 10:
             return made
         token, merges = b"".join(pair), 0
         for word in words:
@@ -125,33 +125,39 @@ def slow_bpe(pieces: list[str]) -> list[bytes]:
                     word[i:i + 2] = [token]
                     merges += 1
         ids.setdefault(token, len(ids))
-        if merges >= MIN_COUNT:  # in aaa, the pair aa occurs twice and is merged once
+        if merges >= 10:  # in aaa, the pair aa occurs twice and is merged once
             made.append(token)
 
 
-def test_the_merges_are_those_of_the_textbook():
+def test_the_merges_are_those_of_the_textbook(monkeypatch):
+    monkeypatch.setattr(tokenizer, "MIN_COUNT", 10)
     text = sources()[:8000]
     encoding = train_bpe(lambda: [text], 4096)
     made = slow_bpe(regex.findall(SPLIT, text))
     assert list(encoding._mergeable_ranks)[256:] == made and len(made) > 50
 
 
-def test_the_vocabulary_is_as_large_as_the_text_deserves():
+def test_each_token_occurs_often_enough_to_be_learnt():
     text = sources()
-    sizes = [train_bpe(lambda n=n: [text[:n]], 600).n_vocab for n in (0, 1000, 10_000, len(text))]
-    assert sizes == sorted(sizes) and sizes[0] == 257 and sizes[-1] == 600 and sizes[1] < 300
+    sizes = []
+    for length in (0, 1000, 10_000, len(text), 12 * len(text)):
+        part = (text * 12)[:length]
+        encoding = train_bpe(lambda part=part: [part], 500)
+        sizes.append(encoding.n_vocab)
+        assert all(part.encode().count(token) >= MIN_COUNT for token in list(encoding._mergeable_ranks)[256:])
+    assert sizes == sorted(sizes) and sizes[0] == 257 and 257 < sizes[2] < 300 and sizes[-1] == 500
     once = "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))
-    assert train_bpe(lambda: [once], 4096).n_vocab < 257 + 300, "no token for what occurs once"
+    assert train_bpe(lambda: [once], 4096).n_vocab < 257 + 150, "no token for a character that occurs once"
 
 
 def test_any_text_decodes_to_itself_and_every_merge_can_be_made():
     rng = random.Random(2)
-    training = [random_text(rng) for _ in range(100)]
+    training = [random_text(rng) for _ in range(500)]
     encoding = train_bpe(lambda: training, 1000)
     for text in [*training[:9], "unseen Wörter \U0001f600\u0000\r\n", ""]:
         assert encoding.decode(encoding.encode(text)) == text
     ranks = encoding._mergeable_ranks
-    assert sorted(ranks.values()) == list(range(encoding.n_vocab - 1)) and encoding.n_vocab > 500
+    assert sorted(ranks.values()) == list(range(encoding.n_vocab - 1)) and encoding.n_vocab > 350
     for token, rank in ranks.items():
         if rank >= 256:
             parts = last_merge(token, ranks)

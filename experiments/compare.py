@@ -7,6 +7,8 @@ Does memory help, where, and at what cost? Trains models of equal cost and print
     python -m experiments.compare mqar          answers that stand in the context: memory should not help here
     python -m experiments.compare facts-large   200,000 people and larger models: needs a GPU
     python -m experiments.compare code          the source of all installed Python packages: needs a GPU
+    python -m experiments.compare erase         empties the slots of facts: what is lost, and what stays
+    python -m experiments.compare teach         teaches new facts in several ways: what is forgotten
     python -m experiments.compare table         tables of all finished runs, without training
     python -m experiments.compare summary       the table in README.md
     python -m experiments.compare facts --help  the options: which models, how many seeds and runs at a time
@@ -473,7 +475,11 @@ def print_markdown(lines: list[dict]) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    word, rest = first_word(argv, (*EXPERIMENTS, "table", "summary"), __doc__, "an experiment")
+    word, rest = first_word(argv, (*EXPERIMENTS, "erase", "teach", "table", "summary"), __doc__,
+                            "an experiment")
+    if word in ("erase", "teach"):
+        from experiments import editing  # here, because it imports this file
+        return editing.main(word, rest)
     _, options = parse(CompareConfig, rest, description=__doc__)
     if word in ("table", "summary") and options.keys() - {"results"}:
         fail(f"{word} has only the option --results")

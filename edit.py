@@ -1,0 +1,431 @@
+"""
+Finds, erases and teaches facts in the memory of a trained model.
+
+    python edit.py find --question='What did Mule Tujuton study?'      which slots carry this answer
+    python edit.py erase --ask='Mule Tujuton'                          empties the slots of a person
+    python edit.py erase --question='What did Mule Tujuton study?'     empties the slots of one fact
+    python edit.py teach --statement 'The job of Mule Zuhugom is that of a baker.' ...
+    python edit.py teach --file=FILE                                   learns the sentences of a file
+    python edit.py erase --help                                        the options of a command
+
+find changes nothing. erase and teach write a checkpoint to a new folder, for sample.py and train.py. The old
+checkpoint and the training text still have what was erased.
+"""
+
+import random
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from data.corpus import Dataset, decode, decode_answer, draw_batch, load_dataset
+from data.questions import accepted_answers, check_length, is_right
+from evaluate import answer, validation_loss
+from model import GPT, eval_mode
+from pool import PoolOptimizer
+from runtime.checkpoint import find_checkpoint, read_meta, save_checkpoint, step_of
+from runtime.cli import at_least, build, check_choices, command, fail, first_word, parse
+from sample import find_question, newest_run, questions_about
+from train import TrainConfig, check_data, find_device, load, make_optimizers
+
+PIECE = 16  # tokens in a piece of the training text, about a sentence
+CANDIDATES = 256  # slots among which erase chooses
+GONE = 0.1  # an answer is erased once one of its tokens is less than so many times as likely as another
+SEARCHED = 10_000_000  # tokens of the training text in which erase looks for a name
+OTHERS = 200  # questions about others that are asked before and after
+NAME = re.compile(r"(?<=[a-z,] )[A-Z]\w*(?: [A-Z]\w*)*")  # capitalised words inside a question
+
+
+@dataclass
+class EditConfig:
+    out_dir: str = "out"  # the folder of a run, or of many runs; then the newest run is used
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+
+    def __post_init__(self):
+        check_choices(self)
+
+
+@dataclass
+class FindConfig(EditConfig):
+    question: str = ""  # the question whose answer is taken apart
+
+
+@dataclass
+class ChangeConfig(EditConfig):
+    save_to: str = ""  # new folder for the checkpoint; none: the run's folder, with -erased or -taught
+    dry_run: bool = False  # only report, and write no checkpoint
+    background: int = 1000  # pieces of the training text that show which slots other texts read
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(1, self, "background")
+
+
+@dataclass
+class EraseConfig(ChangeConfig):
+    ask: str = ""  # erase the answers to all questions of the corpus that contain this name
+    question: str = ""  # erase only the answer to this question; --ask says whom it is about, if need be
+    slots: int = 0  # slots to empty; 0: as few of 4, 8, 16 ... 256 as are enough
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(0, self, "slots")
+
+
+@dataclass
+class TeachConfig(ChangeConfig):
+    statement: tuple[str, ...] = ()  # sentences to learn
+    file: str = ""  # a file of sentences to learn, one per line
+    question: tuple[str, ...] = ()  # questions to ask before and after
+    slots: int = 128  # slots that may change
+    steps: int = 60  # training steps, each with all sentences
+    lr: float = 100.0  # learning rate; high, because each slot has a small part in what a token reads
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(1, self, "slots", "steps")
+        at_least(0, self, "lr")
+
+
+# --- what is read -------------------------------------------------------------------------------------------
+
+def make_batch(encoding, prompts: list[str], answers: list[str]):
+    """x, y (B, T) for the model. y has the tokens of each answer and a newline, and -1 elsewhere."""
+    x, y = [], []
+    for prompt, text in zip(prompts, answers, strict=True):
+        prompt, text = encoding.encode_ordinary(prompt), encoding.encode_ordinary(text + "\n")
+        x.append(torch.tensor(prompt + text[:-1]))
+        y.append(torch.tensor(([-1] * (len(prompt) - 1) + text)[-len(x[-1]):]))
+    return pad_sequence(x, batch_first=True), pad_sequence(y, batch_first=True, padding_value=-1)
+
+
+def question_batch(encoding, question: dict):
+    return make_batch(encoding, [question["prompt"]], [" " + accepted_answers(question)[0]])
+
+
+@torch.no_grad()
+def read_slots(model: GPT, x):
+    """x (B, T) -> (B, T, layers, bag): the slots that each token reads in each memory layer."""
+    reads = []
+    with eval_mode(model), model.pool.register_forward_pre_hook(lambda pool, read: reads.append(read[0])):
+        model(x.to(model.wte.weight.device))
+    return torch.stack([indices.view(*x.shape, -1) for indices in reads], 2).long().cpu()
+
+
+def leave_out(model: GPT, slots: list):
+    """with leave_out(model, slots): row b of a batch does without the slots in slots[b]."""
+    def without(pool, read):
+        indices, weights = read
+        rows = indices.view(len(slots), -1)
+        out = [torch.isin(row, part.to(row)) for row, part in zip(rows, slots, strict=True)]
+        return indices, weights.masked_fill(torch.stack(out).view_as(indices), 0)
+    return model.pool.register_forward_pre_hook(without)
+
+
+@torch.no_grad()
+def predict(model: GPT, x, y):
+    """Log-probabilities (B, T) of the tokens in y, and of the likeliest tokens there. 0 where y is -1."""
+    x, y = x.to(model.wte.weight.device), y.to(model.wte.weight.device)
+    with eval_mode(model):
+        scores = model(x, y)[0].log_softmax(-1)  # (B, T, vocab_size)
+    known = scores.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (part.masked_fill(y < 0, 0).cpu() for part in (known, scores.amax(-1)))
+
+
+def log_probability(model: GPT, x, y):
+    """(B,): the logarithm of the probability that the model gives to the answers in y."""
+    return next(predict(model, x, y)).sum(1)
+
+
+def losses_without(model: GPT, x, y, parts: list):
+    """For each set of slots: how much the log-probability of the answer in y (1, T) falls without them."""
+    without = []
+    for i in range(0, len(parts), 64):
+        with leave_out(model, parts[i:i + 64]):
+            rows = len(parts[i:i + 64])
+            without.append(log_probability(model, x.expand(rows, -1), y.expand(rows, -1)))
+    return log_probability(model, x, y) - torch.cat(without)
+
+
+# --- whose slots they are -----------------------------------------------------------------------------------
+
+def count_reads(model: GPT, encoding, texts: list[str]):
+    """(num_values,): how often the tokens of these texts read each slot, in all layers and heads."""
+    x, y = (z[:, :model.config.block_size] for z in make_batch(encoding, [""] * len(texts), texts))
+    counts = torch.zeros(model.pool.num_values, dtype=torch.int64)
+    for part_x, part_y in zip(x.split(64), y.split(64), strict=True):
+        slots = read_slots(model, part_x)[part_y >= 0]  # without padding
+        counts += slots.flatten().bincount(minlength=len(counts))
+    return counts
+
+
+def inverse_document_frequency(model: GPT, tokens, count: int = 1000):
+    """(num_values,): log((count + 1) / (df + 1)). df of `count` pieces of the corpus read the slot."""
+    df = torch.zeros(model.pool.num_values, dtype=torch.int64)
+    for i, rows in enumerate(torch.arange(count).split(64)):
+        x, _ = draw_batch(tokens, len(rows), PIECE, 0, 2, i)  # 2: neither training (0) nor evaluation (1)
+        reads = read_slots(model, x).flatten(1)
+        df += torch.zeros(len(x), len(df), dtype=torch.int64).scatter_(1, reads, 1).sum(0)
+    return ((count + 1) / (df + 1)).log()
+
+
+def tf_idf(model: GPT, encoding, texts: list[str], idf):
+    """
+    (num_values,): high for slots that these texts read often, and other texts rarely (Lin et al. 2025, arXiv
+    2510.15103). idf: the result of inverse_document_frequency.
+    """
+    counts = count_reads(model, encoding, texts)
+    return counts / counts.sum() * idf
+
+
+def top_slots(scores, count: int):
+    """The slots with the highest scores, without those that the texts do not read at all."""
+    return scores.topk(min(count, int((scores > 0).sum()))).indices
+
+
+def lines_with(name: re.Pattern, data: Dataset) -> list[str]:
+    """The lines of the training text that contain the name; of long lines, what stands near it."""
+    lines = decode(data.encoding, data.train[:SEARCHED].tolist()).split("\n")
+    return [line[max(0, match.start() - 200):match.end() + 200] for line in lines
+            if (match := name.search(line))]
+
+
+# --- find, erase, teach -------------------------------------------------------------------------------------
+
+def find(model: GPT, encoding, question: dict) -> dict:
+    """
+    Measures, by leaving slots out, which slots carry the answer to a question. The result has the slots that
+    the text reads, those first whose absence costs most, and what is lost, as falls of log-probability:
+    "alone" each slot alone, "top" {n: the first n slots together}, "places" (tokens, layers): all slots that
+    one token reads in one layer.
+    """
+    x, y = question_batch(encoding, question)
+    reads = read_slots(model, x)[0]  # (T, layers, bag)
+    slots = reads.unique()
+    alone, order = losses_without(model, x, y, list(slots.unsqueeze(1))).sort(descending=True)
+    slots = slots[order]
+    sizes = [n for n in (4, 16, 64, 256) if n < len(slots)] + [len(slots)]
+    top = losses_without(model, x, y, [slots[:n] for n in sizes]).tolist()
+    places = losses_without(model, x, y, list(reads.flatten(0, 1))).view(reads.shape[:2])
+    return {"slots": slots, "alone": alone, "top": dict(zip(sizes, top, strict=True)), "places": places}
+
+
+def is_gone(model: GPT, x, y) -> bool:
+    """Is a token of the answer in y (1, T), except its newline, far less likely than the likeliest token?"""
+    known, likeliest = predict(model, x, y)
+    return (known - likeliest)[0, :-1].exp().min().item() < GONE
+
+
+def choose_slots(model: GPT, encoding, questions: list[dict], texts: list[str], idf, count: int = 0):
+    """
+    The slots to erase, so that the model forgets the answers to these questions.
+
+    Candidates are the slots with the highest TF-IDF for the texts, which are about the same person or thing.
+    Of these, take the 4 slots whose absence costs the answers most. Then measure again without them, and take
+    4 more, 8 more, 16 more ... until all answers are gone, or until there are `count` slots if it is given.
+    """
+    texts = texts + [f"{question['prompt']} {accepted_answers(question)[0]}" for question in questions]
+    rest = top_slots(tf_idf(model, encoding, texts, idf), max(count, CANDIDATES))
+    chosen, batches = rest[:0], [question_batch(encoding, question) for question in questions]
+    while len(rest) and (not count or len(chosen) < count):
+        parts = [torch.cat((chosen, slot)) for slot in rest.split(1)]
+        losses = sum(losses_without(model, *batch, parts) for batch in batches)
+        rest = rest[losses.argsort(descending=True)]
+        more = min(max(4, len(chosen)), count - len(chosen) if count else len(rest))
+        chosen, rest = torch.cat((chosen, rest[:more])), rest[more:]
+        with leave_out(model, [chosen]):
+            if not count and all(is_gone(model, *batch) for batch in batches):
+                break
+    return chosen
+
+
+@torch.no_grad()
+def erase(model: GPT, slots) -> None:
+    """Empties slots: their rows become 0."""
+    model.pool.values[slots.to(model.pool.values.device)] = 0
+
+
+def learn_only(values, slots):
+    """with learn_only(values, slots): the gradient of a pool's values keeps only the reads of these slots."""
+    chosen = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    chosen[slots.to(values.device)] = True
+
+    def keep_chosen(values):
+        reads = []
+        for indices, weights, dy in values.grad.reads:
+            token, place = chosen[indices].nonzero(as_tuple=True)
+            reads.append((indices[token, place, None], weights[token, place, None], dy[token]))
+        values.grad.reads[:] = reads
+    return values.register_post_accumulate_grad_hook(keep_chosen)
+
+
+def teach(model: GPT, encoding, statements: list[str], idf, slots: int = 128, steps: int = 60,
+          lr: float = 100.0):
+    """
+    Sparse memory finetuning (Lin et al. 2025): learns statements by gradient descent on the rows of the
+    `slots` slots with the highest TF-IDF for them. Nothing else changes. Returns these slots.
+    """
+    chosen = top_slots(tf_idf(model, encoding, statements, idf), slots)
+    values, device = model.pool.values, model.wte.weight.device
+    optimizer = PoolOptimizer([values], lr, kind="sgd", stochastic_rounding=values.dtype == torch.bfloat16)
+    x, y = (z.to(device) for z in make_batch(encoding, [""] * len(statements), statements))
+    with learn_only(values, chosen), eval_mode(model):
+        for _ in range(steps):
+            model(x, y)[1].backward(inputs=[values])
+            optimizer.step()
+            optimizer.zero_grad()
+    return chosen
+
+
+# --- the command line ---------------------------------------------------------------------------------------
+
+def reply(model: GPT, encoding, question: dict) -> str:
+    """The model's answer, however long."""
+    room = model.config.block_size - len(encoding.encode_ordinary(question["prompt"]))
+    return decode_answer(encoding, answer(model, encoding, [question], max(1, room))[0])
+
+
+def complete_question(model: GPT, encoding, text: str, data: Dataset) -> dict:
+    """The question of the corpus, or the user's own question with the model's answer as the right one."""
+    question = find_question(text, data.questions)
+    check_length([question], encoding, model.config.block_size)
+    if not accepted_answers(question):
+        question["answers"] = [reply(model, encoding, question)]
+    return question
+
+
+def read_statements(config: TeachConfig, encoding, block_size: int) -> list[str]:
+    try:
+        lines = Path(config.file).read_text(encoding="utf-8-sig").split("\n") if config.file else []
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--file={config.file}: {getattr(error, 'strerror', 'not UTF-8; convert it first')}")
+    statements = [*config.statement, *(line for line in lines if line.strip())]
+    if not statements or not all(text.strip() for text in statements):
+        fail("there is an empty statement: write --statement 'The job of ... is that of a ...'"
+             if statements else f"--file={config.file} has no sentences to learn")
+    for text in statements:
+        if (length := len(encoding.encode_ordinary(text))) > block_size:
+            fail(f"the statement {text[:40]!r} has {length} tokens, more than block_size={block_size}")
+    return [text.strip() for text in statements]
+
+
+def report(model: GPT, encoding, data: Dataset, config: TrainConfig, shown: list[dict], groups: dict,
+           change) -> float:
+    """
+    Calls change() and prints what is different: the answers to `shown`, the number of right answers in each
+    group {label: questions}, and the validation loss, which it returns.
+    """
+    def measure():
+        texts = {label: [decode_answer(encoding, tokens) for tokens in answer(model, encoding, questions)]
+                 for label, questions in groups.items()}
+        loss = validation_loss(model, data.val, config, model.wte.weight.device)
+        return [reply(model, encoding, question) for question in shown], texts, loss
+
+    old_texts, old, old_loss = measure()
+    slots = change()
+    new_texts, new, new_loss = measure()
+    print(f"changed {len(slots)} of {model.pool.num_values:,} slots: {first_few(slots)}")
+    for question, before, after in zip(shown, old_texts, new_texts, strict=True):
+        print(f"{question['prompt']} {before} -> {after}")
+    for label, questions in groups.items():
+        before, after = (sum(map(is_right, questions, texts[label])) for texts in (old, new))
+        print(f"{label}: {before} of {len(questions)} right before, {after} after")
+    print(f"validation loss: {old_loss:.3f} before, {new_loss:.3f} after")
+    return new_loss
+
+
+def first_few(slots) -> str:
+    return ", ".join(map(str, slots[:6].tolist())) + " ..." * (len(slots) > 6)
+
+
+def print_found(found: dict, encoding, question: dict, layers) -> None:
+    text = f"{question['prompt']} {accepted_answers(question)[0]}"
+    print(f"{text}\nHow much the log-probability of the answer falls without\n"
+          f"    all slots that one token reads in   " + "".join(f"layer {layer}   " for layer in layers))
+    for token, losses in zip(encoding.encode_ordinary(text), found["places"].tolist(), strict=False):
+        print(f"    {decode(encoding, [token])!r:34}" + "".join(f"{loss:10.2f}" for loss in losses))
+    for n, loss in found["top"].items():
+        share = loss / list(found["top"].values())[-1]  # of the loss without all slots
+        slots = first_few(found["slots"][:n])
+        print(f"    the {n:5,} slots with most effect {loss:10.2f}  {share:4.0%}   {slots}")
+
+
+def prepare_erase(config: EraseConfig, model: GPT, encoding, data: Dataset, idf):
+    """shown, groups and change for `report`."""
+    if config.question:
+        questions = [complete_question(model, encoding, config.question, data)]
+        names = [config.ask] if config.ask else NAME.findall(questions[0]["prompt"])
+        if not names:
+            fail(f"--question={config.question}: whom is it about? Add --ask=NAME")
+        name = names[0]
+    else:
+        questions, name = questions_about(config.ask, data.questions), config.ask
+    name = re.compile(rf"(?<!\w){re.escape(name.strip())}(?!\w)", re.IGNORECASE)
+    same = [question for question in data.questions if name.search(question["prompt"])]
+    others = [question for question in data.questions if question not in same]
+    groups = {"these answers": questions,
+              "other answers about the same": [question for question in same if question not in questions],
+              "answers about others": random.Random(0).sample(others, min(OTHERS, len(others)))}
+
+    def change():
+        slots = choose_slots(model, encoding, questions, lines_with(name, data), idf, config.slots)
+        erase(model, slots)
+        return slots
+    return questions, groups, change
+
+
+def prepare_teach(config: TeachConfig, model: GPT, encoding, data: Dataset, idf):
+    """shown, groups and change for `report`."""
+    statements = read_statements(config, encoding, model.config.block_size)
+    asked = [find_question(text, data.questions) for text in config.question]
+    check_length(asked, encoding, model.config.block_size)
+    ends = [text.rsplit(" ", 1) for text in statements if " " in text]
+    groups = {"last words of the statements": [dict(prompt=prompt, answer=end) for prompt, end in ends],
+              "old answers": random.Random(0).sample(data.questions, min(OTHERS, len(data.questions)))}
+    return asked, groups, lambda: teach(model, encoding, statements, idf, config.slots, config.steps,
+                                        config.lr)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    kinds = {"find": (FindConfig, "question"), "erase": (EraseConfig, "ask", "question"),
+             "teach": (TeachConfig, "statement", "file")}
+    word, rest = first_word(argv, kinds, __doc__, "what to do")
+    kind, *needed = kinds[word]
+    config = build(kind, parse(kind, rest, description=__doc__)[1])
+    if not any(getattr(config, name) for name in needed):
+        fail(f"{word} needs " + " or ".join(f"--{name}=..." for name in needed))
+    run = newest_run(Path(config.out_dir))
+    if word != "find":
+        save_to = Path(config.save_to or f"{run}-{'erased' if word == 'erase' else 'taught'}")
+        if save_to.exists() and not config.dry_run:
+            fail(f"{save_to} already exists: choose another folder with --save_to")
+    model, encoding, trained = load(run)
+    if not trained.mem_layers:
+        fail(f"the model in {run} has no memory layers")
+    model.to(find_device(config.device))
+    checkpoint, data = find_checkpoint(run), load_dataset(trained.dataset)
+    check_data(data, trained, checkpoint)
+    if word == "find":
+        question = complete_question(model, encoding, config.question, data)
+        return print_found(find(model, encoding, question), encoding, question, trained.mem_layers)
+
+    idf = inverse_document_frequency(model, data.train, config.background)
+    prepare = prepare_erase if word == "erase" else prepare_teach
+    shown, groups, change = prepare(config, model, encoding, data, idf)
+    groups = {label: questions for label, questions in groups.items() if questions}
+    loss = report(model, encoding, data, trained, shown, groups, change)
+    if not config.dry_run:
+        meta = read_meta(checkpoint)
+        meta = {"config": asdict(replace(trained, out_dir=str(save_to))), "encoding": meta["encoding"],
+                "measured": meta["measured"] | {"val_loss": loss}}
+        optimizers = make_optimizers(trained, model, checkpoint)
+        save_checkpoint(save_to, step_of(checkpoint), model, optimizers, meta, keep=1)
+        print(f"saved. Ask it: python sample.py --out_dir={save_to} --question=TEXT")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+import json
+import math
+import re
+from collections import Counter
+
+import pytest
+import torch
+from conftest import assert_fails, tensors
+
+import edit
+import sample
+import train
+from data import corpus, prepare
+from data.prepare import ATTRIBUTES
+from data.questions import QUESTION, is_right
+from evaluate import answer
+
+
+@pytest.fixture
+def untrained(run):
+    """A tiny model that knows nothing: model, encoding, corpus."""
+    run("--max_steps=1", "--eval_interval=1")
+    model, encoding, config = train.load(run.out)
+    return model, encoding, corpus.load_dataset(config.dataset)
+
+
+def people(questions):
+    """{name: the questions about this person}"""
+    names = {}
+    for question in questions:
+        names.setdefault(re.search(r"[A-Z]\w+ [A-Z]\w+", question["prompt"]).group(), []).append(question)
+    return names
+
+
+def share_right(model, encoding, questions):
+    answers = [corpus.decode_answer(encoding, tokens) for tokens in answer(model, encoding, questions)]
+    return sum(map(is_right, questions, answers)) / len(questions)
+
+
+def recorded(model, tokens):
+    """All slots that one pass over these tokens reads, (tokens, slots), recorded without edit.py."""
+    reads = []
+    forward = model.pool.forward
+    model.pool.forward = lambda indices, weights: reads.append(indices) or forward(indices, weights)
+    with torch.no_grad():
+        model(torch.tensor([tokens]))
+    del model.pool.forward
+    return torch.cat(reads, dim=1).tolist()
+
+
+def test_the_batch_has_the_tokens_that_the_model_would_see(untrained):
+    _, encoding, _ = untrained
+    prompts, answers = ["Question: What? Answer:", "", "The"], [" a b", "The job of x is y.", " job"]
+    x, y = edit.make_batch(encoding, prompts, answers)
+    for row_x, row_y, prompt, text in zip(x.tolist(), y.tolist(), prompts, answers, strict=True):
+        tokens, length = encoding.encode(prompt + text + "\n"), len(encoding.encode(prompt))
+        assert row_x[:len(tokens) - 1] == tokens[:-1]
+        expected = [token if i >= length else -1 for i, token in enumerate(tokens)][1:]
+        assert row_y == expected + [-1] * (len(row_y) - len(expected))
+
+
+def test_tf_idf_is_a_count(untrained, monkeypatch):
+    """Against counts in plain Python, of each text alone, without a batch and without padding."""
+    model, encoding, data = untrained
+    texts = ["The job of Ann Lee is that of a baker.", "What?", data.questions[0]["prompt"]]
+    counts = Counter(slot for text in texts for slots in recorded(model, encoding.encode(text))
+                     for slot in slots)
+    count, df, pieces = 70, Counter(), []
+    draw = edit.draw_batch
+    monkeypatch.setattr(edit, "draw_batch", lambda *arguments: pieces.append(draw(*arguments)) or pieces[-1])
+    idf = edit.inverse_document_frequency(model, data.train, count)
+    pieces = [row for x, _ in pieces for row in x.tolist()]
+    assert len(pieces) == count and {len(piece) for piece in pieces} == {edit.PIECE}
+    for piece in pieces:
+        df.update({slot for slots in recorded(model, piece) for slot in slots})
+    expected = [counts[slot] / counts.total() * math.log((count + 1) / (df[slot] + 1))
+                for slot in range(model.pool.num_values)]
+    scores = edit.tf_idf(model, encoding, texts, idf)
+    torch.testing.assert_close(scores, torch.tensor(expected))
+    best = edit.top_slots(scores, 10)
+    assert len(best) == 10 and scores[best].min() >= scores.sort(descending=True).values[9] > 0
+    assert sorted(edit.top_slots(scores, 10**6).tolist()) == (scores > 0).nonzero()[:, 0].tolist()
+
+
+def test_a_slot_that_is_left_out_is_an_empty_slot(untrained):
+    model, encoding, data = untrained
+    x, y = edit.question_batch(encoding, data.questions[0])
+    before, known = model.pool.values.detach().clone(), edit.log_probability(model, x, y)
+    slots = torch.tensor(recorded(model, x[0].tolist())).flatten().unique()
+    parts = [slots[:1], slots[:0], slots[1:9], slots]
+    lost = edit.losses_without(model, x, y, parts)
+    for part, loss in zip(parts, lost, strict=True):
+        edit.erase(model, part)
+        assert torch.allclose(known - edit.log_probability(model, x, y), loss, atol=1e-6)
+        assert part.numel() or torch.equal(model.pool.values, before), "erasing nothing changes nothing"
+        with torch.no_grad():
+            model.pool.values.copy_(before)
+    assert lost[1] == 0 and torch.equal(edit.log_probability(model, x, y), known)
+    found = edit.find(model, encoding, data.questions[0])
+    assert sorted(found["slots"].tolist()) == slots.tolist()
+    assert torch.allclose(found["alone"], edit.losses_without(model, x, y, list(found["slots"].unsqueeze(1))))
+    assert found["alone"].tolist() == sorted(found["alone"].tolist(), reverse=True)
+    assert found["top"][len(slots)] == pytest.approx(lost[3].item(), abs=1e-6)
+    token = recorded(model, x[0].tolist())[3]  # this model has one memory layer
+    assert found["places"][3].item() == pytest.approx(
+        edit.losses_without(model, x, y, [torch.tensor(token)]).item(), abs=1e-6)
+
+
+def test_only_the_chosen_rows_learn(untrained):
+    model, encoding, data = untrained
+    statements = ["The job of Ann Lee is that of a baker.", "Ann Lee bakes."]
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    values, old = model.pool.values, model.pool.values.detach().clone()
+    x, y = edit.make_batch(encoding, ["", ""], statements)
+    model(x, y)[1].backward()
+    gradient = values.grad.to_dense()  # of all slots
+    model.zero_grad()
+    idf = edit.inverse_document_frequency(model, data.train, 20)
+    chosen = edit.teach(model, encoding, statements, idf, slots=9, steps=1, lr=0.5)
+    assert len(chosen) == 9 and gradient[chosen].any(1).all()
+    expected = old.clone()
+    expected[chosen] -= 0.5 * gradient[chosen]
+    torch.testing.assert_close(values.detach(), expected)
+    edit.teach(model, encoding, statements, idf, slots=9, steps=5, lr=0.5)
+    rest = torch.ones(len(values), dtype=torch.bool)
+    rest[chosen] = False
+    assert torch.equal(values[rest], old[rest]) and not (values[chosen] == old[chosen]).all(1).any()
+    for name, part in model.state_dict().items():
+        assert name == "pool.values" or torch.equal(part, before[name]), name
+    assert all(p.grad is None for p in model.parameters())
+    model(x, y)[1].backward()  # the hook is gone
+    assert values.grad.to_dense()[rest].any()
+
+
+@pytest.mark.parametrize("options", ["--mem_query=tokens", "--mem_query=state", "--mem_kind=hash"])
+def test_what_was_taught_can_be_erased(run, options):
+    """Only the memory can know these sentences: the other parameters never saw them, and are random."""
+    run("--max_steps=1", "--eval_interval=1", "--mem_layers=0,1", "--mem_num_keys=32", "--n_embd=64", options)
+    model, encoding, config = train.load(run.out)
+    data = corpus.load_dataset(config.dataset)
+    names = sorted(people(data.questions))[::3][:4]
+    words = sorted({question["answer"] for question in data.questions
+                    if len(encoding.encode(" " + question["answer"])) == 1})
+    questions = [{"prompt": f" {name}", "answer": word} for name, word in zip(names, words, strict=False)]
+    idf = edit.inverse_document_frequency(model, data.train, 200)
+    assert share_right(model, encoding, questions) == 0
+    statements = [f"{question['prompt']} {question['answer']}" for question in questions]
+    edit.teach(model, encoding, statements, idf, slots=1024, steps=300, lr=300.0)
+    assert share_right(model, encoding, questions) == 1
+    taught = model.pool.values.detach().clone()
+    for question in questions:
+        others = [other for other in questions if other is not question]
+        slots = edit.choose_slots(model, encoding, [question], [question["prompt"]] * 8, idf)
+        edit.erase(model, slots)
+        assert share_right(model, encoding, [question]) == 0 and share_right(model, encoding, others) == 1
+        with torch.no_grad():
+            model.pool.values.copy_(taught)
+
+
+@pytest.mark.slow
+def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeypatch):
+    """Two minutes: the model of `make train`. Others keep 0.99 of what they knew."""
+    for module in (prepare, corpus):
+        monkeypatch.setattr(module, "DATA", tmp_path)
+    prepare.main(["facts"])
+    train.main([f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--eval_interval=700"])
+    model, encoding, config = train.load(tmp_path / "out")
+    data = corpus.load_dataset(config.dataset)
+    idf = edit.inverse_document_frequency(model, data.train)
+    values = model.pool.values
+    start, gone, stayed = values.detach().clone(), [], []
+    rarely_told = [name for name, about in people(data.questions).items() if about[0]["exposures"] < 64]
+    for name in rarely_told[:10]:
+        about = people(data.questions)[name]
+        others = [question for question in data.questions if question not in about]
+        known = share_right(model, encoding, others)
+        slots = edit.choose_slots(model, encoding, about, edit.lines_with(re.compile(name), data), idf)
+        edit.erase(model, slots)
+        gone.append(share_right(model, encoding, about))
+        stayed.append(share_right(model, encoding, others) / known)
+        with torch.no_grad():
+            values.copy_(start)
+    assert sum(gone) / 10 <= 0.1 and min(stayed) >= 0.99, (gone, stayed)
+
+    names = [name.split() for name in people(data.questions)]
+    name = next(f"{first} {last}" for first, _ in names for _, last in names if [first, last] not in names)
+    told, asked = [], []
+    for options, statements, questions in ATTRIBUTES.values():
+        told += [form.format(name, options[3]) for form in statements]
+        asked += [{"prompt": QUESTION.format(form.format(name)), "answer": options[3]} for form in questions]
+    before = share_right(model, encoding, data.questions)
+    assert share_right(model, encoding, asked) <= 0.25
+    edit.teach(model, encoding, told, idf)
+    assert share_right(model, encoding, asked) >= 0.75, "in words that no statement has"
+    assert share_right(model, encoding, data.questions) >= 0.99 * before
+
+
+def test_edited_checkpoints_are_new_and_complete(run, capsys, tmp_path):
+    """Guards the old checkpoint: its files are mapped into memory, and must not change with the model."""
+    run()
+    old = train.find_checkpoint(run.out)
+    files = {path: path.read_bytes() for path in old.iterdir()}
+    question = json.loads(open(corpus.DATA / "facts" / "qa.jsonl").readline())["prompt"]
+    name = re.search(r"[A-Z]\w+ [A-Z]\w+", question).group()
+    here = f"--out_dir={run.out}"
+    capsys.readouterr()
+    edit.main(["find", here, f"--question={question}"])
+    text = capsys.readouterr().out
+    assert question in text and "slots with most effect" in text and "layer 1" in text
+    edit.main(["erase", here, f"--ask={name.lower()}", "--background=20", "--dry_run"])
+    assert not (tmp_path / "out-erased").exists() and capsys.readouterr().out.count(" -> ") == 4
+    edit.main(["erase", here, f"--question={question}", "--background=20", "--slots=7"])
+    text = capsys.readouterr().out
+    assert "changed 7 of 64 slots" in text and text.count(" -> ") == 1 and " of 3 right before" in text
+    erased = train.load(tmp_path / "out-erased")[0].pool.values
+    changed = (erased != train.load(run.out)[0].pool.values).any(1)
+    assert changed.sum() == 7 and not erased[changed].any()
+
+    taught = tmp_path / "taught" / "run"
+    (tmp_path / "new.txt").write_text("The job of Ann Lee is that of a baker.\n\nAnn Lee bakes.\n")
+    edit.main(["teach", here, f"--file={tmp_path / 'new.txt'}", "--statement", "One.", "Two two.",
+               "--slots=5", "--background=20", "--question", "Who bakes?", f"--save_to={taught}"])
+    text = capsys.readouterr().out
+    assert "changed 5 of 64 slots" in text and "of 3 right before" in text and "Who bakes? Answer:" in text
+    assert files == {path: path.read_bytes() for path in old.iterdir()}
+    sample.main([f"--out_dir={tmp_path / 'taught'}", "--questions=2"])
+    train.main([f"--out_dir={taught}", "--resume", "--max_steps=9"])
+
+    edit.main(["teach", here, "--statement", "Two two.", "--lr=0", "--background=20",
+               f"--save_to={tmp_path / 'same'}"])
+    same = tensors(train.find_checkpoint(tmp_path / "same"))
+    for part, value in tensors(old).items():
+        assert not torch.is_tensor(value) or torch.equal(value, same[part]), part
+
+
+def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path):
+    run()
+    here, dense = f"--out_dir={run.out}", tmp_path / "dense"
+    run("--mem_layers=", out=dense)
+    (tmp_path / "out-taught").mkdir()
+    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
+    for words, message in [
+        ([], "find|erase|teach"),
+        (["forget"], "find|erase|teach"),
+        (["find"], "find needs --question=..."),
+        (["erase", here], "erase needs --ask=... or --question=..."),
+        (["teach", here], "teach needs --statement=... or --file=..."),
+        (["find", "--statement=x"], "unknown option --statement"),
+        (["find", here, "--question=" + "x " * 40], "block_size"),
+        (["find", f"--out_dir={dense}", "--question=x?"], "has no memory layers"),
+        (["find", f"--out_dir={tmp_path / 'nothing'}", "--question=x?"], "no checkpoint in"),
+        (["erase", here, "--ask=Nobody Known"], "no question of the corpus contains this name"),
+        (["erase", here, "--question=who is it?"], "Add --ask=NAME"),
+        (["erase", here, "--ask=x", "--slots=-1"], "--slots=-1 must not be negative"),
+        (["erase", here, "--ask=x", "--background=0"], "at least 1"),
+        (["erase", here, "--ask=x", f"--save_to={dense}"], "already exists: choose another folder"),
+        (["teach", here, "--statement=x"], "out-taught already exists"),
+        (["teach", here, "--dry_run", "--statement", "x y.", " "], "an empty statement"),
+        (["teach", here, "--dry_run", f"--file={tmp_path / 'empty'}"], "has no sentences to learn"),
+        (["teach", here, "--dry_run", f"--file={tmp_path / 'none'}"], "No such file"),
+        (["teach", here, "--dry_run", f"--file={tmp_path / 'binary'}"], "not UTF-8"),
+        (["teach", here, "--dry_run", "--statement=" + "x " * 40], "more than block_size=32"),
+    ]:
+        assert_fails(lambda words=words: edit.main(words), message, capsys)
+    assert not (tmp_path / "out-erased").exists()

@@ -32,6 +32,10 @@ from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # to find runtime/ also when this file is run as a script
+if __name__ == "__main__":  # before the imports that take time
+    from runtime.cli import exit_on_ctrl_c
+    exit_on_ctrl_c()
+
 from data.airports import SPLITS, airport_text  # noqa: E402
 from data.facts import facts_text, mqar_text  # noqa: E402
 from data.tokenizer import (  # noqa: E402

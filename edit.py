@@ -14,9 +14,14 @@ checkpoint and the training text still have what was erased.
 
 import random
 import re
+import signal
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from runtime.cli import exit_on_ctrl_c
+    exit_on_ctrl_c()
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -26,7 +31,8 @@ from data.questions import accepted_answers, check_length, is_right
 from evaluate import answer, validation_loss
 from model import GPT, eval_mode
 from pool import PoolOptimizer
-from runtime.checkpoint import find_checkpoint, read_meta, save_checkpoint, step_of
+from runtime.build import find_trained
+from runtime.checkpoint import read_meta, save_checkpoint, step_of
 from runtime.cli import at_least, build, check_choices, command, fail, first_word, parse
 from sample import find_question, newest_run, questions_about
 from train import TrainConfig, check_data, find_device, load, make_optimizers
@@ -55,7 +61,7 @@ class FindConfig(EditConfig):
 
 @dataclass
 class ChangeConfig(EditConfig):
-    save_to: str = ""  # new folder for the checkpoint; none: the run's folder, with -erased or -taught
+    save_to: str = ""  # new folder for the checkpoint; none: the run's folder with -erase or -teach
     dry_run: bool = False  # only report, and write no checkpoint
     background: int = 1000  # pieces of the training text that show which slots other texts read
 
@@ -299,7 +305,7 @@ def complete_question(model: GPT, encoding, text: str, data: Dataset) -> dict:
 
 def read_statements(config: TeachConfig, encoding, block_size: int) -> list[str]:
     try:
-        lines = Path(config.file).read_text(encoding="utf-8-sig").split("\n") if config.file else []
+        lines = Path(config.file).expanduser().read_text(encoding="utf-8-sig").split("\n") if config.file else []
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--file={config.file}: {getattr(error, 'strerror', 'not UTF-8; convert it first')}")
     statements = [*config.statement, *(line for line in lines if line.strip())]
@@ -398,16 +404,16 @@ def main(argv: list[str] | None = None) -> None:
     config = build(kind, parse(kind, rest, description=__doc__)[1])
     if not any(getattr(config, name) for name in needed):
         fail(f"{word} needs " + " or ".join(f"--{name}=..." for name in needed))
-    run = newest_run(Path(config.out_dir))
+    run = newest_run(Path(config.out_dir).expanduser())
     if word != "find":
-        save_to = Path(config.save_to or f"{run}-{'erased' if word == 'erase' else 'taught'}")
+        save_to = Path(config.save_to or f"{run}-{word}").expanduser()
         if save_to.exists() and not config.dry_run:
             fail(f"{save_to} already exists: choose another folder with --save_to")
     model, encoding, trained = load(run)
     if not trained.mem_layers:
         fail(f"the model in {run} has no memory layers")
     model.to(find_device(config.device))
-    checkpoint, data = find_checkpoint(run), load_dataset(trained.dataset)
+    checkpoint, data = find_trained(run), load_dataset(trained.dataset)
     check_data(data, trained, checkpoint)
     if word == "find":
         question = complete_question(model, encoding, config.question, data)
@@ -421,11 +427,12 @@ def main(argv: list[str] | None = None) -> None:
     if not config.dry_run:
         meta = read_meta(checkpoint)
         meta = {"config": asdict(replace(trained, out_dir=str(save_to))), "encoding": meta["encoding"],
-                "measured": meta["measured"] | {"val_loss": loss}}
+                "measured": meta["measured"], "val_loss": loss}
         optimizers = make_optimizers(trained, model, checkpoint)
         save_checkpoint(save_to, step_of(checkpoint), model, optimizers, meta, keep=1)
         print(f"saved. Ask it: python sample.py --out_dir={save_to} --question=TEXT")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback if `| head` stops reading
     main()

@@ -34,7 +34,7 @@ from torch.nn.utils import parametrize
 
 import edit
 from data.corpus import decode_answer, load_dataset
-from data.prepare import ATTRIBUTES
+from data.facts import ATTRIBUTES
 from data.questions import QUESTION, is_right
 from evaluate import answer, exposure_bin, validation_loss
 from experiments.compare import append_row, mean_and_deviation, print_markdown

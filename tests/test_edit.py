@@ -11,9 +11,10 @@ import edit
 import sample
 import train
 from data import corpus, prepare
-from data.prepare import ATTRIBUTES
+from data.facts import ATTRIBUTES
 from data.questions import QUESTION, is_right
 from evaluate import answer
+from runtime.build import find_trained
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
 def test_edited_checkpoints_are_new_and_complete(run, capsys, tmp_path):
     """Guards the old checkpoint: its files are mapped into memory, and must not change with the model."""
     run()
-    old = train.find_checkpoint(run.out)
+    old = find_trained(run.out)
     files = {path: path.read_bytes() for path in old.iterdir()}
     question = json.loads(open(corpus.DATA / "facts" / "qa.jsonl").readline())["prompt"]
     name = re.search(r"[A-Z]\w+ [A-Z]\w+", question).group()
@@ -208,11 +209,11 @@ def test_edited_checkpoints_are_new_and_complete(run, capsys, tmp_path):
     text = capsys.readouterr().out
     assert question in text and "slots with most effect" in text and "layer 1" in text
     edit.main(["erase", here, f"--ask={name.lower()}", "--background=20", "--dry_run"])
-    assert not (tmp_path / "out-erased").exists() and capsys.readouterr().out.count(" -> ") == 4
+    assert not (tmp_path / "out-erase").exists() and capsys.readouterr().out.count(" -> ") == 4
     edit.main(["erase", here, f"--question={question}", "--background=20", "--slots=7"])
     text = capsys.readouterr().out
     assert "changed 7 of 64 slots" in text and text.count(" -> ") == 1 and " of 3 right before" in text
-    erased = train.load(tmp_path / "out-erased")[0].pool.values
+    erased = train.load(tmp_path / "out-erase")[0].pool.values
     changed = (erased != train.load(run.out)[0].pool.values).any(1)
     assert changed.sum() == 7 and not erased[changed].any()
 
@@ -228,7 +229,7 @@ def test_edited_checkpoints_are_new_and_complete(run, capsys, tmp_path):
 
     edit.main(["teach", here, "--statement", "Two two.", "--lr=0", "--background=20",
                f"--save_to={tmp_path / 'same'}"])
-    same = tensors(train.find_checkpoint(tmp_path / "same"))
+    same = tensors(find_trained(tmp_path / "same"))
     for part, value in tensors(old).items():
         assert not torch.is_tensor(value) or torch.equal(value, same[part]), part
 
@@ -237,7 +238,7 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path):
     run()
     here, dense = f"--out_dir={run.out}", tmp_path / "dense"
     run("--mem_layers=", out=dense)
-    (tmp_path / "out-taught").mkdir()
+    (tmp_path / "out-teach").mkdir()
     (tmp_path / "empty").write_text("\n \n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
     for words, message in [
@@ -255,7 +256,7 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path):
         (["erase", here, "--ask=x", "--slots=-1"], "--slots=-1 must not be negative"),
         (["erase", here, "--ask=x", "--background=0"], "at least 1"),
         (["erase", here, "--ask=x", f"--save_to={dense}"], "already exists: choose another folder"),
-        (["teach", here, "--statement=x"], "out-taught already exists"),
+        (["teach", here, "--statement=x"], "out-teach already exists"),
         (["teach", here, "--dry_run", "--statement", "x y.", " "], "an empty statement"),
         (["teach", here, "--dry_run", f"--file={tmp_path / 'empty'}"], "has no sentences to learn"),
         (["teach", here, "--dry_run", f"--file={tmp_path / 'none'}"], "No such file"),
@@ -263,4 +264,4 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path):
         (["teach", here, "--dry_run", "--statement=" + "x " * 40], "more than block_size=32"),
     ]:
         assert_fails(lambda words=words: edit.main(words), message, capsys)
-    assert not (tmp_path / "out-erased").exists()
+    assert not (tmp_path / "out-erase").exists()

@@ -99,13 +99,18 @@ class TeachConfig(ChangeConfig):
 # --- what is read -------------------------------------------------------------------------------------------
 
 def make_batch(encoding, prompts: list[str], answers: list[str]):
-    """x, y (B, T) for the model. y has the tokens of each answer and a newline, and -1 elsewhere."""
+    """x, y (B, T) for the model. y has the tokens of each answer, and -1 elsewhere."""
     x, y = [], []
     for prompt, text in zip(prompts, answers, strict=True):
-        prompt, text = encoding.encode_ordinary(prompt), encoding.encode_ordinary(text + "\n")
+        prompt, text = encoding.encode_ordinary(prompt), encoding.encode_ordinary(text)
         x.append(torch.tensor(prompt + text[:-1]))
         y.append(torch.tensor(([-1] * (len(prompt) - 1) + text)[-len(x[-1]):]))
     return pad_sequence(x, batch_first=True), pad_sequence(y, batch_first=True, padding_value=-1)
+
+
+def text_batch(encoding, texts: list[str]):
+    """x, y (B, T): whole texts. Each ends with a newline."""
+    return make_batch(encoding, [""] * len(texts), [f"{text}\n" for text in texts])
 
 
 def question_batch(encoding, question: dict):
@@ -160,7 +165,7 @@ def losses_without(model: GPT, x, y, parts: list):
 
 def count_reads(model: GPT, encoding, texts: list[str]):
     """(num_values,): how often the tokens of these texts read each slot, in all layers and heads."""
-    x, y = (z[:, :model.config.block_size] for z in make_batch(encoding, [""] * len(texts), texts))
+    x, y = (z[:, :model.config.block_size] for z in text_batch(encoding, texts))
     counts = torch.zeros(model.pool.num_values, dtype=torch.int64)
     for part_x, part_y in zip(x.split(64), y.split(64), strict=True):
         slots = read_slots(model, part_x)[part_y >= 0]  # without padding
@@ -206,7 +211,7 @@ def find(model: GPT, encoding, question: dict) -> dict:
     Measures, by leaving slots out, which slots carry the answer to a question. The result has the slots that
     the text reads, those first whose absence costs most, and what is lost, as falls of log-probability:
     "alone" each slot alone, "top" {n: the first n slots together}, "places" (tokens, layers): all slots that
-    one token reads in one layer.
+    one token reads in one layer. "tokens" are these tokens.
     """
     x, y = question_batch(encoding, question)
     reads = read_slots(model, x)[0]  # (T, layers, bag)
@@ -216,13 +221,14 @@ def find(model: GPT, encoding, question: dict) -> dict:
     sizes = [n for n in (4, 16, 64, 256) if n < len(slots)] + [len(slots)]
     top = losses_without(model, x, y, [slots[:n] for n in sizes]).tolist()
     places = losses_without(model, x, y, list(reads.flatten(0, 1))).view(reads.shape[:2])
-    return {"slots": slots, "alone": alone, "top": dict(zip(sizes, top, strict=True)), "places": places}
+    return {"slots": slots, "alone": alone, "top": dict(zip(sizes, top, strict=True)), "places": places,
+            "tokens": x[0].tolist()}
 
 
 def is_gone(model: GPT, x, y) -> bool:
-    """Is a token of the answer in y (1, T), except its newline, far less likely than the likeliest token?"""
+    """Is a token of the answer in y (1, T) far less likely than the likeliest token?"""
     known, likeliest = predict(model, x, y)
-    return (known - likeliest)[0, :-1].exp().min().item() < GONE
+    return (known - likeliest).exp().min().item() < GONE
 
 
 def choose_slots(model: GPT, encoding, questions: list[dict], texts: list[str], idf, count: int = 0):
@@ -277,7 +283,7 @@ def teach(model: GPT, encoding, statements: list[str], idf, slots: int = 128, st
     chosen = top_slots(tf_idf(model, encoding, statements, idf), slots)
     values, device = model.pool.values, model.wte.weight.device
     optimizer = PoolOptimizer([values], lr, kind="sgd", stochastic_rounding=values.dtype == torch.bfloat16)
-    x, y = (z.to(device) for z in make_batch(encoding, [""] * len(statements), statements))
+    x, y = (z.to(device) for z in text_batch(encoding, statements))
     with learn_only(values, chosen), eval_mode(model):
         for _ in range(steps):
             model(x, y)[1].backward(inputs=[values])
@@ -305,7 +311,8 @@ def complete_question(model: GPT, encoding, text: str, data: Dataset) -> dict:
 
 def read_statements(config: TeachConfig, encoding, block_size: int) -> list[str]:
     try:
-        lines = Path(config.file).expanduser().read_text(encoding="utf-8-sig").split("\n") if config.file else []
+        path = Path(config.file).expanduser()
+        lines = path.read_text(encoding="utf-8-sig").split("\n") if config.file else []
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--file={config.file}: {getattr(error, 'strerror', 'not UTF-8; convert it first')}")
     statements = [*config.statement, *(line for line in lines if line.strip())]
@@ -348,10 +355,10 @@ def first_few(slots) -> str:
 
 
 def print_found(found: dict, encoding, question: dict, layers) -> None:
-    text = f"{question['prompt']} {accepted_answers(question)[0]}"
-    print(f"{text}\nHow much the log-probability of the answer falls without\n"
-          f"    all slots that one token reads in   " + "".join(f"layer {layer}   " for layer in layers))
-    for token, losses in zip(encoding.encode_ordinary(text), found["places"].tolist(), strict=False):
+    print(f"{question['prompt']} {accepted_answers(question)[0]}")
+    print("How much the log-probability of the answer falls without")
+    print("    all slots that one token reads in   " + "".join(f"layer {layer}   " for layer in layers))
+    for token, losses in zip(found["tokens"], found["places"].tolist(), strict=True):
         print(f"    {decode(encoding, [token])!r:34}" + "".join(f"{loss:10.2f}" for loss in losses))
     for n, loss in found["top"].items():
         share = loss / list(found["top"].values())[-1]  # of the loss without all slots
@@ -373,7 +380,7 @@ def prepare_erase(config: EraseConfig, model: GPT, encoding, data: Dataset, idf)
     same = [question for question in data.questions if name.search(question["prompt"])]
     others = [question for question in data.questions if question not in same]
     groups = {"these answers": questions,
-              "other answers about the same": [question for question in same if question not in questions],
+              "other answers with this name": [question for question in same if question not in questions],
               "answers about others": random.Random(0).sample(others, min(OTHERS, len(others)))}
 
     def change():

@@ -14,6 +14,7 @@ from data import corpus, prepare
 from data.facts import ATTRIBUTES
 from data.questions import QUESTION, is_right
 from evaluate import answer
+from experiments import compare, editing, plots
 from runtime.build import find_trained
 
 
@@ -54,7 +55,7 @@ def test_the_batch_has_the_tokens_that_the_model_would_see(untrained):
     prompts, answers = ["Question: What? Answer:", "", "The"], [" a b", "The job of x is y.", " job"]
     x, y = edit.make_batch(encoding, prompts, answers)
     for row_x, row_y, prompt, text in zip(x.tolist(), y.tolist(), prompts, answers, strict=True):
-        tokens, length = encoding.encode(prompt + text + "\n"), len(encoding.encode(prompt))
+        tokens, length = encoding.encode(prompt + text), len(encoding.encode(prompt))
         assert row_x[:len(tokens) - 1] == tokens[:-1]
         expected = [token if i >= length else -1 for i, token in enumerate(tokens)][1:]
         assert row_y == expected + [-1] * (len(row_y) - len(expected))
@@ -65,7 +66,7 @@ def test_tf_idf_is_a_count(untrained, monkeypatch):
     model, encoding, data = untrained
     texts = ["The job of Ann Lee is that of a baker.", "What?", data.questions[0]["prompt"]]
     counts = Counter(slot for text in texts for slots in recorded(model, encoding.encode(text))
-                     for slot in slots)
+                     for slot in slots)  # the last token of a text is read, its newline is not
     count, df, pieces = 70, Counter(), []
     draw = edit.draw_batch
     monkeypatch.setattr(edit, "draw_batch", lambda *arguments: pieces.append(draw(*arguments)) or pieces[-1])
@@ -112,7 +113,8 @@ def test_only_the_chosen_rows_learn(untrained):
     statements = ["The job of Ann Lee is that of a baker.", "Ann Lee bakes."]
     before = {name: part.clone() for name, part in model.state_dict().items()}
     values, old = model.pool.values, model.pool.values.detach().clone()
-    x, y = edit.make_batch(encoding, ["", ""], statements)
+    x, y = edit.text_batch(encoding, statements)
+    assert all(row[row >= 0][-1] == encoding.encode("\n")[0] for row in y)
     model(x, y)[1].backward()
     gradient = values.grad.to_dense()  # of all slots
     model.zero_grad()
@@ -194,6 +196,42 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
     edit.teach(model, encoding, told, idf)
     assert share_right(model, encoding, asked) >= 0.75, "in words that no statement has"
     assert share_right(model, encoding, data.questions) >= 0.99 * before
+
+
+def test_experiments_measure_and_resume(untrained, run, capsys, tmp_path, monkeypatch):
+    """One line per finished run; the same command adds nothing. The figures can be drawn from the lines."""
+    def trained_model(base, seed, config):
+        model, encoding, config = train.load(run.out)
+        return model, encoding, config, untrained[2]
+
+    monkeypatch.setattr(editing, "trained_model", trained_model)
+    monkeypatch.setattr(editing, "SIZES", (4, 16))
+    monkeypatch.setattr(editing, "LRS", {method: lrs[:1] for method, lrs in editing.LRS.items()})
+    monkeypatch.setattr(editing, "STEPS", 1)
+    options = ["--models=tokens", "--seeds=1", "--people=2", f"--results={tmp_path}"]
+    for experiment, runs in (("erase", 1), ("teach", 4)):
+        path = tmp_path / f"{experiment}.jsonl"
+        for _ in range(2):
+            compare.main([experiment, *options])
+            assert len(editing.read_lines(path)) == runs
+        assert "| tokens |" in capsys.readouterr().out
+        plots.main([str(path)])
+        assert path.with_suffix(".png").stat().st_size > 10_000
+    for row in editing.read_lines(tmp_path / "erase.jsonl"):
+        assert {point["slots"] for point in row["points"]} == {0, 4, 16} and row["points"][0]["people"] >= 1
+    for row in editing.read_lines(tmp_path / "teach.jsonl"):
+        assert row["before"]["loss"] != row["after"]["loss"], row["run"]
+    assert_fails(lambda: compare.main(["teach", "--models=none"]), "must be one of tokens, hash", capsys)
+
+
+def test_low_rank_changes_start_at_nothing(untrained):
+    model, encoding, data = untrained
+    x, y = edit.question_batch(encoding, data.questions[0])
+    before, count = edit.log_probability(model, x, y), sum(p.numel() for p in model.parameters())
+    added = editing.add_low_rank(model, 500)
+    assert torch.equal(edit.log_probability(model, x, y), before)
+    size = sum(p.numel() for p in added)
+    assert size >= 500 and size == sum(p.numel() for p in model.parameters()) - count
 
 
 def test_edited_checkpoints_are_new_and_complete(run, capsys, tmp_path):

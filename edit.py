@@ -197,11 +197,15 @@ def top_slots(scores, count: int):
     return scores.topk(min(count, int((scores > 0).sum()))).indices
 
 
-def lines_with(name: re.Pattern, data: Dataset) -> list[str]:
+def pattern(name: str) -> re.Pattern:
+    return re.compile(rf"(?<!\w){re.escape(name.strip())}(?!\w)", re.IGNORECASE)
+
+
+def lines_with(name: str, data: Dataset) -> list[str]:
     """The lines of the training text that contain the name; of long lines, what stands near it."""
     lines = decode(data.encoding, data.train[:SEARCHED].tolist()).split("\n")
     return [line[max(0, match.start() - 200):match.end() + 200] for line in lines
-            if (match := name.search(line))]
+            if (match := pattern(name).search(line))]
 
 
 # --- find, erase, teach -------------------------------------------------------------------------------------
@@ -376,8 +380,7 @@ def prepare_erase(config: EraseConfig, model: GPT, encoding, data: Dataset, idf)
         name = names[0]
     else:
         questions, name = questions_about(config.ask, data.questions), config.ask
-    name = re.compile(rf"(?<!\w){re.escape(name.strip())}(?!\w)", re.IGNORECASE)
-    same = [question for question in data.questions if name.search(question["prompt"])]
+    same = [question for question in data.questions if pattern(name).search(question["prompt"])]
     others = [question for question in data.questions if question not in same]
     groups = {"these answers": questions,
               "other answers with this name": [question for question in same if question not in questions],

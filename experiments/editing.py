@@ -19,7 +19,6 @@ old questions. The methods:
 import contextlib
 import json
 import random
-import re
 import subprocess
 import sys
 import time
@@ -117,7 +116,7 @@ def run_erase(base: str, seed: int, config: EditingConfig) -> dict:
     for about in people_in(data.questions, config.people, rng):
         told = min(int(exposure_bin(about[0])), 128)
         others = rng.sample([question for question in data.questions if question not in about], 50)
-        lines = edit.lines_with(re.compile(re.escape(name_in(about[0]))), data)
+        lines = edit.lines_with(name_in(about[0]), data)
         lines = rng.sample(lines, min(len(lines), 200))
         for mode, erased in (("person", about), ("one fact", about[:1])):
             groups = {"these": erased, "other words": [q for one in erased for q in in_other_words(one)],

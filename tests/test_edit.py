@@ -2,6 +2,7 @@ import json
 import math
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
         about = people(data.questions)[name]
         others = [question for question in data.questions if question not in about]
         known = share_right(model, encoding, others)
-        slots = edit.choose_slots(model, encoding, about, edit.lines_with(re.compile(name), data), idf)
+        slots = edit.choose_slots(model, encoding, about, edit.lines_with(name, data), idf)
         edit.erase(model, slots)
         gone.append(share_right(model, encoding, about))
         stayed.append(share_right(model, encoding, others) / known)
@@ -270,6 +271,21 @@ def test_edited_checkpoints_are_new_and_complete(run, capsys, tmp_path):
     same = tensors(find_trained(tmp_path / "same"))
     for part, value in tensors(old).items():
         assert not torch.is_tensor(value) or torch.equal(value, same[part]), part
+
+
+def test_the_example_of_the_docs_runs(run, untrained):
+    _, _, data = untrained
+    page = (Path(edit.__file__).parent / "docs/editing.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    name = next(iter(people(data.questions)))
+    assert "out/facts" in code and "Mule Tujuton" in code
+    names = {}
+    exec(code.replace("out/facts", str(run.out)).replace("Mule Tujuton", name), names)
+    changed = (names["model"].pool.values != train.load(run.out)[0].pool.values).any(1)
+    assert 0 < changed.sum() < len(changed)
+    lines = edit.lines_with(name.upper(), data)
+    text = corpus.decode(data.encoding, data.train.tolist())
+    assert lines == [line for line in text.split("\n") if name in line] and len(lines) > 10
 
 
 def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path):

@@ -14,9 +14,14 @@ checkpoint and the training text still have what was erased.
 
 import random
 import re
+import signal
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from runtime.cli import exit_on_ctrl_c
+    exit_on_ctrl_c()
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -26,7 +31,8 @@ from data.questions import accepted_answers, check_length, is_right
 from evaluate import answer, validation_loss
 from model import GPT, eval_mode
 from pool import PoolOptimizer
-from runtime.checkpoint import find_checkpoint, read_meta, save_checkpoint, step_of
+from runtime.build import find_trained
+from runtime.checkpoint import read_meta, save_checkpoint, step_of
 from runtime.cli import at_least, build, check_choices, command, fail, first_word, parse
 from sample import find_question, newest_run, questions_about
 from train import TrainConfig, check_data, find_device, load, make_optimizers
@@ -55,7 +61,7 @@ class FindConfig(EditConfig):
 
 @dataclass
 class ChangeConfig(EditConfig):
-    save_to: str = ""  # new folder for the checkpoint; none: the run's folder, with -erased or -taught
+    save_to: str = ""  # new folder for the checkpoint; none: the run's folder with -erase or -teach
     dry_run: bool = False  # only report, and write no checkpoint
     background: int = 1000  # pieces of the training text that show which slots other texts read
 
@@ -93,13 +99,18 @@ class TeachConfig(ChangeConfig):
 # --- what is read -------------------------------------------------------------------------------------------
 
 def make_batch(encoding, prompts: list[str], answers: list[str]):
-    """x, y (B, T) for the model. y has the tokens of each answer and a newline, and -1 elsewhere."""
+    """x, y (B, T) for the model. y has the tokens of each answer, and -1 elsewhere."""
     x, y = [], []
     for prompt, text in zip(prompts, answers, strict=True):
-        prompt, text = encoding.encode_ordinary(prompt), encoding.encode_ordinary(text + "\n")
+        prompt, text = encoding.encode_ordinary(prompt), encoding.encode_ordinary(text)
         x.append(torch.tensor(prompt + text[:-1]))
         y.append(torch.tensor(([-1] * (len(prompt) - 1) + text)[-len(x[-1]):]))
     return pad_sequence(x, batch_first=True), pad_sequence(y, batch_first=True, padding_value=-1)
+
+
+def text_batch(encoding, texts: list[str]):
+    """x, y (B, T): whole texts. Each ends with a newline."""
+    return make_batch(encoding, [""] * len(texts), [f"{text}\n" for text in texts])
 
 
 def question_batch(encoding, question: dict):
@@ -154,7 +165,7 @@ def losses_without(model: GPT, x, y, parts: list):
 
 def count_reads(model: GPT, encoding, texts: list[str]):
     """(num_values,): how often the tokens of these texts read each slot, in all layers and heads."""
-    x, y = (z[:, :model.config.block_size] for z in make_batch(encoding, [""] * len(texts), texts))
+    x, y = (z[:, :model.config.block_size] for z in text_batch(encoding, texts))
     counts = torch.zeros(model.pool.num_values, dtype=torch.int64)
     for part_x, part_y in zip(x.split(64), y.split(64), strict=True):
         slots = read_slots(model, part_x)[part_y >= 0]  # without padding
@@ -186,11 +197,15 @@ def top_slots(scores, count: int):
     return scores.topk(min(count, int((scores > 0).sum()))).indices
 
 
-def lines_with(name: re.Pattern, data: Dataset) -> list[str]:
+def pattern(name: str) -> re.Pattern:
+    return re.compile(rf"(?<!\w){re.escape(name.strip())}(?!\w)", re.IGNORECASE)
+
+
+def lines_with(name: str, data: Dataset) -> list[str]:
     """The lines of the training text that contain the name; of long lines, what stands near it."""
     lines = decode(data.encoding, data.train[:SEARCHED].tolist()).split("\n")
     return [line[max(0, match.start() - 200):match.end() + 200] for line in lines
-            if (match := name.search(line))]
+            if (match := pattern(name).search(line))]
 
 
 # --- find, erase, teach -------------------------------------------------------------------------------------
@@ -200,7 +215,7 @@ def find(model: GPT, encoding, question: dict) -> dict:
     Measures, by leaving slots out, which slots carry the answer to a question. The result has the slots that
     the text reads, those first whose absence costs most, and what is lost, as falls of log-probability:
     "alone" each slot alone, "top" {n: the first n slots together}, "places" (tokens, layers): all slots that
-    one token reads in one layer.
+    one token reads in one layer. "tokens" are these tokens.
     """
     x, y = question_batch(encoding, question)
     reads = read_slots(model, x)[0]  # (T, layers, bag)
@@ -210,13 +225,14 @@ def find(model: GPT, encoding, question: dict) -> dict:
     sizes = [n for n in (4, 16, 64, 256) if n < len(slots)] + [len(slots)]
     top = losses_without(model, x, y, [slots[:n] for n in sizes]).tolist()
     places = losses_without(model, x, y, list(reads.flatten(0, 1))).view(reads.shape[:2])
-    return {"slots": slots, "alone": alone, "top": dict(zip(sizes, top, strict=True)), "places": places}
+    return {"slots": slots, "alone": alone, "top": dict(zip(sizes, top, strict=True)), "places": places,
+            "tokens": x[0].tolist()}
 
 
 def is_gone(model: GPT, x, y) -> bool:
-    """Is a token of the answer in y (1, T), except its newline, far less likely than the likeliest token?"""
+    """Is a token of the answer in y (1, T) far less likely than the likeliest token?"""
     known, likeliest = predict(model, x, y)
-    return (known - likeliest)[0, :-1].exp().min().item() < GONE
+    return (known - likeliest).exp().min().item() < GONE
 
 
 def choose_slots(model: GPT, encoding, questions: list[dict], texts: list[str], idf, count: int = 0):
@@ -271,7 +287,7 @@ def teach(model: GPT, encoding, statements: list[str], idf, slots: int = 128, st
     chosen = top_slots(tf_idf(model, encoding, statements, idf), slots)
     values, device = model.pool.values, model.wte.weight.device
     optimizer = PoolOptimizer([values], lr, kind="sgd", stochastic_rounding=values.dtype == torch.bfloat16)
-    x, y = (z.to(device) for z in make_batch(encoding, [""] * len(statements), statements))
+    x, y = (z.to(device) for z in text_batch(encoding, statements))
     with learn_only(values, chosen), eval_mode(model):
         for _ in range(steps):
             model(x, y)[1].backward(inputs=[values])
@@ -299,7 +315,8 @@ def complete_question(model: GPT, encoding, text: str, data: Dataset) -> dict:
 
 def read_statements(config: TeachConfig, encoding, block_size: int) -> list[str]:
     try:
-        lines = Path(config.file).read_text(encoding="utf-8-sig").split("\n") if config.file else []
+        path = Path(config.file).expanduser()
+        lines = path.read_text(encoding="utf-8-sig").split("\n") if config.file else []
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--file={config.file}: {getattr(error, 'strerror', 'not UTF-8; convert it first')}")
     statements = [*config.statement, *(line for line in lines if line.strip())]
@@ -342,10 +359,10 @@ def first_few(slots) -> str:
 
 
 def print_found(found: dict, encoding, question: dict, layers) -> None:
-    text = f"{question['prompt']} {accepted_answers(question)[0]}"
-    print(f"{text}\nHow much the log-probability of the answer falls without\n"
-          f"    all slots that one token reads in   " + "".join(f"layer {layer}   " for layer in layers))
-    for token, losses in zip(encoding.encode_ordinary(text), found["places"].tolist(), strict=False):
+    print(f"{question['prompt']} {accepted_answers(question)[0]}")
+    print("How much the log-probability of the answer falls without")
+    print("    all slots that one token reads in   " + "".join(f"layer {layer}   " for layer in layers))
+    for token, losses in zip(found["tokens"], found["places"].tolist(), strict=True):
         print(f"    {decode(encoding, [token])!r:34}" + "".join(f"{loss:10.2f}" for loss in losses))
     for n, loss in found["top"].items():
         share = loss / list(found["top"].values())[-1]  # of the loss without all slots
@@ -363,11 +380,10 @@ def prepare_erase(config: EraseConfig, model: GPT, encoding, data: Dataset, idf)
         name = names[0]
     else:
         questions, name = questions_about(config.ask, data.questions), config.ask
-    name = re.compile(rf"(?<!\w){re.escape(name.strip())}(?!\w)", re.IGNORECASE)
-    same = [question for question in data.questions if name.search(question["prompt"])]
+    same = [question for question in data.questions if pattern(name).search(question["prompt"])]
     others = [question for question in data.questions if question not in same]
     groups = {"these answers": questions,
-              "other answers about the same": [question for question in same if question not in questions],
+              "other answers with this name": [question for question in same if question not in questions],
               "answers about others": random.Random(0).sample(others, min(OTHERS, len(others)))}
 
     def change():
@@ -398,16 +414,16 @@ def main(argv: list[str] | None = None) -> None:
     config = build(kind, parse(kind, rest, description=__doc__)[1])
     if not any(getattr(config, name) for name in needed):
         fail(f"{word} needs " + " or ".join(f"--{name}=..." for name in needed))
-    run = newest_run(Path(config.out_dir))
+    run = newest_run(Path(config.out_dir).expanduser())
     if word != "find":
-        save_to = Path(config.save_to or f"{run}-{'erased' if word == 'erase' else 'taught'}")
+        save_to = Path(config.save_to or f"{run}-{word}").expanduser()
         if save_to.exists() and not config.dry_run:
             fail(f"{save_to} already exists: choose another folder with --save_to")
     model, encoding, trained = load(run)
     if not trained.mem_layers:
         fail(f"the model in {run} has no memory layers")
     model.to(find_device(config.device))
-    checkpoint, data = find_checkpoint(run), load_dataset(trained.dataset)
+    checkpoint, data = find_trained(run), load_dataset(trained.dataset)
     check_data(data, trained, checkpoint)
     if word == "find":
         question = complete_question(model, encoding, config.question, data)
@@ -421,11 +437,12 @@ def main(argv: list[str] | None = None) -> None:
     if not config.dry_run:
         meta = read_meta(checkpoint)
         meta = {"config": asdict(replace(trained, out_dir=str(save_to))), "encoding": meta["encoding"],
-                "measured": meta["measured"] | {"val_loss": loss}}
+                "measured": meta["measured"], "val_loss": loss}
         optimizers = make_optimizers(trained, model, checkpoint)
         save_checkpoint(save_to, step_of(checkpoint), model, optimizers, meta, keep=1)
         print(f"saved. Ask it: python sample.py --out_dir={save_to} --question=TEXT")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback if `| head` stops reading
     main()

@@ -19,7 +19,6 @@ old questions. The methods:
 import contextlib
 import json
 import random
-import re
 import subprocess
 import sys
 import time
@@ -34,7 +33,7 @@ from torch.nn.utils import parametrize
 
 import edit
 from data.corpus import decode_answer, load_dataset
-from data.prepare import ATTRIBUTES
+from data.facts import ATTRIBUTES
 from data.questions import QUESTION, is_right
 from evaluate import answer, exposure_bin, validation_loss
 from experiments.compare import append_row, mean_and_deviation, print_markdown
@@ -117,7 +116,7 @@ def run_erase(base: str, seed: int, config: EditingConfig) -> dict:
     for about in people_in(data.questions, config.people, rng):
         told = min(int(exposure_bin(about[0])), 128)
         others = rng.sample([question for question in data.questions if question not in about], 50)
-        lines = edit.lines_with(re.compile(re.escape(name_in(about[0]))), data)
+        lines = edit.lines_with(name_in(about[0]), data)
         lines = rng.sample(lines, min(len(lines), 200))
         for mode, erased in (("person", about), ("one fact", about[:1])):
             groups = {"these": erased, "other words": [q for one in erased for q in in_other_words(one)],
@@ -199,7 +198,7 @@ def learn(model, encoding, people: list, method: str, lr: float, idf, train_conf
             slots = SLOTS if method == "sparse" else len(values)
             edit.teach(model, encoding, statements, idf, slots, STEPS, lr)
             continue
-        x, y = edit.make_batch(encoding, [""] * len(statements), statements)
+        x, y = edit.text_batch(encoding, statements)
         for _ in range(STEPS):
             model(x, y)[1].backward()
             for optimizer in optimizers:
@@ -261,12 +260,13 @@ def weighted(points: list[dict], label: str) -> float:
 def erase_shares(rows: list[dict], mode: str, label: str, told: int | None = None) -> list[list[float]]:
     """For each trained model a list: the share of right answers without 0, 4, 16 ... slots."""
     return [[weighted([point for point in row["points"] if (point["mode"], point["slots"]) == (mode, size)
-                       and told in (None, point["told"])], label) for size in (0, *SIZES)] for row in rows]
+                       and told in (None, point["told"])], label) for size in (0, *row["run"]["sizes"])]
+            for row in rows]
 
 
-def retention(row: dict) -> float:
-    """Recall of old questions after teaching, as a share of the recall before."""
-    return row["after"]["old"] / row["before"]["old"]
+def forgotten(row: dict) -> float:
+    """How much the recall of old facts has fallen."""
+    return row["before"]["old"] - row["after"]["old"]
 
 
 def best_lr(rows: list[dict]) -> float:
@@ -276,36 +276,43 @@ def best_lr(rows: list[dict]) -> float:
         by_lr[row["run"]["lr"]].append(row)
     new = {lr: mean(row["after"]["new"] for row in group) for lr, group in by_lr.items()}
     enough = [lr for lr in new if new[lr] >= 0.9]
-    return max(enough, key=lambda lr: mean(map(retention, by_lr[lr]))) if enough else max(new, key=new.get)
+    return min(enough, key=lambda lr: mean(map(forgotten, by_lr[lr]))) if enough else max(new, key=new.get)
+
+
+def erase_lines(rows: list[dict]) -> list[dict]:
+    """The table of one kind of model: recall without 0, 4, 16 ... slots."""
+    lines = []
+    for mode, labels in (("person", ("these", "other words", "others")),
+                         ("one fact", ("these", "other words", "person's others", "others"))):
+        line = {"slots chosen by": rows[0]["run"]["model"], "erased": mode, "seeds": str(len(rows))}
+        for label in ("these", "other words", "person's others", "others"):
+            shares = zip(*erase_shares(rows, mode, label), strict=True) if label in labels else ()
+            line[label] = " / ".join(f"{mean(share):.2f}" for share in shares)
+        lines.append(line)
+    return lines
+
+
+def teach_lines(rows: list[dict]) -> list[dict]:
+    """The table of one kind of model: each method at its best learning rate."""
+    lines, base = [], rows[0]["run"]["model"]
+    for method in LRS:
+        runs = [row for row in rows if row["run"]["method"] == method]
+        if runs:
+            runs = [row for row in runs if row["run"]["lr"] == best_lr(runs)]
+            before, after = (mean(row[when]["loss"] for row in runs) for when in ("before", "after"))
+            new, lost = [row["after"]["new"] for row in runs], [forgotten(row) for row in runs]
+            lines.append({"slots chosen by": base, "method": method, "seeds": str(len(runs)),
+                          "learning rate": f"{runs[0]['run']['lr']:g}",
+                          "recall of new facts": mean_and_deviation(new, ".2f"),
+                          "fall of the recall of old facts": mean_and_deviation(lost),
+                          "validation loss": f"{before:.3f} -> {after:.3f}"})
+    return lines
 
 
 def print_table(experiment: str, rows: list[dict]) -> None:
-    lines = []
-    for base in BASES:
-        of_base = [row for row in rows if row["run"]["model"] == base]
-        if experiment == "erase":
-            for mode in ("person", "one fact") if of_base else ():
-                line = {"slots chosen by": base, "erased": mode, "seeds": str(len(of_base))}
-                for label in ("these", "other words", "person's others", "others"):
-                    if mode == "person" and label == "person's others":
-                        line[label] = "-"
-                        continue
-                    shares = erase_shares(of_base, mode, label)
-                    line[label] = " / ".join(f"{mean(one):.3f}" for one in zip(*shares, strict=True))
-                lines.append(line)
-            continue
-        for method in LRS:
-            runs = [row for row in of_base if row["run"]["method"] == method]
-            if runs:
-                lr = best_lr(runs)
-                runs = [row for row in runs if row["run"]["lr"] == lr]
-                lines.append({"slots chosen by": base, "method": method, "learning rate": f"{lr:g}",
-                              "new facts": mean_and_deviation([row["after"]["new"] for row in runs], ".2f"),
-                              "old facts lost": mean_and_deviation([1 - retention(row) for row in runs]),
-                              "validation loss": f"{mean(row['before']['loss'] for row in runs):.3f} -> "
-                                                 f"{mean(row['after']['loss'] for row in runs):.3f}"})
-    if lines:
-        print_markdown(lines)
+    of_models = [[row for row in rows if row["run"]["model"] == base] for base in BASES]
+    make_lines = erase_lines if experiment == "erase" else teach_lines
+    print_markdown([line for of_model in of_models if of_model for line in make_lines(of_model)])
 
 
 def main(experiment: str, argv: list[str]) -> None:

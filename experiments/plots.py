@@ -4,8 +4,9 @@ Draws figures from files of results, and writes each figure next to its file.
     python -m experiments.plots experiments/results/facts.jsonl   facts.png and facts_more.png
     python -m experiments.plots experiments/results/step.jsonl    step.png
     python -m experiments.plots FOLDER/facts-large.jsonl          facts-large.png; code.jsonl: code.png
+    python -m experiments.plots experiments/results/erase.jsonl   erase.png; teach.jsonl: teach.png
 
-facts.jsonl comes from experiments.compare, step.jsonl from experiments.speed step --json=FILE.
+The files come from experiments.compare, step.jsonl from experiments.speed step --json=FILE.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.compare import SUMMARY, best_runs, read_rows
+from experiments.editing import BASES, LRS, erase_shares, read_lines
 from runtime.cli import command, fail
 from runtime.log import evenness, import_matplotlib
 
@@ -213,6 +215,56 @@ def draw_large(runs: dict) -> Figure:
     return figure
 
 
+# --- erase and teach ----------------------------------------------------------------------------------------
+
+def draw_erase(rows: list[dict]) -> Figure:
+    """Recall against the number of emptied slots: a person's facts, one fact, and facts told often."""
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    sizes = ("0", *map(str, rows[0]["run"]["sizes"]))
+    for base, colour in zip(BASES, COLOURS, strict=False):
+        of_base = [row for row in rows if row["run"]["model"] == base]
+        for label, line in (("these", "-"), ("others", ":")) if of_base else ():
+            axes[0].plot(sizes, np.mean(erase_shares(of_base, "person", label), 0), line, marker="o",
+                         color=colour, label=f"{base}: " + ("the person" if label == "these" else "others"))
+    first = [row for row in rows if row["run"]["model"] == next(iter(BASES))]
+    for label, name in (("these", "this fact"), ("other words", "this fact, in other words"),
+                        ("person's others", "the person's other facts"), ("others", "other people")):
+        axes[1].plot(sizes, np.mean(erase_shares(first, "one fact", label), 0), marker="o", label=name)
+    for told in sorted({point["told"] for row in first for point in row["points"]}):
+        name = f"told {told} to {2 * told - 1} times" if told < 128 else "told more often"
+        axes[2].plot(sizes, np.mean(erase_shares(first, "person", "these", told), 0), marker="o", label=name)
+    for axis, title in zip(axes, ("erasing a person", f"erasing one fact ({next(iter(BASES))})",
+                                  f"erasing a person ({next(iter(BASES))})"), strict=True):
+        axis.set(title=title, xlabel="slots emptied", ylim=(-0.02, 1.02))
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("recall")
+    return figure
+
+
+def draw_teach(rows: list[dict]) -> Figure:
+    """What is forgotten against what is learnt. A line joins the learning rates of one method."""
+    bases = [base for base in BASES if any(row["run"]["model"] == base for row in rows)]
+    figure = Figure(figsize=(4 * len(bases) + 1.5, 6), layout="constrained")
+    axes = figure.subplots(2, len(bases), sharex=True, sharey="row", squeeze=False)
+    for column, base in zip(axes.T, bases, strict=True):
+        for (method, lrs), marker in zip(LRS.items(), "osv^", strict=True):
+            runs = [[row for row in rows if (row["run"]["model"], row["run"]["method"], row["run"]["lr"])
+                     == (base, method, lr)] for lr in lrs]
+            runs = [group for group in runs if group]
+            new = [np.mean([row["after"]["new"] for row in group]) for group in runs]
+            column[0].plot(new, [np.mean([row["after"]["old"] for row in group]) for group in runs],
+                           marker=marker, label=method)
+            column[1].plot(new, [np.mean([row["after"]["loss"] - row["before"]["loss"] for row in group])
+                                 for group in runs], marker=marker, label=method)
+        column[0].set(title=base, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        column[1].set(xlabel="recall of the new facts")
+    axes[0, 0].set_ylabel("recall of old facts")
+    axes[1, 0].set_ylabel("rise of the validation loss")
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
 def figures(path: Path) -> dict[Path, Figure]:
@@ -224,6 +276,8 @@ def figures(path: Path) -> dict[Path, Figure]:
         main_runs = {model: rows for model, rows in runs.items() if model in SUMMARY}
         return {path.with_suffix(".png"): draw_facts(main_runs or runs),
                 path.with_name("facts_more.png"): draw_facts_more(runs)}
+    if path.name in ("erase.jsonl", "teach.jsonl") and (rows := read_lines(path)):
+        return {path.with_suffix(".png"): (draw_erase if path.stem == "erase" else draw_teach)(rows)}
     try:
         if path.name in ("facts-large.jsonl", "code.jsonl"):
             return {path.with_suffix(".png"): draw_large(runs_of_one_length(path))}
@@ -231,7 +285,7 @@ def figures(path: Path) -> dict[Path, Figure]:
     except (OSError, ValueError, KeyError, TypeError):
         rows = []
     if not rows:
-        fail(f"{path} must be a facts.jsonl of experiments.compare, or a file that "
+        fail(f"{path} must be a facts.jsonl, erase.jsonl or the like of experiments.compare, or a file that "
              "python -m experiments.speed step --json=FILE wrote")
     return {path.with_suffix(".png"): draw_step(rows)}
 

@@ -2,6 +2,7 @@ import json
 import math
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ import edit
 import sample
 import train
 from data import corpus, prepare
-from data.prepare import ATTRIBUTES
+from data.facts import ATTRIBUTES
 from data.questions import QUESTION, is_right
 from evaluate import answer
+from experiments import compare, editing, plots
+from runtime.build import find_trained
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def test_the_batch_has_the_tokens_that_the_model_would_see(untrained):
     prompts, answers = ["Question: What? Answer:", "", "The"], [" a b", "The job of x is y.", " job"]
     x, y = edit.make_batch(encoding, prompts, answers)
     for row_x, row_y, prompt, text in zip(x.tolist(), y.tolist(), prompts, answers, strict=True):
-        tokens, length = encoding.encode(prompt + text + "\n"), len(encoding.encode(prompt))
+        tokens, length = encoding.encode(prompt + text), len(encoding.encode(prompt))
         assert row_x[:len(tokens) - 1] == tokens[:-1]
         expected = [token if i >= length else -1 for i, token in enumerate(tokens)][1:]
         assert row_y == expected + [-1] * (len(row_y) - len(expected))
@@ -64,7 +67,7 @@ def test_tf_idf_is_a_count(untrained, monkeypatch):
     model, encoding, data = untrained
     texts = ["The job of Ann Lee is that of a baker.", "What?", data.questions[0]["prompt"]]
     counts = Counter(slot for text in texts for slots in recorded(model, encoding.encode(text))
-                     for slot in slots)
+                     for slot in slots)  # the last token of a text is read, its newline is not
     count, df, pieces = 70, Counter(), []
     draw = edit.draw_batch
     monkeypatch.setattr(edit, "draw_batch", lambda *arguments: pieces.append(draw(*arguments)) or pieces[-1])
@@ -111,7 +114,8 @@ def test_only_the_chosen_rows_learn(untrained):
     statements = ["The job of Ann Lee is that of a baker.", "Ann Lee bakes."]
     before = {name: part.clone() for name, part in model.state_dict().items()}
     values, old = model.pool.values, model.pool.values.detach().clone()
-    x, y = edit.make_batch(encoding, ["", ""], statements)
+    x, y = edit.text_batch(encoding, statements)
+    assert all(row[row >= 0][-1] == encoding.encode("\n")[0] for row in y)
     model(x, y)[1].backward()
     gradient = values.grad.to_dense()  # of all slots
     model.zero_grad()
@@ -174,7 +178,7 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
         about = people(data.questions)[name]
         others = [question for question in data.questions if question not in about]
         known = share_right(model, encoding, others)
-        slots = edit.choose_slots(model, encoding, about, edit.lines_with(re.compile(name), data), idf)
+        slots = edit.choose_slots(model, encoding, about, edit.lines_with(name, data), idf)
         edit.erase(model, slots)
         gone.append(share_right(model, encoding, about))
         stayed.append(share_right(model, encoding, others) / known)
@@ -195,10 +199,46 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
     assert share_right(model, encoding, data.questions) >= 0.99 * before
 
 
+def test_experiments_measure_and_resume(untrained, run, capsys, tmp_path, monkeypatch):
+    """One line per finished run; the same command adds nothing. The figures can be drawn from the lines."""
+    def trained_model(base, seed, config):
+        model, encoding, config = train.load(run.out)
+        return model, encoding, config, untrained[2]
+
+    monkeypatch.setattr(editing, "trained_model", trained_model)
+    monkeypatch.setattr(editing, "SIZES", (4, 16))
+    monkeypatch.setattr(editing, "LRS", {method: lrs[:1] for method, lrs in editing.LRS.items()})
+    monkeypatch.setattr(editing, "STEPS", 1)
+    options = ["--models=tokens", "--seeds=1", "--people=2", f"--results={tmp_path}"]
+    for experiment, runs in (("erase", 1), ("teach", 4)):
+        path = tmp_path / f"{experiment}.jsonl"
+        for _ in range(2):
+            compare.main([experiment, *options])
+            assert len(editing.read_lines(path)) == runs
+        assert "| tokens |" in capsys.readouterr().out
+        plots.main([str(path)])
+        assert path.with_suffix(".png").stat().st_size > 10_000
+    for row in editing.read_lines(tmp_path / "erase.jsonl"):
+        assert {point["slots"] for point in row["points"]} == {0, 4, 16} and row["points"][0]["people"] >= 1
+    for row in editing.read_lines(tmp_path / "teach.jsonl"):
+        assert row["before"]["loss"] != row["after"]["loss"], row["run"]
+    assert_fails(lambda: compare.main(["teach", "--models=none"]), "must be one of tokens, hash", capsys)
+
+
+def test_low_rank_changes_start_at_nothing(untrained):
+    model, encoding, data = untrained
+    x, y = edit.question_batch(encoding, data.questions[0])
+    before, count = edit.log_probability(model, x, y), sum(p.numel() for p in model.parameters())
+    added = editing.add_low_rank(model, 500)
+    assert torch.equal(edit.log_probability(model, x, y), before)
+    size = sum(p.numel() for p in added)
+    assert size >= 500 and size == sum(p.numel() for p in model.parameters()) - count
+
+
 def test_edited_checkpoints_are_new_and_complete(run, capsys, tmp_path):
     """Guards the old checkpoint: its files are mapped into memory, and must not change with the model."""
     run()
-    old = train.find_checkpoint(run.out)
+    old = find_trained(run.out)
     files = {path: path.read_bytes() for path in old.iterdir()}
     question = json.loads(open(corpus.DATA / "facts" / "qa.jsonl").readline())["prompt"]
     name = re.search(r"[A-Z]\w+ [A-Z]\w+", question).group()
@@ -208,11 +248,11 @@ def test_edited_checkpoints_are_new_and_complete(run, capsys, tmp_path):
     text = capsys.readouterr().out
     assert question in text and "slots with most effect" in text and "layer 1" in text
     edit.main(["erase", here, f"--ask={name.lower()}", "--background=20", "--dry_run"])
-    assert not (tmp_path / "out-erased").exists() and capsys.readouterr().out.count(" -> ") == 4
+    assert not (tmp_path / "out-erase").exists() and capsys.readouterr().out.count(" -> ") == 4
     edit.main(["erase", here, f"--question={question}", "--background=20", "--slots=7"])
     text = capsys.readouterr().out
     assert "changed 7 of 64 slots" in text and text.count(" -> ") == 1 and " of 3 right before" in text
-    erased = train.load(tmp_path / "out-erased")[0].pool.values
+    erased = train.load(tmp_path / "out-erase")[0].pool.values
     changed = (erased != train.load(run.out)[0].pool.values).any(1)
     assert changed.sum() == 7 and not erased[changed].any()
 
@@ -228,16 +268,31 @@ def test_edited_checkpoints_are_new_and_complete(run, capsys, tmp_path):
 
     edit.main(["teach", here, "--statement", "Two two.", "--lr=0", "--background=20",
                f"--save_to={tmp_path / 'same'}"])
-    same = tensors(train.find_checkpoint(tmp_path / "same"))
+    same = tensors(find_trained(tmp_path / "same"))
     for part, value in tensors(old).items():
         assert not torch.is_tensor(value) or torch.equal(value, same[part]), part
+
+
+def test_the_example_of_the_docs_runs(run, untrained):
+    _, _, data = untrained
+    page = (Path(edit.__file__).parent / "docs/editing.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    name = next(iter(people(data.questions)))
+    assert "out/facts" in code and "Mule Tujuton" in code
+    names = {}
+    exec(code.replace("out/facts", str(run.out)).replace("Mule Tujuton", name), names)
+    changed = (names["model"].pool.values != train.load(run.out)[0].pool.values).any(1)
+    assert 0 < changed.sum() < len(changed)
+    lines = edit.lines_with(name.upper(), data)
+    text = corpus.decode(data.encoding, data.train.tolist())
+    assert lines == [line for line in text.split("\n") if name in line] and len(lines) > 10
 
 
 def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path):
     run()
     here, dense = f"--out_dir={run.out}", tmp_path / "dense"
     run("--mem_layers=", out=dense)
-    (tmp_path / "out-taught").mkdir()
+    (tmp_path / "out-teach").mkdir()
     (tmp_path / "empty").write_text("\n \n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
     for words, message in [
@@ -255,7 +310,7 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path):
         (["erase", here, "--ask=x", "--slots=-1"], "--slots=-1 must not be negative"),
         (["erase", here, "--ask=x", "--background=0"], "at least 1"),
         (["erase", here, "--ask=x", f"--save_to={dense}"], "already exists: choose another folder"),
-        (["teach", here, "--statement=x"], "out-taught already exists"),
+        (["teach", here, "--statement=x"], "out-teach already exists"),
         (["teach", here, "--dry_run", "--statement", "x y.", " "], "an empty statement"),
         (["teach", here, "--dry_run", f"--file={tmp_path / 'empty'}"], "has no sentences to learn"),
         (["teach", here, "--dry_run", f"--file={tmp_path / 'none'}"], "No such file"),
@@ -263,4 +318,4 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path):
         (["teach", here, "--dry_run", "--statement=" + "x " * 40], "more than block_size=32"),
     ]:
         assert_fails(lambda words=words: edit.main(words), message, capsys)
-    assert not (tmp_path / "out-erased").exists()
+    assert not (tmp_path / "out-erase").exists()

@@ -174,6 +174,7 @@ def test_a_run_that_fails_is_named(tiny, monkeypatch, capsys):
     assert any("block_size=10000 is too large" in text for text in printed)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_a_result_and_the_plan_continues(tiny, monkeypatch, capsys):
     """Also: a line that was cut short does not damage the next line."""
     monkeypatch.setitem(compare.EXPERIMENTS["facts"]["options"], "grad_clip", 0.0)

@@ -204,8 +204,9 @@ def pattern(name: str) -> re.Pattern:
 def lines_with(name: str, data: Dataset) -> list[str]:
     """The lines of the training text that contain the name; of long lines, what stands near it."""
     lines = decode(data.encoding, data.train[:SEARCHED].tolist()).split("\n")
-    return [line[max(0, match.start() - 200):match.end() + 200] for line in lines
-            if (match := pattern(name).search(line))]
+    matches = map(pattern(name).search, lines)
+    return [line[max(0, match.start() - 200):match.end() + 200]
+            for line, match in zip(lines, matches, strict=True) if match]
 
 
 # --- find, erase, teach -------------------------------------------------------------------------------------

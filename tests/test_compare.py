@@ -208,6 +208,7 @@ def test_runs_of_another_corpus_are_not_mixed_with_ours(tiny, capsys):
     assert_fails(lambda: compare.main(["facts"]), "saw another corpus", capsys)
 
 
+@pytest.mark.slow
 def test_shorter_runs_have_lines_of_their_own(tiny, monkeypatch):
     """max_steps is one of a line's options: a finished short run is neither a full run nor run again."""
     options = ["facts", "--models=dense", "--lrs=6e-3", "--seeds=1"]

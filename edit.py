@@ -12,9 +12,9 @@ find changes nothing. erase and teach write a checkpoint to a new folder, for sa
 checkpoint and the training text still have what was erased.
 """
 
+import os
 import random
 import re
-import signal
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,7 @@ from pool import PoolOptimizer
 from runtime.build import find_trained
 from runtime.checkpoint import read_meta, save_checkpoint, step_of
 from runtime.cli import at_least, build, check_choices, command, fail, first_word, parse
-from sample import find_question, newest_run, questions_about
+from sample import find_question, name_pattern, newest_run, questions_about
 from train import TrainConfig, check_data, find_device, load, make_optimizers
 
 PIECE = 16  # tokens in a piece of the training text, about a sentence
@@ -51,6 +51,7 @@ class EditConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
 
     def __post_init__(self):
+        self.out_dir = os.path.expanduser(self.out_dir)
         check_choices(self)
 
 
@@ -67,6 +68,7 @@ class ChangeConfig(EditConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.save_to = os.path.expanduser(self.save_to)
         at_least(1, self, "background")
 
 
@@ -92,6 +94,7 @@ class TeachConfig(ChangeConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.file = os.path.expanduser(self.file)
         at_least(1, self, "slots", "steps")
         at_least(0, self, "lr")
 
@@ -197,14 +200,10 @@ def top_slots(scores, count: int):
     return scores.topk(min(count, int((scores > 0).sum()))).indices
 
 
-def pattern(name: str) -> re.Pattern:
-    return re.compile(rf"(?<!\w){re.escape(name.strip())}(?!\w)", re.IGNORECASE)
-
-
 def lines_with(name: str, data: Dataset) -> list[str]:
     """The lines of the training text that contain the name; of long lines, what stands near it."""
     lines = decode(data.encoding, data.train[:SEARCHED].tolist()).split("\n")
-    matches = map(pattern(name).search, lines)
+    matches = map(name_pattern(name).search, lines)
     return [line[max(0, match.start() - 200):match.end() + 200]
             for line, match in zip(lines, matches, strict=True) if match]
 
@@ -316,8 +315,7 @@ def complete_question(model: GPT, encoding, text: str, data: Dataset) -> dict:
 
 def read_statements(config: TeachConfig, encoding, block_size: int) -> list[str]:
     try:
-        path = Path(config.file).expanduser()
-        lines = path.read_text(encoding="utf-8-sig").split("\n") if config.file else []
+        lines = Path(config.file).read_text(encoding="utf-8-sig").split("\n") if config.file else []
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--file={config.file}: {getattr(error, 'strerror', 'not UTF-8; convert it first')}")
     statements = [*config.statement, *(line for line in lines if line.strip())]
@@ -381,7 +379,7 @@ def prepare_erase(config: EraseConfig, model: GPT, encoding, data: Dataset, idf)
         name = names[0]
     else:
         questions, name = questions_about(config.ask, data.questions), config.ask
-    same = [question for question in data.questions if pattern(name).search(question["prompt"])]
+    same = [question for question in data.questions if name_pattern(name).search(question["prompt"])]
     others = [question for question in data.questions if question not in same]
     groups = {"these answers": questions,
               "other answers with this name": [question for question in same if question not in questions],
@@ -415,9 +413,9 @@ def main(argv: list[str] | None = None) -> None:
     config = build(kind, parse(kind, rest, description=__doc__)[1])
     if not any(getattr(config, name) for name in needed):
         fail(f"{word} needs " + " or ".join(f"--{name}=..." for name in needed))
-    run = newest_run(Path(config.out_dir).expanduser())
+    run = newest_run(Path(config.out_dir))
     if word != "find":
-        save_to = Path(config.save_to or f"{run}-{word}").expanduser()
+        save_to = Path(config.save_to or f"{run}-{word}")
         if save_to.exists() and not config.dry_run:
             fail(f"{save_to} already exists: choose another folder with --save_to")
     model, encoding, trained = load(run)
@@ -445,5 +443,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback if `| head` stops reading
     main()

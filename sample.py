@@ -12,9 +12,9 @@ Lets a trained model answer questions or continue a text, and shows which slots 
 
 import codecs
 import difflib
+import os
 import random
 import re
-import signal
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -74,6 +74,8 @@ class SampleConfig:
     seed: int = 1  # seed of the random draws, also of --questions
 
     def __post_init__(self):
+        self.out_dir, self.prompt_file, self.qa = map(os.path.expanduser,
+                                                      (self.out_dir, self.prompt_file, self.qa))
         check_choices(self)
         at_least(1, self, "num_samples", "max_new_tokens")
         at_least(0, self, "temperature", "top_k", "questions", "seed")
@@ -141,8 +143,12 @@ def find_question(text: str, questions: list[dict]) -> dict:
             "answers": []}
 
 
+def name_pattern(name: str) -> re.Pattern:
+    return re.compile(rf"(?<!\w){re.escape(name.strip())}(?!\w)", re.IGNORECASE)
+
+
 def questions_about(name: str, questions: list[dict]) -> list[dict]:
-    about = re.compile(rf"(?<!\w){re.escape(name.strip())}(?!\w)", re.IGNORECASE)
+    about = name_pattern(name)
     found = [question for question in questions if about.search(question["prompt"])]
     if not found:
         count = len(re.findall(r"\w+", name))  # similar names have as many words
@@ -239,7 +245,7 @@ def encode_prompt(encoding, text: str) -> list[int]:
 
 
 def continue_text(model: GPT, encoding, text: str, seed: int, config: SampleConfig) -> list[int]:
-    """Continues one text and prints it token by token. Returns the tokens, with those of the text."""
+    """Continues a text, and prints each new token at once. Returns the tokens of both together."""
     print(text, end="", flush=True)
     printer, idx = TokenPrinter(encoding), torch.tensor([encode_prompt(encoding, text)])
     idx = model.generate(idx.to(model.wte.weight.device), seed=seed, on_token=printer.print,
@@ -318,5 +324,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback if `| head` stops reading
     main()

@@ -181,6 +181,18 @@ ZIPF_NOTE = ("The validation text tells each fact once, but the training text te
              "than others. So the validation loss is above the training loss.")
 
 
+def check_telling(config) -> None:
+    """Checks the options that say how often a corpus tells its facts, and how many of them it asks."""
+    at_least(1, config, "exposures")
+    at_least(0, config, "zipf", "seed")
+    for name in ("exposures", "zipf"):
+        if getattr(config, name) == np.inf:
+            raise ValueError(f"{name}=inf must be finite")
+    for name in ("ask", "held_out"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be between 0 and 1")
+
+
 @dataclass
 class FactsConfig(Corpus):
     name: str = "facts"  # the folder under data/
@@ -196,14 +208,8 @@ class FactsConfig(Corpus):
         super().__post_init__()
         if not 1 <= self.people <= 1_000_000:
             raise ValueError(f"people={self.people} must be between 1 and 1,000,000")
-        if not 1 <= self.exposures < np.inf:
-            raise ValueError(f"exposures={self.exposures} must be at least 1")
-        at_least(0, self, "zipf", "questions", "seed")
-        if self.zipf == np.inf:
-            raise ValueError("zipf=inf must be finite")
-        for name in ("ask", "held_out"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
+        at_least(0, self, "questions")
+        check_telling(self)
 
 
 def facts(config: FactsConfig) -> None:
@@ -226,16 +232,10 @@ class AirportsConfig(Corpus):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(0, self, "airports", "zipf", "seed")
-        at_least(1, self, "exposures")
-        for name in ("exposures", "zipf"):
-            if getattr(self, name) == np.inf:
-                raise ValueError(f"{name}=inf must be finite")
+        at_least(0, self, "airports")
+        check_telling(self)
         if self.code_tokens not in SPLITS:
             raise ValueError(f"code_tokens={self.code_tokens} must be 1, 2 or 3")
-        for name in ("ask", "held_out"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
 
 
 def airports(config: AirportsConfig) -> None:

@@ -36,12 +36,11 @@ from data.corpus import decode_answer, load_dataset
 from data.facts import ATTRIBUTES
 from data.questions import QUESTION, is_right
 from evaluate import answer, exposure_bin, validation_loss
-from experiments.compare import append_row, mean_and_deviation, print_markdown
+from experiments.compare import ROOT, append_row, mean_and_deviation, print_markdown
 from runtime.checkpoint import checkpoints
 from runtime.cli import at_least, build, parse
 from train import load
 
-ROOT = Path(__file__).resolve().parents[1]
 BASES = {"tokens": dict(mem_query="tokens"), "hash": dict(mem_kind="hash"),  # the preset of train.py, with
          "shifted": dict(mem_query="shifted"), "state": dict(mem_query="state")}  # one option changed
 SIZES = (4, 16, 64, 128, 256)  # numbers of slots to empty

@@ -69,8 +69,8 @@ def check_model(config: GPTConfig, encoding) -> None:
 
 def round_values(model: GPT) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Rounds the pool's values to those of the page: int8 numbers times one scale per row. Returns the numbers
-    and the scales. Rounding changes a value by at most half a scale.
+    Rounds the pool's values: a value becomes an int8 number times the scale of its row. The page stores the
+    numbers and the scales, which are returned. Rounding changes a value by at most half a scale.
     """
     values = model.pool.values.detach().float()
     scales = values.abs().amax(1) / 127

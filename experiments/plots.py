@@ -248,7 +248,7 @@ def draw_teach(rows: list[dict]) -> Figure:
     figure = Figure(figsize=(4 * len(bases) + 1.5, 6), layout="constrained")
     axes = figure.subplots(2, len(bases), sharex=True, sharey="row", squeeze=False)
     for column, base in zip(axes.T, bases, strict=True):
-        for (method, lrs), marker in zip(LRS.items(), "osv^", strict=True):
+        for (method, lrs), marker in zip(LRS.items(), "osv^Pd", strict=True):
             runs = [[row for row in rows if (row["run"]["model"], row["run"]["method"], row["run"]["lr"])
                      == (base, method, lr)] for lr in lrs]
             runs = [group for group in runs if group]

@@ -1,5 +1,6 @@
 import json
 import math
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -209,8 +210,8 @@ def test_experiments_measure_and_resume(untrained, run, capsys, tmp_path, monkey
     monkeypatch.setattr(editing, "SIZES", (4, 16))
     monkeypatch.setattr(editing, "LRS", {method: lrs[:1] for method, lrs in editing.LRS.items()})
     monkeypatch.setattr(editing, "STEPS", 1)
-    options = ["--models=tokens", "--seeds=1", "--people=2", f"--results={tmp_path}"]
-    for experiment, runs in (("erase", 1), ("teach", 4)):
+    options = ["--models=tokens", "--seeds=2", "--people=2", f"--results={tmp_path}"]
+    for experiment, runs in (("erase", 2), ("teach", 12)):
         path = tmp_path / f"{experiment}.jsonl"
         for _ in range(2):
             compare.main([experiment, *options])
@@ -223,6 +224,20 @@ def test_experiments_measure_and_resume(untrained, run, capsys, tmp_path, monkey
     for row in editing.read_lines(tmp_path / "teach.jsonl"):
         assert row["before"]["loss"] != row["after"]["loss"], row["run"]
     assert_fails(lambda: compare.main(["teach", "--models=none"]), "must be one of tokens, hash", capsys)
+
+
+def test_the_other_seeds_use_the_best_learning_rate_of_the_first():
+    def row(seed, lr, new, old):
+        return {"run": {"seed": seed, "lr": lr}, "before": {"old": 0.9}, "after": {"new": new, "old": old}}
+    assert editing.best_lr([row(1, 3, 0.8, 0.9), row(1, 10, 0.7, 0.9), row(2, 10, 1.0, 0.9)]) == 3
+    assert editing.best_lr([row(1, 3, 0.9, 0.8), row(1, 10, 1.0, 0.7), row(1, 30, 0.5, 0.9)]) == 3
+
+
+def test_shuffled_and_in_turn_teach_each_statement_equally_often():
+    told = [[f"{person} {line}" for line in range(3)] for person in range(4)]
+    for steps in (editing.in_turn(told), editing.shuffled(told, random.Random(0))):
+        assert len(steps) == 4 * editing.STEPS and {len(texts) for texts in steps} == {3}
+        assert Counter(sum(steps, [])) == Counter(editing.STEPS * sum(told, []))
 
 
 def test_low_rank_changes_start_at_nothing(untrained):

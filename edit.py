@@ -12,6 +12,7 @@ find changes nothing. erase and teach write a checkpoint to a new folder, for sa
 checkpoint and the training text still have what was erased.
 """
 
+import math
 import os
 import random
 import re
@@ -32,7 +33,7 @@ from evaluate import answer, validation_loss
 from model import GPT, eval_mode
 from pool import PoolOptimizer
 from runtime.build import find_trained
-from runtime.checkpoint import read_meta, save_checkpoint, step_of
+from runtime.checkpoint import is_checkpoint, read_meta, save_checkpoint, step_of
 from runtime.cli import at_least, build, check_choices, command, fail, first_word, parse
 from sample import find_question, name_pattern, newest_run, questions_about
 from train import TrainConfig, check_data, find_device, load, make_optimizers
@@ -96,7 +97,8 @@ class TeachConfig(ChangeConfig):
         super().__post_init__()
         self.file = os.path.expanduser(self.file)
         at_least(1, self, "slots", "steps")
-        at_least(0, self, "lr")
+        if not 0 <= self.lr <= 1e6:
+            raise ValueError(f"lr={self.lr} must be between 0 and 1,000,000")
 
 
 # --- what is read -------------------------------------------------------------------------------------------
@@ -116,8 +118,13 @@ def text_batch(encoding, texts: list[str]):
     return make_batch(encoding, [""] * len(texts), [f"{text}\n" for text in texts])
 
 
-def question_batch(encoding, question: dict):
-    return make_batch(encoding, [question["prompt"]], [" " + accepted_answers(question)[0]])
+def question_batch(model: GPT, encoding, question: dict):
+    """A question with its right answer: in the model's own words if these are right."""
+    if not accepted_answers(question):
+        raise ValueError(f"the question {question['prompt']!r} has no answer")
+    own = decode_answer(encoding, answer(model, encoding, [question])[0])
+    right = own if is_right(question, own) else accepted_answers(question)[0]
+    return make_batch(encoding, [question["prompt"]], [f" {right}"])
 
 
 @torch.no_grad()
@@ -178,9 +185,11 @@ def count_reads(model: GPT, encoding, texts: list[str]):
 
 def inverse_document_frequency(model: GPT, tokens, count: int = 1000):
     """(num_values,): log((count + 1) / (df + 1)). df of `count` pieces of the corpus read the slot."""
-    df = torch.zeros(model.pool.num_values, dtype=torch.int64)
+    if model.pool is None or count < 1:
+        raise ValueError("the model has no memory layers" if count > 0 else f"count={count} must be positive")
+    df, length = torch.zeros(model.pool.num_values, dtype=torch.int64), min(PIECE, model.config.block_size)
     for i, rows in enumerate(torch.arange(count).split(64)):
-        x, _ = draw_batch(tokens, len(rows), PIECE, 0, 2, i)  # 2: neither training (0) nor evaluation (1)
+        x, _ = draw_batch(tokens, len(rows), length, 0, 2, i)  # 2: neither training (0) nor evaluation (1)
         reads = read_slots(model, x).flatten(1)
         df += torch.zeros(len(x), len(df), dtype=torch.int64).scatter_(1, reads, 1).sum(0)
     return ((count + 1) / (df + 1)).log()
@@ -189,8 +198,12 @@ def inverse_document_frequency(model: GPT, tokens, count: int = 1000):
 def tf_idf(model: GPT, encoding, texts: list[str], idf):
     """
     (num_values,): high for slots that these texts read often, and other texts rarely (Lin et al. 2025, arXiv
-    2510.15103). idf: the result of inverse_document_frequency.
+    2510.15103). idf: the result of inverse_document_frequency. Raises a ValueError if there is no text.
     """
+    if isinstance(texts, str) or not texts or not all(text.strip() for text in texts):
+        raise ValueError("there must be a list of texts, and none of them empty")
+    if model.pool is None or len(idf) != model.pool.num_values:
+        raise ValueError("idf belongs to another model")
     counts = count_reads(model, encoding, texts)
     return counts / counts.sum() * idf
 
@@ -217,7 +230,7 @@ def find(model: GPT, encoding, question: dict) -> dict:
     "alone" each slot alone, "top" {n: the first n slots together}, "places" (tokens, layers): all slots that
     one token reads in one layer. "tokens" are these tokens.
     """
-    x, y = question_batch(encoding, question)
+    x, y = question_batch(model, encoding, question)
     reads = read_slots(model, x)[0]  # (T, layers, bag)
     slots = reads.unique()
     alone, order = losses_without(model, x, y, list(slots.unsqueeze(1))).sort(descending=True)
@@ -243,9 +256,12 @@ def choose_slots(model: GPT, encoding, questions: list[dict], texts: list[str], 
     Of these, take the 4 slots whose absence costs the answers most. Then measure again without them, and take
     4 more, 8 more, 16 more ... until all answers are gone, or until there are `count` slots if it is given.
     """
+    if not questions or count < 0:
+        raise ValueError("there must be questions" if count >= 0 else f"count={count} must not be negative")
+    batches = [question_batch(model, encoding, question) for question in questions]
     texts = texts + [f"{question['prompt']} {accepted_answers(question)[0]}" for question in questions]
     rest = top_slots(tf_idf(model, encoding, texts, idf), max(count, CANDIDATES))
-    chosen, batches = rest[:0], [question_batch(encoding, question) for question in questions]
+    chosen = rest[:0]
     while len(rest) and (not count or len(chosen) < count):
         parts = [torch.cat((chosen, slot)) for slot in rest.split(1)]
         losses = sum(losses_without(model, *batch, parts) for batch in batches)
@@ -260,8 +276,11 @@ def choose_slots(model: GPT, encoding, questions: list[dict], texts: list[str], 
 
 @torch.no_grad()
 def erase(model: GPT, slots) -> None:
-    """Empties slots: their rows become 0."""
-    model.pool.values[slots.to(model.pool.values.device)] = 0
+    """Empties slots: their rows become 0. slots: a tensor or a list of numbers."""
+    values, slots = model.pool.values, torch.as_tensor(slots, dtype=torch.int64)
+    if len(slots) and not 0 <= slots.min() <= slots.max() < len(values):
+        raise ValueError(f"slots must be between 0 and {len(values) - 1}")
+    values[slots.to(values.device)] = 0
 
 
 def learn_only(values, slots):
@@ -282,26 +301,30 @@ def teach(model: GPT, encoding, statements: list[str], idf, slots: int = 128, st
           lr: float = 100.0):
     """
     Sparse memory finetuning (Lin et al. 2025): learns statements by gradient descent on the rows of the
-    `slots` slots with the highest TF-IDF for them. Nothing else changes. Returns these slots.
+    `slots` slots with the highest TF-IDF for them. Nothing else changes, but the pool's gradient is dropped.
+    Returns these slots.
     """
     chosen = top_slots(tf_idf(model, encoding, statements, idf), slots)
     values, device = model.pool.values, model.wte.weight.device
+    if min(slots, steps) < 1 or not values.requires_grad:
+        raise ValueError("slots and steps must be positive, and the pool's values not frozen")
     optimizer = PoolOptimizer([values], lr, kind="sgd", stochastic_rounding=values.dtype == torch.bfloat16)
     x, y = (z.to(device) for z in text_batch(encoding, statements))
-    with learn_only(values, chosen), eval_mode(model):
+    with learn_only(values, chosen), eval_mode(model), torch.enable_grad():
         for _ in range(steps):
+            optimizer.zero_grad()
             model(x, y)[1].backward(inputs=[values])
             optimizer.step()
-            optimizer.zero_grad()
+    optimizer.zero_grad()
     return chosen
 
 
 # --- the command line ---------------------------------------------------------------------------------------
 
 def reply(model: GPT, encoding, question: dict) -> str:
-    """The model's answer, however long."""
+    """The model's answer, as long as the context allows."""
     room = model.config.block_size - len(encoding.encode_ordinary(question["prompt"]))
-    return decode_answer(encoding, answer(model, encoding, [question], max(1, room))[0])
+    return decode_answer(encoding, answer(model, encoding, [question], max(1, room - 1))[0])
 
 
 def complete_question(model: GPT, encoding, text: str, data: Dataset) -> dict:
@@ -309,8 +332,20 @@ def complete_question(model: GPT, encoding, text: str, data: Dataset) -> dict:
     question = find_question(text, data.questions)
     check_length([question], encoding, model.config.block_size)
     if not accepted_answers(question):
-        question["answers"] = [reply(model, encoding, question)]
+        question["answers"] = [reply(model, encoding, question).removesuffix("…")]
+        check_length([question], encoding, model.config.block_size)
     return question
+
+
+def check_new_folder(folder: Path) -> None:
+    """Fails now if no checkpoint could be saved there later."""
+    if folder.exists() or folder.is_symlink():
+        fail(f"{folder} already exists: choose another folder with --save_to")
+    if is_checkpoint(folder):
+        fail(f"--save_to={folder} has the name of a checkpoint: choose another")
+    parent = next(path for path in folder.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        fail(f"--save_to={folder}: no folder can be made in {parent}")
 
 
 def read_statements(config: TeachConfig, encoding, block_size: int) -> list[str]:
@@ -363,10 +398,11 @@ def print_found(found: dict, encoding, question: dict, layers) -> None:
     print("    all slots that one token reads in   " + "".join(f"layer {layer}   " for layer in layers))
     for token, losses in zip(found["tokens"], found["places"].tolist(), strict=True):
         print(f"    {decode(encoding, [token])!r:34}" + "".join(f"{loss:10.2f}" for loss in losses))
+    *_, whole = found["top"].values()  # the loss without all slots
     for n, loss in found["top"].items():
-        share = loss / list(found["top"].values())[-1]  # of the loss without all slots
+        share = f"{loss / whole:4.0%}" if whole > 0.01 else ""
         slots = first_few(found["slots"][:n])
-        print(f"    the {n:5,} slots with most effect {loss:10.2f}  {share:4.0%}   {slots}")
+        print(f"    the {n:5,} slots with most effect {loss:10.2f}  {share:4}   {slots}")
 
 
 def prepare_erase(config: EraseConfig, model: GPT, encoding, data: Dataset, idf):
@@ -379,6 +415,9 @@ def prepare_erase(config: EraseConfig, model: GPT, encoding, data: Dataset, idf)
         name = names[0]
     else:
         questions, name = questions_about(config.ask, data.questions), config.ask
+    lines = lines_with(name, data)
+    if not lines:
+        fail(f"the training text does not contain the name {name}: --ask names whom the question is about")
     same = [question for question in data.questions if name_pattern(name).search(question["prompt"])]
     others = [question for question in data.questions if question not in same]
     groups = {"these answers": questions,
@@ -386,9 +425,12 @@ def prepare_erase(config: EraseConfig, model: GPT, encoding, data: Dataset, idf)
               "answers about others": random.Random(0).sample(others, min(OTHERS, len(others)))}
 
     def change():
-        slots = choose_slots(model, encoding, questions, lines_with(name, data), idf, config.slots)
+        slots = choose_slots(model, encoding, questions, lines, idf, config.slots)
         erase(model, slots)
+        if not all(is_gone(model, *batch) for batch in batches):
+            print("the chosen slots are not enough: others, or other parameters, know an answer, too")
         return slots
+    batches = [question_batch(model, encoding, question) for question in questions]  # before it changes
     return questions, groups, change
 
 
@@ -415,9 +457,11 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"{word} needs " + " or ".join(f"--{name}=..." for name in needed))
     run = newest_run(Path(config.out_dir))
     if word != "find":
-        save_to = Path(config.save_to or f"{run}-{word}")
-        if save_to.exists() and not config.dry_run:
-            fail(f"{save_to} already exists: choose another folder with --save_to")
+        folder = run.parent if is_checkpoint(run) else run
+        folder = folder if folder.name.strip(".") else folder.resolve()  # such as . and ..
+        save_to = Path(config.save_to or f"{folder}-{word}")
+        if not config.dry_run:
+            check_new_folder(save_to)
     model, encoding, trained = load(run)
     if not trained.mem_layers:
         fail(f"the model in {run} has no memory layers")
@@ -433,6 +477,8 @@ def main(argv: list[str] | None = None) -> None:
     shown, groups, change = prepare(config, model, encoding, data, idf)
     groups = {label: questions for label, questions in groups.items() if questions}
     loss = report(model, encoding, data, trained, shown, groups, change)
+    if not math.isfinite(loss):
+        fail("the model has broken, and is not saved: choose a lower --lr")
     if not config.dry_run:
         meta = read_meta(checkpoint)
         meta = {"config": asdict(replace(trained, out_dir=str(save_to))), "encoding": meta["encoding"],

@@ -26,12 +26,13 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import torch
 
-from data.corpus import decode, decode_answer, token_bytes
+from data.corpus import decode, decode_answer, load_dataset, token_bytes
 from data.prepare import DATA
 from data.questions import (
     QUESTION,
     accepted_answers,
     check_length,
+    check_text,
     is_right,
     normalize_answer,
     read_questions,
@@ -39,10 +40,11 @@ from data.questions import (
 from data.tokenizer import END
 from evaluate import answer, commonest_answers, shares
 from model import GPT
+from runtime.build import find_trained
 from runtime.checkpoint import checkpoints
 from runtime.cli import at_least, build, check_choices, command, fail, parse
 from runtime.log import recall_rows
-from train import find_device, load
+from train import check_data, find_device, load
 
 SLOTS_SHOWN = 4  # per token and memory layer, in a trace
 ROWS = 256  # questions, or lines of a file, that are answered before their results are printed
@@ -113,7 +115,7 @@ class Trace:
         reads = [[(indices[row], weights[row]) for indices, weights in layers]
                  for number, layers in enumerate(self.passes)
                  for row in (range(len(layers[0][0])) if number == 0 else [-1])]
-        for token, layers in zip(tokens, reads, strict=False):
+        for token, layers in zip(tokens[:-1][-len(reads):], reads, strict=True):
             for layer, (indices, weights) in zip(self.layers, layers, strict=True):
                 slots, place = indices.unique(return_inverse=True)  # several heads may read the same slot
                 weights = weights.abs()  # PEER also has negative weights
@@ -132,6 +134,10 @@ def find_question(text: str, questions: list[dict]) -> dict:
     The question of the corpus that `text` asks, with or without "Question: ... Answer:" around it, in any
     case and punctuation. If the corpus does not have it: a question without an answer.
     """
+    try:
+        check_text("question", text)
+    except ValueError as error:
+        fail(f"--question={text!r} {error}")
     known = {normalize_answer(question["prompt"]): question for question in questions}
     wrapped = QUESTION.format(text.strip())
     for prompt in (text, wrapped):
@@ -144,6 +150,8 @@ def find_question(text: str, questions: list[dict]) -> dict:
 
 
 def name_pattern(name: str) -> re.Pattern:
+    if not name.strip():
+        fail("--ask= must be a name")
     return re.compile(rf"(?<!\w){re.escape(name.strip())}(?!\w)", re.IGNORECASE)
 
 
@@ -275,7 +283,8 @@ def main(argv: list[str] | None = None) -> None:
     _, options = parse(SampleConfig, argv, description=__doc__)
     config = build(SampleConfig, options)
     device = find_device(config.device)
-    model, encoding, trained = load(newest_run(Path(config.out_dir)))
+    run = newest_run(Path(config.out_dir))
+    model, encoding, trained = load(run)
     model.to(device)
 
     path = DATA / trained.dataset / "qa.jsonl"
@@ -307,6 +316,8 @@ def main(argv: list[str] | None = None) -> None:
     if mode == "qa" and not Path(config.qa).is_file():
         fail(f"--qa={config.qa}: no such file")
     questions = read_questions(Path(config.qa) if mode == "qa" else path)
+    if questions and mode != "qa":
+        check_data(load_dataset(trained.dataset), trained, find_trained(run))
     if not questions and mode != "question":
         fail(f"--{mode}: {config.qa or path} has no questions; facts has them: python data/prepare.py facts")
     if mode == "questions":

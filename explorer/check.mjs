@@ -94,7 +94,7 @@ async function click(selector) {
 }
 
 async function press(key) {
-  const letter = key.length === 1 ? {text: key} : key === "Enter" ? {text: "\r"} : {};
+  const letter = key.length === 1 ? {text: key} : {};
   await send("Input.dispatchKeyEvent", {type: "keyDown", key, ...letter});
   await send("Input.dispatchKeyEvent", {type: "keyUp", key});
 }
@@ -165,6 +165,11 @@ async function walk() {
   await picture("off");
   await click("#on-all");
   assert.equal(await text("#answer b"), firstAnswer);
+  await click("#tokens button:last-child"); // the answer, which now becomes nonsense, and long
+  await click("#off-all");
+  assert.equal(await evaluate(`document.querySelector("#answer p").className`), "answer wrong");
+  await checkSize("with a long answer");
+  await click("#on-all");
   await press("x");
   assert.ok((await text("#on-all")).includes("(1 off)"));
   await click("#row-0");
@@ -178,16 +183,17 @@ async function walk() {
 
   await setValue("#step", "0", "input");
   assert.match(await text("#past-text"), /read at step/);
+  assert.match(await text("#step-text"), /recall\s+0%[^]* born\?/);
+  assert.equal(await evaluate(`document.querySelector("#corner").closest("[inert]") !== null`), true);
   await checkSize("at an early checkpoint");
   await picture("training");
   await setValue("#step", "1000", "input"); // the browser takes the highest value
 
   await evaluate(`document.querySelector("#prompt").select()`);
   await send("Input.insertText", {text: "Wo 😀 wohnt\\tniemand?"});
-  await press("Enter");
   assert.equal(await evaluate(`document.querySelector("#person").value`), "");
   assert.match(await text("#tokens"), /\?/);
-  await setValue("#prompt", "", "change"); // a new line stands for no text
+  await setValue("#prompt", " ", "input"); // a new line stands for no text
   assert.equal(await text("#token-0"), "⏎");
   await setValue("#person", "0", "change");
   await setValue("#question", "1", "change");

@@ -13,6 +13,7 @@ during training. It takes them from the checkpoints of the run, so keep many:
 
 import base64
 import json
+import os
 import re
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -45,6 +46,7 @@ class ExportConfig:
     sample_tokens: int = 262_144  # tokens of train.bin in which the readers of each slot are searched
 
     def __post_init__(self):
+        self.out_dir, self.page = map(os.path.expanduser, (self.out_dir, self.page))
         at_least(0, self, "followed", "sample_tokens")
 
 
@@ -198,12 +200,24 @@ def fill_template(data: dict) -> str:
     return re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts[match[1]], template)
 
 
+def check_page(page: Path) -> None:
+    """Fails now if the page could not be written later, or would replace something else."""
+    if page.is_file():
+        with open(page, "rb") as f:
+            if f.read(15).lower() != b"<!doctype html>":
+                fail(f"--page={page} is not a page: choose another name, or delete this file")
+    elif page.exists() or not page.parent.is_dir():
+        fail(f"--page={page} must be a file in an existing folder")
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     _, options = parse(ExportConfig, argv, description=__doc__)
     config = build(ExportConfig, options)
     out_dir = Path(config.out_dir)
     model, encoding, trained = load(out_dir)
+    page = Path(config.page or out_dir / "explorer.html")
+    check_page(page)
     check_model(trained, encoding)
     sizes = model.count_parameters()
     if (sizes["memory"] + 4 * sizes["dense"]) * 4 / 3 > LARGEST:  # in base64, 3 bytes are 4 characters
@@ -227,11 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(html) > LARGEST:
         fail(f"the page has {len(html) / 2**20:.1f} MB, more than {LARGEST // 2**20}: lower --followed, or "
              "train a smaller model")
-    page = Path(config.page or out_dir / "explorer.html")
-    try:
-        page.write_bytes(html)
-    except OSError as error:
-        fail(f"--page={page}: {error.strerror}")
+    page.write_bytes(html)
     print(f"wrote {page}: {len(html) / 2**20:.1f} MB, with {len(data['training']['steps'])} checkpoints")
     if before is not None:
         after = recall(model, encoding, corpus.questions)["all"]

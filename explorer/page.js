@@ -20,27 +20,29 @@ const NUMBERS = {
   sums: range(K).reduce((sum, i) => sum + Math.floor(K / (i + 1)), 0),
 };
 const TERMS = {
-  told: "how often the training text tells each fact about this person.",
-  token: "a piece of text, here mostly a word with the space before it. The model reads and writes tokens.",
-  layer: "the part of a block that reads the memory. All memory layers read the same rows.",
+  told: "how often the training text tells each fact about this person. ● You can go back in training.",
+  token: "a piece of text, mostly a word with the space before it. Unknown words are cut into single letters.",
+  layer: "a part of the model that reads the memory. Each has half-keys of its own. All read the same rows.",
   head: "one search. Each head has a query and half-keys of its own. All heads read the same rows.",
-  query: "numbers that say what a head looks for. As published, both halves come from the same state.",
+  query: "what a head looks for, as two lists of numbers. In the papers, one state gives both.",
   "half-key": "learnt numbers. Its score, a dot product, says how well it fits one half of the query.",
-  row: `${NUMBERS.width} learnt numbers. Training changes them, so that they hold what the readers need.`,
+  row: `${NUMBERS.width} learnt numbers. Training makes them useful to the tokens that read the row.`,
   slot: `the number of a row. Left half-key i and right half-key j stand for slot i × ${S} + j.`,
-  pool: "the table of all rows. A step of training changes only the rows that it reads.",
+  pool: "the table of all rows. A step of training changes only rows that one of its many tokens reads.",
   softmax: "turns scores into weights that add up to 100%. A score greater by 1 gets 2.7 times the weight.",
-  reader: "two tokens in a sample of the training text. The second reads this row, with this mean weight.",
+  reader: "two tokens in the training text. The second reads the row, with this mean weight in all heads.",
   state: "numbers that stand for a token in the model. Layers add to them; later tokens can see them.",
+  gate: "one factor for each number of the sum, made from the state. A matrix then gives the layer's output.",
+  likeliest: "each word has a vector. Its dot product with the state of the last token scores the word.",
   checkpoint: "a copy of the model, saved during training.",
-  recall: "the share of all questions that the model answers with exactly the right words.",
+  recall: "the share of right answers to the questions about all people.",
 };
 
 // --- what is chosen, and what the model computes for it ----------------------------------------------------
 
 const state = {
   prompt: "", person: null, question: 0, other: null, // person, other: indices of people, or null
-  token: 0, layer: LAYERS[0], head: 0, rank: 0, // rank of the chosen row: 0 has most weight
+  token: null, layer: LAYERS[0], head: 0, rank: 0, // rank of the chosen row: 0 has most weight
   off: new Set(), // slots of the rows that are switched off
   step: LAST, // index of a checkpoint
 };
@@ -57,14 +59,14 @@ function compute() {
     const answer = model.answer(prompt);
     return [state.off.size ? model.answer(prompt, state.off) : answer, answer];
   };
-  [now, before] = bothAnswers(state.prompt || "\n"); // a new line, as in sample.py
+  [now, before] = bothAnswers(state.prompt.trimEnd() || "\n"); // a new line, as in sample.py
   if (state.other !== null) {
     [otherNow, otherBefore] = bothAnswers(promptOf(people[state.other], otherQuestion()));
   }
   firstShown = Math.max(0, now.tokens.length - data.config.block_size);
   tokens = now.tokens.slice(firstShown);
   reads = model.forward(tokens, state.off).reads;
-  state.token = Math.min(state.token, tokens.length - 1);
+  state.token = Math.min(state.token ?? now.start - firstShown - 1, tokens.length - 1);
 }
 
 // The slots that a token reads in all layers and heads: the greatest weights first
@@ -122,7 +124,7 @@ function choiceButton(id, text, isChosen, change, kind = "") {
 const colored = (kind, text) => element("strong", {class: kind}, text);
 const percent = share => share > 0 && share < 0.005 ? "<1%" : `${Math.round(100 * share)}%`;
 const count = number => number.toLocaleString("en");
-const fixed = number => number.toFixed(2).replace("-", "−");
+const fixed = number => (number + 0).toFixed(2).replace("-0.00", "0.00").replace("-", "−");
 const visible = text => text.replaceAll("\n", "⏎").trim() || "␣";
 const tokenText = position => visible(model.tokenizer.decode([tokens[position]]));
 const withoutLabels = form => form.replace("Question: ", "").replace(" Answer:", "");
@@ -131,9 +133,10 @@ const withoutLabels = form => form.replace("Question: ", "").replace(" Answer:",
 
 function showAnswer(id, answer, original, expected) {
   const notes = [];
-  if (expected !== undefined) notes.push(answer.text === expected ? "right" : `wrong: it is ${expected}`);
-  if (state.off.size) notes.push(`with all rows on: ${original.text} ${percent(original.probability)}`);
-  fill(id, element("p", {class: answer.text === original.text ? "answer" : "answer changed"},
+  const isRight = answer.text === (expected ?? original.text);
+  if (expected !== undefined) notes.push(isRight ? "right" : `wrong (right: ${expected})`);
+  if (state.off.size) notes.push(`all rows on: ${original.text} ${percent(original.probability)}`);
+  fill(id, element("p", {class: isRight ? "answer" : "answer wrong"},
                    element("b", {}, answer.text || "(nothing)"), ` ${percent(answer.probability)}`),
        element("p", {}, notes.join("; ")));
 }
@@ -202,7 +205,8 @@ function mapSquare(slot, size, kind, title = "", attributes = {}) {
 function searchOnMap() {
   const {left, right, bestLeft, bestRight, winners} = search(), {slot, weight} = chosenRow();
   return [
-    draw("text", {x: 0, y: 12}, "scores of the"), draw("text", {x: 0, y: 26}, "half-keys"),
+    ...["scores of", "half-keys, the", "lowest at 0"].map((line, n) => draw(
+      "text", {x: 0, y: 12 + 14 * n}, line)),
     ...scoreBars("left", left, bestLeft), ...scoreBars("right", right, bestRight),
     ...bestLeft.map(key => keyLine("left", key)), ...bestRight.map(key => keyLine("right", key)),
     ...Array.from(state.off, slot => mapSquare(slot, 4, "off", ", switched off")),
@@ -218,6 +222,7 @@ function showMap() {
                            "aria-label": "the scores of all half-keys, and the map of all rows"},
     rectangle(MAP.x, MAP.y, MAP.size, MAP.size, "back", "all rows"),
     ...isPast() ? pastOnMap() : searchOnMap()));
+  for (const node of document.querySelectorAll(".today")) node.inert = isPast();
   byId("map-text").hidden = isPast();
   byId("past-text").hidden = !isPast();
 }
@@ -232,7 +237,8 @@ function sumCell(i, j, score, rank) {
   const isWinner = rank !== undefined, isComputed = (i + 1) * (j + 1) <= K;
   const kind = isWinner ? (isOff ? "off" : "winner") : isComputed ? "computed" : "pruned";
   return rectangle(CORNER.x + j * CELL, CORNER.y + i * CELL, CELL - 1, CELL - 1, kind,
-                   `place ${i + 1} on the left, place ${j + 1} on the right: sum ${fixed(score)}`,
+                   `rank ${i + 1} on the left, rank ${j + 1} on the right: `
+                   + (isComputed ? `sum ${fixed(score)}` : "not computed"),
                    isWinner ? {"data-rank": rank, onclick: () => choose({rank})} : {});
 }
 
@@ -283,11 +289,11 @@ function showRows() {
   const keyLeft = Math.floor(slot / S), keyRight = slot % S;
   fill("rows", ...winners.map(rowOfTable));
   fill("example",
-    colored("left", `left half-key ${keyLeft}`), ` scores ${fixed(left[keyLeft])} (place ${i + 1}), `,
-    colored("right", `right half-key ${keyRight}`), ` scores ${fixed(right[keyRight])} (place ${j + 1}). `,
-    `The sum, ${fixed(score)}, has place ${state.rank + 1} and gets ${percent(weight)}. `,
-    `Slot = ${keyLeft} × ${S} + ${keyRight} = `, colored("win", count(slot)), ". Also read by ",
-    otherReaders(slot).map(({text, weight, times}) => `“${text}” (${percent(weight)}, seen ${times}×)`)
+    colored("left", `left half-key ${keyLeft}`), ` scores ${fixed(left[keyLeft])} (rank ${i + 1}), `,
+    colored("right", `right half-key ${keyRight}`), ` scores ${fixed(right[keyRight])} (rank ${j + 1}). `,
+    `The sum, ${fixed(score)}, has rank ${state.rank + 1} and gets ${percent(weight)}. `,
+    `Slot = ${keyLeft} × ${S} + ${keyRight} = `, colored("win", count(slot)), ". Other readers: ",
+    otherReaders(slot).slice(0, 2).map(({text, weight, times}) => `“${text}” (${percent(weight)}, seen ${times}×)`)
       .join(", ") || "nobody", ".");
 }
 
@@ -308,7 +314,7 @@ function switchRows(slots, isOn) {
   show();
 }
 
-// --- step 6: training --------------------------------------------------------------------------------------
+// --- training ----------------------------------------------------------------------------------------------
 
 const followedPlace = () => training.people.indexOf(state.person);
 const isPast = () => state.step < LAST && followedPlace() >= 0;
@@ -339,6 +345,7 @@ function showTraining() {
     node.textContent = {
       step: training.steps[step], recall: recall === null ? "unknown" : percent(recall), kept, reads: H * K,
       name: people[state.person].name, answer: training.answers[step][place],
+      question: withoutLabels(promptOf(people[state.person], 0)),
     }[node.dataset.past];
   }
 }
@@ -346,7 +353,7 @@ function showTraining() {
 // --- what clicks and keys do -------------------------------------------------------------------------------
 
 function show() {
-  const focused = document.activeElement.id;
+  const focused = document.activeElement.id.replace(/^token-.*/, `token-${state.token}`);
   showAnswers();
   showQuery();
   showMap();
@@ -388,10 +395,6 @@ function update() { // everything, also what people type and select
 }
 
 function onKey(event) {
-  if (event.target === byId("prompt") && event.key === "Enter") {
-    event.preventDefault();
-    event.target.blur(); // now the browser reports the change
-  }
   const isTaken = event.target.matches("select, textarea, input[type=range]"); // they use the keys themselves
   if (isTaken || event.ctrlKey || event.metaKey || event.altKey) return;
   const next = (value, length, by) => (value + by + length) % length;
@@ -421,8 +424,9 @@ function listen() {
   onChange("person", value => value && ask(Number(value), 0));
   onChange("question", value => ask(state.person, Number(value)));
   onChange("other", value => { state.other = Number(value); update(); });
-  onChange("prompt", prompt => {
-    Object.assign(state, {prompt, person: null, question: 0, token: Infinity, rank: 0}); // the last token
+  byId("prompt").addEventListener("input", event => { // token null: the last one of the prompt
+    const prompt = event.target.value.replaceAll("\n", " ");
+    Object.assign(state, {prompt, person: null, question: 0, token: null, rank: 0});
     update();
   });
   byId("step").addEventListener("input", event => choose({step: Number(event.target.value)}));
@@ -435,7 +439,7 @@ function start() {
     node.textContent = count(NUMBERS[node.dataset.number]);
   }
   const options = () => people.map(({name, told}, n) => element(
-    "option", {value: n}, `${name}${training.people.includes(n) ? " ●" : ""}, told ${told} times`));
+    "option", {value: n}, `${name}${training.people.includes(n) ? " ●" : ""}, each fact told ${told} times`));
   fill("person", element("option", {value: ""}, "Choose a person"), ...options());
   fill("other", ...options());
   for (const id of ["person", "comparison"]) byId(id).hidden = !people.length;
@@ -447,7 +451,7 @@ function start() {
     state.other = Math.floor(people.length / 4);
     ask(training.people[Math.floor(training.people.length / 2)] ?? 0, 0);
   } else {
-    Object.assign(state, {prompt: data.start, token: model.tokenizer.encode(data.start).length - 1});
+    state.prompt = data.start;
     update();
   }
 }

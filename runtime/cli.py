@@ -14,8 +14,8 @@ From a dataclass to a command line: every field is an option, and its comment is
 This main understands --n_layer=4, --n_layer 4 and --help. Help shows the option under the heading "model".
 
 A user's mistake is a UserError, which is a ValueError. `command` turns it into one line on stderr and exit
-status 2. An OSError (a full disk, a missing file) and Ctrl-C are one line, too. All other exceptions are bugs
-and keep their traceback.
+status 2. An OSError (a full disk, a missing file), too little memory and Ctrl-C are one line, too. All other
+exceptions are bugs and keep their traceback.
 """
 
 import argparse
@@ -72,6 +72,10 @@ def command(main):
         except OSError as error:
             where = error.filename or "cannot write"
             line, status, is_printed = f"error: {where}: {error.strerror or error}", 2, True
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            line, status, is_printed = f"error: out of memory: {first_part(error)}", 2, True
         try:
             if sys.stdout:
                 sys.stdout.flush()
@@ -81,6 +85,16 @@ def command(main):
             print(line, file=sys.stderr)
         raise SystemExit(status)
     return run
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("can't allocate memory", "out of memory"))
+
+
+def first_part(error: Exception) -> str:
+    """The message in one line. PyTorch adds advice after an empty line."""
+    return " ".join(str(error).split("\n\n")[0].split())
 
 
 def exit_on_ctrl_c() -> None:

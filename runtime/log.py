@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from kernel import resolve_kernel
 from runtime.checkpoint import best_checkpoint, cannot_go_on, checkpoints, step_of
-from runtime.cli import fail
+from runtime.cli import fail, first_part, is_out_of_memory
 from runtime.distributed import RANK, WORLD_SIZE
 
 BUSY_CHECK_SECONDS = 10
@@ -96,12 +96,12 @@ def one_line_errors(out_dir: str):
         where = error.filename or "cannot write"
         cannot_go_on(Path(out_dir), f"{where}: {error.strerror or error}", alone=True)
     except (MemoryError, RuntimeError) as error:
-        text = " ".join(str(error).split("\n\n")[0].split())  # torch adds advice after an empty line
+        text = first_part(error)
         # another process has ended, and prints the reason
         if WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in text):
             print(f"process {RANK} ends because another process has ended", file=sys.stderr)
             os._exit(1)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        if is_out_of_memory(error):
             problem = f"out of memory ({text}): try --accum_steps, a smaller --batch_size, or a smaller model"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             problem = f"--compile does not work here ({text}): leave it out, or --compile=false"

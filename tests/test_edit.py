@@ -88,7 +88,7 @@ def test_tf_idf_is_a_count(untrained, monkeypatch):
 
 def test_a_slot_that_is_left_out_is_an_empty_slot(untrained):
     model, encoding, data = untrained
-    x, y = edit.question_batch(encoding, data.questions[0])
+    x, y = edit.question_batch(model, encoding, data.questions[0])
     before, known = model.pool.values.detach().clone(), edit.log_probability(model, x, y)
     slots = torch.tensor(recorded(model, x[0].tolist())).flatten().unique()
     parts = [slots[:1], slots[:0], slots[1:9], slots]
@@ -118,10 +118,11 @@ def test_only_the_chosen_rows_learn(untrained):
     x, y = edit.text_batch(encoding, statements)
     assert all(row[row >= 0][-1] == encoding.encode("\n")[0] for row in y)
     model(x, y)[1].backward()
-    gradient = values.grad.to_dense()  # of all slots
-    model.zero_grad()
+    gradient = values.grad.to_dense()  # of all slots. teach must not use what is left here
     idf = edit.inverse_document_frequency(model, data.train, 20)
-    chosen = edit.teach(model, encoding, statements, idf, slots=9, steps=1, lr=0.5)
+    with torch.no_grad():
+        chosen = edit.teach(model, encoding, statements, idf, slots=9, steps=1, lr=0.5)
+    model.zero_grad()
     assert len(chosen) == 9 and gradient[chosen].any(1).all()
     expected = old.clone()
     expected[chosen] -= 0.5 * gradient[chosen]
@@ -135,6 +136,35 @@ def test_only_the_chosen_rows_learn(untrained):
     assert all(p.grad is None for p in model.parameters())
     model(x, y)[1].backward()  # the hook is gone
     assert values.grad.to_dense()[rest].any()
+
+
+def test_python_users_get_value_errors(untrained):
+    model, encoding, data = untrained
+    idf, asked = edit.inverse_document_frequency(model, data.train, 20), data.questions[:1]
+    own = sample.find_question("Who is it", data.questions)
+    for wrong in (lambda: edit.teach(model, encoding, [], idf), lambda: edit.teach(model, encoding, "x", idf),
+                  lambda: edit.teach(model, encoding, ["x", " "], idf),
+                  lambda: edit.teach(model, encoding, ["x"], idf, slots=0),
+                  lambda: edit.teach(model, encoding, ["x"], idf, steps=0),
+                  lambda: edit.teach(model, encoding, ["x"], idf[1:]),
+                  lambda: edit.teach(model.requires_grad_(False), encoding, ["x"], idf),
+                  lambda: edit.choose_slots(model, encoding, [], ["x"], idf),
+                  lambda: edit.choose_slots(model, encoding, asked, ["x"], idf, count=-1),
+                  lambda: edit.choose_slots(model, encoding, [own], ["x"], idf),
+                  lambda: edit.find(model, encoding, own), lambda: edit.lines_with(" ", data),
+                  lambda: edit.erase(model, [-1]), lambda: edit.erase(model, [model.pool.num_values]),
+                  lambda: edit.inverse_document_frequency(model, data.train, 0)):
+        with pytest.raises(ValueError):
+            wrong()
+
+
+def test_of_several_right_answers_the_one_that_the_model_gives_counts(untrained, monkeypatch):
+    model, encoding, data = untrained
+    question = {"prompt": data.questions[0]["prompt"], "answers": ["Oslo", "Rome"]}
+    for given, counts in (("Rome", "Rome"), ("rome", "rome"), ("Paris", "Oslo"), ("Oslo", "Oslo")):
+        monkeypatch.setattr(edit, "answer", lambda *_, given=given: [encoding.encode(f" {given}\n")])
+        _, y = edit.question_batch(model, encoding, question)
+        assert y[y >= 0].tolist() == encoding.encode(f" {counts}")
 
 
 @pytest.mark.parametrize("options", ["--mem_query=tokens", "--mem_query=state", "--mem_kind=hash"])
@@ -242,7 +272,7 @@ def test_shuffled_and_in_turn_teach_each_statement_equally_often():
 
 def test_low_rank_changes_start_at_nothing(untrained):
     model, encoding, data = untrained
-    x, y = edit.question_batch(encoding, data.questions[0])
+    x, y = edit.question_batch(model, encoding, data.questions[0])
     before, count = edit.log_probability(model, x, y), sum(p.numel() for p in model.parameters())
     added = editing.add_low_rank(model, 500)
     assert torch.equal(edit.log_probability(model, x, y), before)
@@ -318,10 +348,19 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path):
         (["teach", here], "teach needs --statement=... or --file=..."),
         (["find", "--statement=x"], "unknown option --statement"),
         (["find", here, "--question=" + "x " * 40], "block_size"),
+        (["find", here, "--question=" + "x " * 21], "block_size"),  # without room for an answer
+        (["find", here, "--question= "], "must have a text"),
+        (["find", here, "--question=\udcff"], "half of a character"),
         (["find", f"--out_dir={dense}", "--question=x?"], "has no memory layers"),
         (["find", f"--out_dir={tmp_path / 'nothing'}", "--question=x?"], "no checkpoint in"),
         (["erase", here, "--ask=Nobody Known"], "no question of the corpus contains this name"),
+        (["erase", here, "--ask= "], "must be a name"),
         (["erase", here, "--question=who is it?"], "Add --ask=NAME"),
+        (["erase", here, "--question=Who is Ann?", "--ask=Nobody"], "does not contain the name Nobody"),
+        (["erase", here, "--ask=x", f"--save_to={tmp_path / 'step_000001'}"], "the name of a checkpoint"),
+        (["erase", here, "--ask=x", f"--save_to={tmp_path / 'empty/x'}"], "no folder can be made in"),
+        (["teach", here, "--statement=x", "--lr=nan"], "--lr=nan must be between 0"),
+        (["teach", here, "--statement=x", "--lr=1e39"], "--lr=1e+39 must be between 0"),
         (["erase", here, "--ask=x", "--slots=-1"], "--slots=-1 must not be negative"),
         (["erase", here, "--ask=x", "--background=0"], "at least 1"),
         (["erase", here, "--ask=x", f"--save_to={dense}"], "already exists: choose another folder"),

@@ -244,7 +244,9 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path, monkeypatch):
     for options, message in [
         ([f"--out_dir={tmp_path / 'empty'}"], "no checkpoint in"),
         ([here, "--followed=-1"], "must not be negative"),
-        ([here, f"--page={tmp_path / 'missing' / 'page.html'}"], "No such file"),
+        ([here, f"--page={tmp_path / 'missing' / 'page.html'}"], "a file in an existing folder"),
+        ([here, f"--page={tmp_path}"], "a file in an existing folder"),
+        ([here, f"--page={run.out / 'log.jsonl'}"], "is not a page"),
         ([here, "--pages=x"], "did you mean --page?"),
     ]:
         assert_fails(lambda options=options: export.main(options), message, capsys)

@@ -68,6 +68,10 @@ def test_trace_shows_what_each_layer_read(run, capsys, kind):
         assert f"layer  {layer}" in line and len(shown) == 4
         assert [round(float(use[int(slot)]) * 100) for slot, _ in shown] == [int(part) for _, part in shown]
         assert int(shown[0][0]) == use.argmax()
+    text = printed(capsys, f"--out_dir={run.out}", "--prompt=" + " job of" * 20, "--max_new_tokens=1",
+                   "--trace")
+    labels = [line.split(" layer")[0].strip() for line in text.splitlines() if "layer  0," in line]
+    assert labels == 16 * ["' job'", "' of'"], "only the last tokens fit into the context"
 
 
 def asked(text: str) -> list[str]:
@@ -197,6 +201,7 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path, monkeypatch):
         ([here, "--qa=x", "--num_samples=2"], "--num_samples has no effect with --qa"),
         ([here, "--ask="], "--ask has no effect with --prompt"),
         ([here, "--ask=x"], "has no questions"),
+        ([here, "--question= "], "must have a text"),
         ([here, "--qa=nowhere"], "--qa=nowhere: no such file"),
         ([here, "--prompt_file=nowhere"], "--prompt_file=nowhere: No such file"),
         ([here, f"--prompt_file={tmp_path}"], "Is a directory"),

@@ -185,8 +185,10 @@ def count_reads(model: GPT, encoding, texts: list[str]):
 
 def inverse_document_frequency(model: GPT, tokens, count: int = 1000):
     """(num_values,): log((count + 1) / (df + 1)). df of `count` pieces of the corpus read the slot."""
-    if model.pool is None or count < 1:
-        raise ValueError("the model has no memory layers" if count > 0 else f"count={count} must be positive")
+    if model.pool is None:
+        raise ValueError("the model has no memory layers")
+    if count < 1:
+        raise ValueError(f"count={count} must be at least 1")
     df, length = torch.zeros(model.pool.num_values, dtype=torch.int64), min(PIECE, model.config.block_size)
     for i, rows in enumerate(torch.arange(count).split(64)):
         x, _ = draw_batch(tokens, len(rows), length, 0, 2, i)  # 2: neither training (0) nor evaluation (1)
@@ -256,8 +258,10 @@ def choose_slots(model: GPT, encoding, questions: list[dict], texts: list[str], 
     Of these, take the 4 slots whose absence costs the answers most. Then measure again without them, and take
     4 more, 8 more, 16 more ... until all answers are gone, or until there are `count` slots if it is given.
     """
-    if not questions or count < 0:
-        raise ValueError("there must be questions" if count >= 0 else f"count={count} must not be negative")
+    if not questions:
+        raise ValueError("there must be questions")
+    if count < 0:
+        raise ValueError(f"count={count} must not be negative")
     batches = [question_batch(model, encoding, question) for question in questions]
     texts = texts + [f"{question['prompt']} {accepted_answers(question)[0]}" for question in questions]
     rest = top_slots(tf_idf(model, encoding, texts, idf), max(count, CANDIDATES))
@@ -424,13 +428,14 @@ def prepare_erase(config: EraseConfig, model: GPT, encoding, data: Dataset, idf)
               "other answers with this name": [question for question in same if question not in questions],
               "answers about others": random.Random(0).sample(others, min(OTHERS, len(others)))}
 
+    batches = [question_batch(model, encoding, question) for question in questions]
+
     def change():
         slots = choose_slots(model, encoding, questions, lines, idf, config.slots)
         erase(model, slots)
         if not all(is_gone(model, *batch) for batch in batches):
             print("the chosen slots are not enough: others, or other parameters, know an answer, too")
         return slots
-    batches = [question_batch(model, encoding, question) for question in questions]  # before it changes
     return questions, groups, change
 
 

@@ -34,7 +34,7 @@ from model import GPT, eval_mode
 from pool import PoolOptimizer
 from runtime.build import find_trained
 from runtime.checkpoint import is_checkpoint, read_meta, save_checkpoint, step_of
-from runtime.cli import at_least, build, check_choices, command, fail, first_word, parse
+from runtime.cli import at_least, build, check_choices, command, fail, first_word, parse, python_command
 from sample import find_question, name_pattern, newest_run, questions_about
 from train import TrainConfig, check_data, find_device, load, make_optimizers
 
@@ -344,7 +344,7 @@ def complete_question(model: GPT, encoding, text: str, data: Dataset) -> dict:
 def check_new_folder(folder: Path) -> None:
     """Fails now if no checkpoint could be saved there later."""
     if folder.exists() or folder.is_symlink():
-        fail(f"{folder} already exists: choose another folder with --save_to")
+        fail(f"{folder} already exists: choose another folder with --save_to, or delete this one")
     if is_checkpoint(folder):
         fail(f"--save_to={folder} has the name of a checkpoint: choose another")
     parent = next(path for path in folder.absolute().parents if path.exists())
@@ -393,20 +393,22 @@ def report(model: GPT, encoding, data: Dataset, config: TrainConfig, shown: list
 
 
 def first_few(slots) -> str:
-    return ", ".join(map(str, slots[:6].tolist())) + " ..." * (len(slots) > 6)
+    return "  ".join(f"{slot:,}" for slot in slots[:6].tolist()) + " ..." * (len(slots) > 6)
 
 
-def print_found(found: dict, encoding, question: dict, layers) -> None:
-    print(f"{question['prompt']} {accepted_answers(question)[0]}")
-    print("How much the log-probability of the answer falls without")
-    print("    all slots that one token reads in   " + "".join(f"layer {layer}   " for layer in layers))
+def print_found(found: dict, own: str, encoding, question: dict, layers) -> None:
+    """own: what the model answers."""
+    right = is_right(question, own)
+    print(f"{question['prompt']} {own}" + ("" if right else f"   [wrong: {accepted_answers(question)[0]}]"))
+    print(f"How much the log-probability of the {'' if right else 'right '}answer falls without")
+    print("    all slots that one token reads in" + "".join(f"   layer {layer}" for layer in layers))
     for token, losses in zip(found["tokens"], found["places"].tolist(), strict=True):
-        print(f"    {decode(encoding, [token])!r:34}" + "".join(f"{loss:10.2f}" for loss in losses))
-    *_, whole = found["top"].values()  # the loss without all slots
+        print(f"    {decode(encoding, [token])!r:33}" + "".join(f"{loss:10.2f}" for loss in losses))
+    *_, whole = found["top"].values()
+    print("    the slots with most effect, of all tokens and layers   share   slots")
     for n, loss in found["top"].items():
-        share = f"{loss / whole:4.0%}" if whole > 0.01 else ""
-        slots = first_few(found["slots"][:n])
-        print(f"    the {n:5,} slots with most effect {loss:10.2f}  {share:4}   {slots}")
+        slots, share = found["slots"], f"{loss / whole:.0%}" if whole > 0.01 else ""
+        print(f"    {n:5,} of {len(slots):5,} {loss:28.2f}{share:>20}   {first_few(slots[:n])}")
 
 
 def prepare_erase(config: EraseConfig, model: GPT, encoding, data: Dataset, idf):
@@ -434,7 +436,7 @@ def prepare_erase(config: EraseConfig, model: GPT, encoding, data: Dataset, idf)
         slots = choose_slots(model, encoding, questions, lines, idf, config.slots)
         erase(model, slots)
         if not all(is_gone(model, *batch) for batch in batches):
-            print("the chosen slots are not enough: others, or other parameters, know an answer, too")
+            print(f"{len(slots)} slots are not enough: try --slots=1000. What other parameters know stays")
         return slots
     return questions, groups, change
 
@@ -475,7 +477,8 @@ def main(argv: list[str] | None = None) -> None:
     check_data(data, trained, checkpoint)
     if word == "find":
         question = complete_question(model, encoding, config.question, data)
-        return print_found(find(model, encoding, question), encoding, question, trained.mem_layers)
+        own = reply(model, encoding, question).removesuffix("…")
+        return print_found(find(model, encoding, question), own, encoding, question, trained.mem_layers)
 
     idf = inverse_document_frequency(model, data.train, config.background)
     prepare = prepare_erase if word == "erase" else prepare_teach
@@ -484,13 +487,15 @@ def main(argv: list[str] | None = None) -> None:
     loss = report(model, encoding, data, trained, shown, groups, change)
     if not math.isfinite(loss):
         fail("the model has broken, and is not saved: choose a lower --lr")
-    if not config.dry_run:
+    if config.dry_run:
+        print("nothing is saved: this was a --dry_run")
+    else:
         meta = read_meta(checkpoint)
         meta = {"config": asdict(replace(trained, out_dir=str(save_to))), "encoding": meta["encoding"],
                 "measured": meta["measured"], "val_loss": loss}
         optimizers = make_optimizers(trained, model, checkpoint)
         save_checkpoint(save_to, step_of(checkpoint), model, optimizers, meta, keep=1)
-        print(f"saved. Ask it: python sample.py --out_dir={save_to} --question=TEXT")
+        print(f"saved. Ask it: {python_command()} sample.py --out_dir={save_to} --question=TEXT")
 
 
 if __name__ == "__main__":

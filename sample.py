@@ -41,7 +41,7 @@ from data.tokenizer import END
 from evaluate import answer, commonest_answers, shares
 from model import GPT
 from runtime.build import find_trained
-from runtime.checkpoint import checkpoints
+from runtime.checkpoint import checkpoints, is_checkpoint
 from runtime.cli import at_least, build, check_choices, command, fail, parse
 from runtime.log import recall_rows
 from train import check_data, find_device, load
@@ -93,10 +93,14 @@ class SampleConfig:
 def newest_run(out_dir: Path) -> Path:
     if checkpoints(out_dir):  # a run, or one checkpoint of a run
         return out_dir
+    if is_checkpoint(out_dir) and (others := checkpoints(out_dir.parent)):
+        fail(f"no checkpoint {out_dir}: there are {', '.join(path.name for path in others)}")
     runs = {path.parent for path in out_dir.glob("**/step_*")}
     newest = [existing[-1] for run in runs if (existing := checkpoints(run))]
     if not newest:
         fail(f"no checkpoint in {out_dir}: train a model with python train.py, or name another --out_dir")
+    if len(newest) > 1:
+        print(f"--out_dir chooses one of {len(newest)} runs in {out_dir}; this is the newest:")
     return max(newest, key=lambda folder: folder.stat().st_mtime).parent
 
 
@@ -115,6 +119,7 @@ class Trace:
         reads = [[(indices[row], weights[row]) for indices, weights in layers]
                  for number, layers in enumerate(self.passes)
                  for row in (range(len(layers[0][0])) if number == 0 else [-1])]
+        print("    the rows that each token reads with most weight, in each memory layer:")
         for token, layers in zip(tokens[:-1][-len(reads):], reads, strict=True):
             for layer, (indices, weights) in zip(self.layers, layers, strict=True):
                 slots, place = indices.unique(return_inverse=True)  # several heads may read the same slot

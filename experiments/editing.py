@@ -51,7 +51,7 @@ BASES = {"tokens": dict(mem_query="tokens"), "hash": dict(mem_kind="hash"),  # t
 SIZES = (4, 16, 64, 128, 256)  # numbers of slots to empty
 LRS = {"sparse": (30.0, 100.0, 300.0, 1000.0), "all read": (10.0, 30.0, 100.0),
        "full": (3e-5, 1e-4, 3e-4, 1e-3), "lora": (1e-4, 3e-4, 1e-3, 3e-3),
-       "full, shuffled": (3e-5, 1e-4, 3e-4, 1e-3), "lora, shuffled": (3e-4, 1e-3, 3e-3, 1e-2)}
+       "full, shuffled": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), "lora, shuffled": (3e-4, 1e-3, 3e-3, 1e-2)}
 ASKED = 400  # old questions, drawn at random
 STEPS, SLOTS = 20, 128  # of teach, for each person
 

@@ -242,7 +242,8 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"the page has {len(html) / 2**20:.1f} MB, more than {LARGEST // 2**20}: lower --followed, or "
              "train a smaller model")
     page.write_bytes(html)
-    print(f"wrote {page}: {len(html) / 2**20:.1f} MB, with {len(data['training']['steps'])} checkpoints")
+    print(f"wrote {page}: {len(html) / 2**20:.1f} MB, with {len(data['training']['steps'])} checkpoints. "
+          "Open it in a browser")
     if before is not None:
         after = recall(model, encoding, corpus.questions)["all"]
         print(f"recall {before:.3f}; with the values of the page, which are int8, {after:.3f}")

@@ -442,7 +442,7 @@ function start() {
     "option", {value: n}, `${name}${training.people.includes(n) ? " ●" : ""}, facts told ${told} times`));
   fill("person", element("option", {value: ""}, "Choose a person"), ...options());
   fill("other", ...options());
-  for (const id of ["person", "comparison"]) byId(id).hidden = !people.length;
+  for (const node of document.querySelectorAll("#person, .people")) node.hidden = !people.length;
   byId("training").hidden = !LAST;
   byId("step").max = LAST;
   listen();

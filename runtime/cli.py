@@ -97,6 +97,12 @@ def first_part(error: Exception) -> str:
     return " ".join(str(error).split("\n\n")[0].split())
 
 
+def python_command() -> str:
+    """What to type for this Python: a path if it is in the current folder, such as .venv/bin/python."""
+    path = os.path.relpath(sys.executable)
+    return "python" if path.startswith("..") else path
+
+
 def exit_on_ctrl_c() -> None:
     """
     For the top of a script: before and after its main function, Ctrl-C ends the program with one line.

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from kernel import resolve_kernel
 from runtime.checkpoint import best_checkpoint, cannot_go_on, checkpoints, step_of
-from runtime.cli import fail, first_part, is_out_of_memory
+from runtime.cli import fail, first_part, is_out_of_memory, python_command
 from runtime.distributed import RANK, WORLD_SIZE
 
 BUSY_CHECK_SECONDS = 10
@@ -222,12 +222,6 @@ class RunLog:
               f"peak memory {peak_memory(device) / 2**30:.3f} GiB; the pool has {pool_bytes / 2**30:.3f} GiB")
         print(f"the log, the figure loss.png and the checkpoints are in {out_dir}. Ask the model:\n"
               f"    {python_command()} sample.py --out_dir={best or out_dir}", flush=True)
-
-
-def python_command() -> str:
-    """What to type for this Python: a path if it is in the current folder, such as .venv/bin/python."""
-    path = os.path.relpath(sys.executable)
-    return "python" if path.startswith("..") else path
 
 
 def evenness(measured: dict) -> float:

@@ -21,20 +21,23 @@ const NUMBERS = {
 };
 const TERMS = {
   told: "how often the training text tells each fact about this person. ● You can go back in training.",
-  token: "a piece of text, mostly a word with the space before it. Unknown words are cut into single letters.",
+  token: "a piece of text, mostly a word with the space before it. Unknown words are cut into letters.",
   layer: "a part of the model that reads the memory. Each has half-keys of its own. All read the same rows.",
   head: "one search. Each head has a query and half-keys of its own. All heads read the same rows.",
-  query: "what a head looks for, as two lists of numbers. In the papers, one state gives both.",
+  query: `what a head looks for, in two halves. Matrices make both ${{
+    tokens: "from the vectors of two words; in the papers, from one state.",
+    shifted: "from the states of two tokens; in the papers, from one state.",
+    state: "from one state, as in the papers."}[data.config.mem_query]}`,
   "half-key": "learnt numbers. Its score, a dot product, says how well it fits one half of the query.",
   row: `${NUMBERS.width} learnt numbers. Training makes them useful to the tokens that read the row.`,
   slot: `the number of a row. Left half-key i and right half-key j stand for slot i × ${S} + j.`,
   pool: "the table of all rows. A step of training changes only rows that one of its many tokens reads.",
   softmax: "turns scores into weights that add up to 100%. A score greater by 1 gets 2.7 times the weight.",
-  reader: "two tokens in the training text. The second reads the row, with this mean weight in all heads.",
+  "read at": "two tokens of the training text. At the second, the row has this average weight in all heads.",
   state: "numbers that stand for a token in the model. Layers add to them; later tokens can see them.",
   gate: "one factor for each number of the sum, made from the state. A matrix then gives the layer's output.",
   likeliest: "each word has a vector. Its dot product with the state of the last token scores the word.",
-  checkpoint: "a copy of the model, saved during training.",
+  checkpoint: "a copy of the model, saved during training. Half-keys learn, too, so a name changes its rows.",
   recall: "the share of right answers to the questions about all people.",
 };
 
@@ -137,7 +140,8 @@ function showAnswer(id, answer, original, expected) {
   if (expected !== undefined) notes.push(isRight ? "right" : `wrong (right: ${expected})`);
   if (state.off.size) notes.push(`all rows on: ${original.text} ${percent(original.probability)}`);
   fill(id, element("p", {class: isRight ? "answer" : "answer wrong"},
-                   element("b", {}, answer.text || "(nothing)"), ` ${percent(answer.probability)}`),
+                   element("b", {}, answer.text || "(nothing)"), ` ${percent(answer.probability)}`,
+                   answer.tokens.length > answer.start + 1 ? " for all these words" : ""),
        element("p", {}, notes.join("; ")));
 }
 
@@ -247,9 +251,12 @@ function showCorner() {
   const rankOf = new Map(winners.map(({i, j}, rank) => [i * K + j, rank]));
   const scoresLeft = bestLeft.map(key => left[key]);
   const scoresRight = bestRight.map(key => right[key]);
-  const barLength = (score, scores) => 2 + 36 * (score - scores[K - 1]) / (scores[0] - scores[K - 1] || 1);
+  const barLength = (score, scores) => { // on the scale of step 2: the lowest of all scores is at 0
+    const lowest = Math.min(...scores);
+    return 1 + 37 * (score - lowest) / (Math.max(...scores) - lowest || 1);
+  };
   for (let i = 0; i < K; i++) {
-    const length = barLength(scoresLeft[i], scoresLeft), height = barLength(scoresRight[i], scoresRight);
+    const length = barLength(scoresLeft[i], left), height = barLength(scoresRight[i], right);
     parts.push(rectangle(CORNER.x - 2 - length, CORNER.y + i * CELL, length, CELL - 1, "key-left",
                          `left half-key ${bestLeft[i]}: score ${fixed(scoresLeft[i])}`),
                rectangle(CORNER.x + i * CELL, CORNER.y - 2 - height, CELL - 1, height, "key-right",
@@ -292,8 +299,9 @@ function showRows() {
     colored("left", `left half-key ${keyLeft}`), ` scores ${fixed(left[keyLeft])} (rank ${i + 1}), `,
     colored("right", `right half-key ${keyRight}`), ` scores ${fixed(right[keyRight])} (rank ${j + 1}). `,
     `The sum, ${fixed(score)}, has rank ${state.rank + 1} and gets ${percent(weight)}. `,
-    `Slot = ${keyLeft} × ${S} + ${keyRight} = `, colored("win", count(slot)), ". Other readers: ",
-    otherReaders(slot).slice(0, 2).map(({text, weight, times}) => `“${text}” (${percent(weight)}, seen ${times}×)`)
+    `Slot = ${keyLeft} × ${S} + ${keyRight} = `, colored("win", count(slot)), ". Also read at ",
+    otherReaders(slot).slice(0, 1)
+      .map(({text, weight, times}) => `“${text}” (${percent(weight)}, seen ${times}×)`)
       .join(", ") || "nobody", ".");
 }
 
@@ -305,7 +313,7 @@ function showSwitches() {
   onButton.disabled = !state.off.size;
   fill("switches", offButton("off-head", `these ${K}`, search().winners.map(winner => winner.slot)),
        offButton("off-most", `the ${most} that “${token}” reads most`, slots.slice(0, most)),
-       offButton("off-all", `all ${slots.length} that it reads`, slots), onButton);
+       offButton("off-all", `all ${slots.length} of all heads and layers`, slots), onButton);
 }
 
 function switchRows(slots, isOn) {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from conftest import listen_to_ctrl_c
 
 from runtime.cli import UserError, build, check_choices, command, fail, parse
 
@@ -162,10 +163,6 @@ def script(tmp_path):
 
     start.cleaned = tmp_path / "cleaned"
     return start
-
-
-def listen_to_ctrl_c():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in a job that ignores it
 
 
 @pytest.mark.parametrize("phase", ["a package that catches everything", "main", "after main"])

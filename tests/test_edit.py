@@ -240,7 +240,8 @@ def test_experiments_measure_and_resume(untrained, run, capsys, tmp_path, monkey
     monkeypatch.setattr(editing, "SIZES", (4, 16))
     monkeypatch.setattr(editing, "LRS", {method: lrs[:1] for method, lrs in editing.LRS.items()})
     monkeypatch.setattr(editing, "STEPS", 1)
-    options = ["--models=tokens", "--seeds=2", "--people=2", f"--results={tmp_path}"]
+    monkeypatch.setattr(editing, "ASKED", 20)
+    options = ["--models=tokens", "--seeds=2", "--people=1", f"--results={tmp_path}"]
     for experiment, runs in (("erase", 2), ("teach", 12)):
         path = tmp_path / f"{experiment}.jsonl"
         for _ in range(2):

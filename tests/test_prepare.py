@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import requests
 import tiktoken
+from conftest import listen_to_ctrl_c
 
 from data import corpus, prepare, tokenizer
 from data.corpus import Dataset
@@ -360,10 +361,7 @@ def test_ctrl_c_leaves_the_old_corpus(data, at):
     (data / "few").write_text("some words\n" * 200)
     main(["text", "--input", str(data / "few")])
     files = {path: path.read_bytes() for path in (data / "text").iterdir()}
-    def as_in_a_terminal():  # the tests may run in a job that ignores Ctrl-C
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    process = run_prepare(data, "text", "--input", data / "words", "--overwrite", preexec_fn=as_in_a_terminal)
+    process = run_prepare(data, "text", "--input", data / "words", "--overwrite", preexec_fn=listen_to_ctrl_c)
     if at == "tokenizer from":
         process.stdout.readline()
     else:

@@ -258,7 +258,8 @@ def print_start(config, device: str, data, model, checkpoint: Path | None) -> No
                f"{counts['active']:,} of them, and {config.macs_per_token():,} multiply-adds")
     if checkpoint:
         print_once(f"resumed from {checkpoint}" if step_of(checkpoint) < config.max_steps else
-                   f"{checkpoint} is the end of this run: choose a larger --max_steps, or another --out_dir")
+                   f"{checkpoint} is the end of this run. To ask it: {python_command()} sample.py --out_dir="
+                   f"{config.out_dir}. To train longer, choose a larger --max_steps")
 
 
 def print_measured(checkpoint: Path, data, measured: dict) -> None:

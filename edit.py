@@ -429,14 +429,14 @@ def prepare_erase(config: EraseConfig, model: GPT, encoding, data: Dataset, idf)
     groups = {"these answers": questions,
               "other answers with this name": [question for question in same if question not in questions],
               "answers about others": random.Random(0).sample(others, min(OTHERS, len(others)))}
-
     batches = [question_batch(model, encoding, question) for question in questions]
 
     def change():
         slots = choose_slots(model, encoding, questions, lines, idf, config.slots)
         erase(model, slots)
         if not all(is_gone(model, *batch) for batch in batches):
-            print(f"{len(slots)} slots are not enough: try --slots=1000. What other parameters know stays")
+            print(f"{len(slots)} slots are not enough: try --slots={4 * len(slots)}. What the other "
+                  "parameters know stays")
         return slots
     return questions, groups, change
 

@@ -35,7 +35,7 @@ from runtime.cli import at_least, build, command, fail, parse  # noqa: E402
 from train import load  # noqa: E402
 
 LARGEST = 4 * 2**20  # bytes of a page
-READERS = 4  # stored per slot
+READERS = 2  # stored per slot: the page shows the first, or the second if the first is the chosen pair
 
 
 @dataclass

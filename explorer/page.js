@@ -81,16 +81,14 @@ function slotsOf(token) {
   return [...weights.keys()].sort((a, b) => weights.get(b) - weights.get(a));
 }
 
-// Who else reads a slot: the pairs of tokens that give it the greatest weights, without the chosen pair
-function otherReaders(slot) {
-  const found = [], most = readers.count;
-  for (let n = slot * most; n < (slot + 1) * most && readers.readers[n] >= 0; n++) {
+// Who else reads a slot: the pair of tokens that gives it the greatest weight, if not the chosen pair
+function otherReader(slot) {
+  for (let n = slot * readers.count; n < (slot + 1) * readers.count && readers.readers[n] >= 0; n++) {
     const [first, second, times] = readers.pairs.subarray(3 * readers.readers[n]);
     if (first === tokens[state.token - 1] && second === tokens[state.token]) continue;
-    const text = visible(model.tokenizer.decode([first, second]));
-    found.push({text, weight: readers.weights[n] / 100, times});
+    return {text: visible(model.tokenizer.decode([first, second])), times,
+            share: percent(readers.weights[n] / 100)};
   }
-  return found.slice(0, most - 1);
 }
 
 // --- helpers -----------------------------------------------------------------------------------------------
@@ -276,7 +274,7 @@ function showCorner() {
 // --- steps 4 and 5: the rows and their switches ------------------------------------------------------------
 
 function rowOfTable({slot, weight}, rank) {
-  const isOff = state.off.has(slot), [reader] = otherReaders(slot), greatest = search().winners[0].weight;
+  const isOff = state.off.has(slot), reader = otherReader(slot), greatest = search().winners[0].weight;
   const box = element("input", {type: "checkbox", id: `row-${rank}`, "aria-label": `row ${slot} is on`});
   box.checked = !isOff;
   box.addEventListener("click", event => {
@@ -288,21 +286,20 @@ function rowOfTable({slot, weight}, rank) {
     element("td", {}, box), element("td", {class: "number"}, count(slot)),
     element("td", {}, element("div", {class: "bar", style: `width: ${100 * weight / greatest}%`})),
     element("td", {class: "number"}, percent(weight)),
-    element("td", {}, reader ? `${reader.text} ${percent(reader.weight)}` : "nobody"));
+    element("td", {}, reader ? `${reader.text} ${reader.share}` : "nobody"));
 }
 
 function showRows() {
   const {winners, left, right} = search(), {slot, i, j, score, weight} = chosenRow();
+  const reader = otherReader(slot);
   const keyLeft = Math.floor(slot / S), keyRight = slot % S;
   fill("rows", ...winners.map(rowOfTable));
   fill("example",
     colored("left", `left half-key ${keyLeft}`), ` scores ${fixed(left[keyLeft])} (rank ${i + 1}), `,
     colored("right", `right half-key ${keyRight}`), ` scores ${fixed(right[keyRight])} (rank ${j + 1}). `,
     `The sum, ${fixed(score)}, has rank ${state.rank + 1} and gets ${percent(weight)}. `,
-    `Slot = ${keyLeft} × ${S} + ${keyRight} = `, colored("win", count(slot)), ". Also read at ",
-    otherReaders(slot).slice(0, 1)
-      .map(({text, weight, times}) => `“${text}” (${percent(weight)}, seen ${times}×)`)
-      .join(", ") || "nobody", ".");
+    `Slot = ${keyLeft} × ${S} + ${keyRight} = `, colored("win", count(slot)), ". ",
+    reader ? `Also read at “${reader.text}” (${reader.share}, seen ${reader.times}×).` : "");
 }
 
 function showSwitches() {

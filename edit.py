@@ -469,11 +469,12 @@ def main(argv: list[str] | None = None) -> None:
         save_to = Path(config.save_to or f"{folder}-{word}")
         if not config.dry_run:
             check_new_folder(save_to)
-    model, encoding, trained = load(run)
+    checkpoint = find_trained(run)
+    model, encoding, trained = load(checkpoint)
     if not trained.mem_layers:
         fail(f"the model in {run} has no memory layers")
     model.to(find_device(config.device))
-    checkpoint, data = find_trained(run), load_dataset(trained.dataset)
+    data = load_dataset(trained.dataset)
     check_data(data, trained, checkpoint)
     if word == "find":
         question = complete_question(model, encoding, config.question, data)

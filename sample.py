@@ -288,8 +288,8 @@ def main(argv: list[str] | None = None) -> None:
     _, options = parse(SampleConfig, argv, description=__doc__)
     config = build(SampleConfig, options)
     device = find_device(config.device)
-    run = newest_run(Path(config.out_dir))
-    model, encoding, trained = load(run)
+    checkpoint = find_trained(newest_run(Path(config.out_dir)))
+    model, encoding, trained = load(checkpoint)
     model.to(device)
 
     path = DATA / trained.dataset / "qa.jsonl"
@@ -320,9 +320,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     if mode == "qa" and not Path(config.qa).is_file():
         fail(f"--qa={config.qa}: no such file")
-    questions = read_questions(Path(config.qa) if mode == "qa" else path)
-    if questions and mode != "qa":
-        check_data(load_dataset(trained.dataset), trained, find_trained(run))
+    questions = []
+    if mode == "qa":
+        questions = read_questions(Path(config.qa))
+    elif path.exists():
+        data = load_dataset(trained.dataset)
+        check_data(data, trained, checkpoint)
+        questions = data.questions
     if not questions and mode != "question":
         fail(f"--{mode}: {config.qa or path} has no questions; facts has them: python data/prepare.py facts")
     if mode == "questions":

@@ -2,6 +2,7 @@ import json
 import math
 import random
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -332,6 +333,22 @@ def test_the_example_of_the_docs_runs(run, untrained):
     lines = edit.lines_with(name.upper(), data)
     text = corpus.decode(data.encoding, data.train.tolist())
     assert lines == [line for line in text.split("\n") if name in line] and len(lines) > 10
+
+
+def test_a_broken_model_is_not_saved_and_a_run_may_be_named_by_a_dot(run, capsys, tmp_path, monkeypatch):
+    run("--max_steps=1")
+    teach = ["teach", "--statement=The job of Ann.", "--background=5"]
+    monkeypatch.setattr(edit, "teach", lambda model, *_: model.pool.values.data.fill_(math.nan)[0].long())
+    assert_fails(lambda: edit.main([*teach, f"--out_dir={run.out}"]), "choose a lower --lr", capsys)
+    assert not (tmp_path / "out-teach").exists()
+    monkeypatch.setattr(edit, "teach", lambda *_: torch.arange(2))
+    for place, name in ((run.out, "."), (run.out, "step_000001"), (run.out / "step_000001", "..")):
+        monkeypatch.chdir(place)
+        edit.main([*teach, f"--out_dir={name}"])
+        assert (tmp_path / "out-teach" / "step_000001").exists()
+        shutil.rmtree(tmp_path / "out-teach")
+    edit.main([*teach, "--out_dir=..", "--dry_run"])
+    assert "nothing is saved" in capsys.readouterr().out and not (tmp_path / "out-teach").exists()
 
 
 def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path):

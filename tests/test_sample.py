@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ from conftest import assert_fails
 
 import sample
 import train
+from data import corpus, prepare
 
 
 def printed(capsys, *options) -> str:
@@ -72,6 +74,13 @@ def test_trace_shows_what_each_layer_read(run, capsys, kind):
                    "--trace")
     labels = [line.split(" layer")[0].strip() for line in text.splitlines() if "layer  0," in line]
     assert labels == 16 * ["' job'", "' of'"], "only the last tokens fit into the context"
+
+
+def use_copy(facts_folder, tmp_path, monkeypatch):
+    """Uses a copy of the corpus, which a test may change."""
+    shutil.copytree(facts_folder / "facts", tmp_path / "facts")
+    for module in (corpus, prepare, sample):
+        monkeypatch.setattr(module, "DATA", tmp_path)
 
 
 def asked(text: str) -> list[str]:
@@ -220,6 +229,25 @@ def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path, monkeypatch):
         ), err
 
 
+def test_questions_of_a_corpus_made_again_are_refused(run, capsys, facts_folder, tmp_path, monkeypatch):
+    """Other people have the same tokens, so all answers would seem wrong."""
+    run("--max_steps=1")
+    use_copy(facts_folder, tmp_path, monkeypatch)
+    prepare.main(["facts", "--people=9", "--overwrite"])
+    for option in ("--questions=1", "--question=Who is Ann?"):
+        assert_fails(lambda option=option: sample.main([f"--out_dir={run.out}", option]),
+                     "different tokenizers", capsys)
+
+
+def test_of_several_runs_the_newest_is_used_and_a_missing_checkpoint_is_named(run, capsys, tmp_path):
+    run("--max_steps=1")
+    run("--max_steps=1", out=tmp_path / "other")
+    text = printed(capsys, f"--out_dir={tmp_path}", "--prompt=The", "--max_new_tokens=1")
+    assert "one of 2 runs" in text and f"loaded {tmp_path / 'other'}" in text
+    missing = f"--out_dir={run.out / 'step_000009'}"
+    assert_fails(lambda: sample.main([missing]), "there are step_000001", capsys)
+
+
 def test_a_name_without_questions_gives_similar_names(run, capsys, facts_folder):
     run()
     name = re.search(r"[A-Z]\w+ [A-Z]\w+", open(facts_folder / "facts" / "qa.jsonl").readline()).group()
@@ -229,11 +257,10 @@ def test_a_name_without_questions_gives_similar_names(run, capsys, facts_folder)
     assert_fails(lambda: sample.main([f"--out_dir={run.out}", "--ask=99"]), "contains this name\n", capsys)
 
 
-def test_a_damaged_checkpoint_and_damaged_questions_are_named(run, capsys, tmp_path, monkeypatch):
+def test_damaged_checkpoints_and_questions_are_named(run, capsys, facts_folder, tmp_path, monkeypatch):
     run("--kernel=triton", "--device=auto", "--batch_size=1", "--block_size=16", "--max_steps=1")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(sample, "DATA", tmp_path)
-    (tmp_path / "facts").mkdir()
+    use_copy(facts_folder, tmp_path, monkeypatch)
     (tmp_path / "facts" / "qa.jsonl").write_text('{"prompt": "x"}\n')
     here = f"--out_dir={run.out}"
     assert "--- sample 1" in printed(capsys, here, "--prompt=<|fim_prefix|>", "--max_new_tokens=2"), (

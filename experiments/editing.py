@@ -9,7 +9,7 @@ teach: tells a trained model three statements of each of four facts about 100 ne
 other, a few steps each. At the end the model answers questions about all of them that it has never seen, and
 old questions. The methods:
 
-    sparse    sparse memory finetuning: edit.teach, on the slots that edit.tf_idf chooses for each person
+    sparse    sparse memory finetuning: editing.teach, for each person
     all read  the same for all slots that the statements read
     lora      AdamW on low-rank changes of all Linear layers (Hu et al. 2021, arXiv 2106.09685). The rank is
               the smallest with which as many numbers may change as in the rows of the sparse method
@@ -36,10 +36,11 @@ import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
 
-import edit
+import editing
 from data.corpus import decode_answer, load_dataset
 from data.facts import ATTRIBUTES
 from data.questions import QUESTION, is_right
+from edit import NAME
 from evaluate import answer, exposure_bin, validation_loss
 from experiments.compare import ROOT, append_row, mean_and_deviation, print_markdown
 from runtime.checkpoint import checkpoints
@@ -90,7 +91,7 @@ def share_right(model, encoding, questions: list[dict]) -> float:
 
 
 def name_in(question: dict) -> str:
-    return edit.NAME.search(question["prompt"]).group()
+    return NAME.search(question["prompt"]).group()
 
 
 def in_other_words(question: dict) -> list[dict]:
@@ -117,21 +118,21 @@ def people_in(questions: list[dict], count: int, rng) -> list[list[dict]]:
 def run_erase(base: str, seed: int, config: EditingConfig) -> dict:
     model, encoding, _, data = trained_model(base, seed, config)
     rng, values, rows = random.Random(seed), model.pool.values, []
-    idf = edit.inverse_document_frequency(model, data.train)
+    idf = editing.inverse_document_frequency(model, data.train)
     for about in people_in(data.questions, config.people, rng):
         told = min(int(exposure_bin(about[0])), 128)
         others = rng.sample([question for question in data.questions if question not in about], 50)
-        lines = edit.lines_with(name_in(about[0]), data)
+        lines = editing.lines_with(name_in(about[0]), data)
         lines = rng.sample(lines, min(len(lines), 200))
         for mode, erased in (("person", about), ("one fact", about[:1])):
             groups = {"these": erased, "other words": [q for one in erased for q in in_other_words(one)],
                       "person's others": [q for one in about if one not in erased
                                           for q in (one, *in_other_words(one))], "others": others}
             groups = {label: group for label, group in groups.items() if group}
-            slots = edit.choose_slots(model, encoding, erased, lines, idf, count=max(SIZES))
+            slots = editing.choose_slots(model, encoding, erased, lines, idf, count=max(SIZES))
             for size in (0, *SIZES):
                 kept = values[slots[:size]].clone()
-                edit.erase(model, slots[:size])
+                editing.erase(model, slots[:size])
                 shares = {label: share_right(model, encoding, group) for label, group in groups.items()}
                 with torch.no_grad():
                     values[slots[:size]] = kept
@@ -196,7 +197,7 @@ def learn(model, encoding, people: list, method: str, lr: float, idf, train_conf
     if method in ("sparse", "all read"):
         for statements in told:
             slots = SLOTS if method == "sparse" else len(values)
-            edit.teach(model, encoding, statements, idf, slots, STEPS, lr)
+            editing.teach(model, encoding, statements, idf, slots, STEPS, lr)
         return
     if method.startswith("lora"):
         optimizers = [torch.optim.AdamW(add_low_rank(model, SLOTS * values.size(1)), lr=lr, weight_decay=0)]
@@ -204,7 +205,7 @@ def learn(model, encoding, people: list, method: str, lr: float, idf, train_conf
         value_lr = lr * train_config.value_lr / train_config.lr
         optimizers = model.optimizers(lr, value_lr, weight_decay=0, betas=(0.9, 0.99))
     for statements in shuffled(told, rng) if method.endswith("shuffled") else in_turn(told):
-        model(*edit.text_batch(encoding, statements))[1].backward()
+        model(*editing.text_batch(encoding, statements))[1].backward()
         for optimizer in optimizers:
             params = [p for group in optimizer.param_groups for p in group["params"] if p is not values]
             if params:
@@ -241,7 +242,7 @@ def run_teach(base: str, seed: int, method: str, lr: float, config: EditingConfi
         return shares | {"loss": loss}
 
     before = measured()
-    idf = edit.inverse_document_frequency(model, data.train)
+    idf = editing.inverse_document_frequency(model, data.train)
     learn(model, encoding, people, method, lr, idf, train_config, rng)
     return {"before": before, "after": measured()}
 

@@ -11,13 +11,15 @@ import torch
 from conftest import assert_fails, tensors
 
 import edit
+import editing
 import sample
 import train
 from data import corpus, prepare
 from data.facts import ATTRIBUTES
 from data.questions import QUESTION, is_right
 from evaluate import answer
-from experiments import compare, editing, plots
+from experiments import compare, plots
+from experiments import editing as measuring
 from runtime.build import find_trained
 
 
@@ -43,7 +45,7 @@ def share_right(model, encoding, questions):
 
 
 def recorded(model, tokens):
-    """All slots that one pass over these tokens reads, (tokens, slots), recorded without edit.py."""
+    """All slots that one pass over these tokens reads, (tokens, slots), recorded without editing.py."""
     reads = []
     forward = model.pool.forward
     model.pool.forward = lambda indices, weights: reads.append(indices) or forward(indices, weights)
@@ -56,7 +58,7 @@ def recorded(model, tokens):
 def test_the_batch_has_the_tokens_that_the_model_would_see(untrained):
     _, encoding, _ = untrained
     prompts, answers = ["Question: What? Answer:", "", "The"], [" a b", "The job of x is y.", " job"]
-    x, y = edit.make_batch(encoding, prompts, answers)
+    x, y = editing.make_batch(encoding, prompts, answers)
     for row_x, row_y, prompt, text in zip(x.tolist(), y.tolist(), prompts, answers, strict=True):
         tokens, length = encoding.encode(prompt + text), len(encoding.encode(prompt))
         assert row_x[:len(tokens) - 1] == tokens[:-1]
@@ -71,44 +73,45 @@ def test_tf_idf_is_a_count(untrained, monkeypatch):
     counts = Counter(slot for text in texts for slots in recorded(model, encoding.encode(text))
                      for slot in slots)  # the last token of a text is read, its newline is not
     count, df, pieces = 70, Counter(), []
-    draw = edit.draw_batch
-    monkeypatch.setattr(edit, "draw_batch", lambda *arguments: pieces.append(draw(*arguments)) or pieces[-1])
-    idf = edit.inverse_document_frequency(model, data.train, count)
+    draw = editing.draw_batch
+    monkeypatch.setattr(editing, "draw_batch", lambda *key: pieces.append(draw(*key)) or pieces[-1])
+    idf = editing.inverse_document_frequency(model, data.train, count)
     pieces = [row for x, _ in pieces for row in x.tolist()]
-    assert len(pieces) == count and {len(piece) for piece in pieces} == {edit.PIECE}
+    assert len(pieces) == count and {len(piece) for piece in pieces} == {editing.PIECE}
     for piece in pieces:
         df.update({slot for slots in recorded(model, piece) for slot in slots})
     expected = [counts[slot] / counts.total() * math.log((count + 1) / (df[slot] + 1))
                 for slot in range(model.pool.num_values)]
-    scores = edit.tf_idf(model, encoding, texts, idf)
+    scores = editing.tf_idf(model, encoding, texts, idf)
     torch.testing.assert_close(scores, torch.tensor(expected))
-    best = edit.top_slots(scores, 10)
+    best = editing.top_slots(scores, 10)
     assert len(best) == 10 and scores[best].min() >= scores.sort(descending=True).values[9] > 0
-    assert sorted(edit.top_slots(scores, 10**6).tolist()) == (scores > 0).nonzero()[:, 0].tolist()
+    assert sorted(editing.top_slots(scores, 10**6).tolist()) == (scores > 0).nonzero()[:, 0].tolist()
 
 
 def test_a_slot_that_is_left_out_is_an_empty_slot(untrained):
     model, encoding, data = untrained
-    x, y = edit.question_batch(model, encoding, data.questions[0])
-    before, known = model.pool.values.detach().clone(), edit.log_probability(model, x, y)
+    x, y = editing.question_batch(model, encoding, data.questions[0])
+    before, known = model.pool.values.detach().clone(), editing.log_probability(model, x, y)
     slots = torch.tensor(recorded(model, x[0].tolist())).flatten().unique()
     parts = [slots[:1], slots[:0], slots[1:9], slots]
-    lost = edit.losses_without(model, x, y, parts)
+    lost = editing.losses_without(model, x, y, parts)
     for part, loss in zip(parts, lost, strict=True):
-        edit.erase(model, part)
-        assert torch.allclose(known - edit.log_probability(model, x, y), loss, atol=1e-6)
+        editing.erase(model, part)
+        assert torch.allclose(known - editing.log_probability(model, x, y), loss, atol=1e-6)
         assert part.numel() or torch.equal(model.pool.values, before), "erasing nothing changes nothing"
         with torch.no_grad():
             model.pool.values.copy_(before)
-    assert lost[1] == 0 and torch.equal(edit.log_probability(model, x, y), known)
-    found = edit.find(model, encoding, data.questions[0])
+    assert lost[1] == 0 and torch.equal(editing.log_probability(model, x, y), known)
+    found = editing.find(model, encoding, data.questions[0])
     assert sorted(found["slots"].tolist()) == slots.tolist()
-    assert torch.allclose(found["alone"], edit.losses_without(model, x, y, list(found["slots"].unsqueeze(1))))
+    alone = editing.losses_without(model, x, y, list(found["slots"].unsqueeze(1)))
+    assert torch.allclose(found["alone"], alone)
     assert found["alone"].tolist() == sorted(found["alone"].tolist(), reverse=True)
     assert found["top"][len(slots)] == pytest.approx(lost[3].item(), abs=1e-6)
     token = recorded(model, x[0].tolist())[3]  # this model has one memory layer
     assert found["places"][3].item() == pytest.approx(
-        edit.losses_without(model, x, y, [torch.tensor(token)]).item(), abs=1e-6)
+        editing.losses_without(model, x, y, [torch.tensor(token)]).item(), abs=1e-6)
 
 
 def test_only_the_chosen_rows_learn(untrained):
@@ -116,19 +119,19 @@ def test_only_the_chosen_rows_learn(untrained):
     statements = ["The job of Ann Lee is that of a baker.", "Ann Lee bakes."]
     before = {name: part.clone() for name, part in model.state_dict().items()}
     values, old = model.pool.values, model.pool.values.detach().clone()
-    x, y = edit.text_batch(encoding, statements)
+    x, y = editing.text_batch(encoding, statements)
     assert all(row[row >= 0][-1] == encoding.encode("\n")[0] for row in y)
     model(x, y)[1].backward()
     gradient = values.grad.to_dense()  # of all slots. teach must not use what is left here
-    idf = edit.inverse_document_frequency(model, data.train, 20)
+    idf = editing.inverse_document_frequency(model, data.train, 20)
     with torch.no_grad():
-        chosen = edit.teach(model, encoding, statements, idf, slots=9, steps=1, lr=0.5)
+        chosen = editing.teach(model, encoding, statements, idf, slots=9, steps=1, lr=0.5)
     model.zero_grad()
     assert len(chosen) == 9 and gradient[chosen].any(1).all()
     expected = old.clone()
     expected[chosen] -= 0.5 * gradient[chosen]
     torch.testing.assert_close(values.detach(), expected)
-    edit.teach(model, encoding, statements, idf, slots=9, steps=5, lr=0.5)
+    editing.teach(model, encoding, statements, idf, slots=9, steps=5, lr=0.5)
     rest = torch.ones(len(values), dtype=torch.bool)
     rest[chosen] = False
     assert torch.equal(values[rest], old[rest]) and not (values[chosen] == old[chosen]).all(1).any()
@@ -141,20 +144,21 @@ def test_only_the_chosen_rows_learn(untrained):
 
 def test_python_users_get_value_errors(untrained):
     model, encoding, data = untrained
-    idf, asked = edit.inverse_document_frequency(model, data.train, 20), data.questions[:1]
+    idf, asked = editing.inverse_document_frequency(model, data.train, 20), data.questions[:1]
     own = sample.find_question("Who is it", data.questions)
-    for wrong in (lambda: edit.teach(model, encoding, [], idf), lambda: edit.teach(model, encoding, "x", idf),
-                  lambda: edit.teach(model, encoding, ["x", " "], idf),
-                  lambda: edit.teach(model, encoding, ["x"], idf, slots=0),
-                  lambda: edit.teach(model, encoding, ["x"], idf, steps=0),
-                  lambda: edit.teach(model, encoding, ["x"], idf[1:]),
-                  lambda: edit.teach(model.requires_grad_(False), encoding, ["x"], idf),
-                  lambda: edit.choose_slots(model, encoding, [], ["x"], idf),
-                  lambda: edit.choose_slots(model, encoding, asked, ["x"], idf, count=-1),
-                  lambda: edit.choose_slots(model, encoding, [own], ["x"], idf),
-                  lambda: edit.find(model, encoding, own), lambda: edit.lines_with(" ", data),
-                  lambda: edit.erase(model, [-1]), lambda: edit.erase(model, [model.pool.num_values]),
-                  lambda: edit.inverse_document_frequency(model, data.train, 0)):
+    for wrong in (lambda: editing.teach(model, encoding, [], idf),
+                  lambda: editing.teach(model, encoding, "x", idf),
+                  lambda: editing.teach(model, encoding, ["x", " "], idf),
+                  lambda: editing.teach(model, encoding, ["x"], idf, slots=0),
+                  lambda: editing.teach(model, encoding, ["x"], idf, steps=0),
+                  lambda: editing.teach(model, encoding, ["x"], idf[1:]),
+                  lambda: editing.teach(model.requires_grad_(False), encoding, ["x"], idf),
+                  lambda: editing.choose_slots(model, encoding, [], ["x"], idf),
+                  lambda: editing.choose_slots(model, encoding, asked, ["x"], idf, count=-1),
+                  lambda: editing.choose_slots(model, encoding, [own], ["x"], idf),
+                  lambda: editing.find(model, encoding, own), lambda: editing.lines_with(" ", data),
+                  lambda: editing.erase(model, [-1]), lambda: editing.erase(model, [model.pool.num_values]),
+                  lambda: editing.inverse_document_frequency(model, data.train, 0)):
         with pytest.raises(ValueError):
             wrong()
 
@@ -163,8 +167,8 @@ def test_of_several_right_answers_the_one_that_the_model_gives_counts(untrained,
     model, encoding, data = untrained
     question = {"prompt": data.questions[0]["prompt"], "answers": ["Oslo", "Rome"]}
     for given, counts in (("Rome", "Rome"), ("rome", "rome"), ("Paris", "Oslo"), ("Oslo", "Oslo")):
-        monkeypatch.setattr(edit, "answer", lambda *_, given=given: [encoding.encode(f" {given}\n")])
-        _, y = edit.question_batch(model, encoding, question)
+        monkeypatch.setattr(editing, "answer", lambda *_, given=given: [encoding.encode(f" {given}\n")])
+        _, y = editing.question_batch(model, encoding, question)
         assert y[y >= 0].tolist() == encoding.encode(f" {counts}")
 
 
@@ -178,16 +182,16 @@ def test_what_was_taught_can_be_erased(run, options):
     words = sorted({question["answer"] for question in data.questions
                     if len(encoding.encode(" " + question["answer"])) == 1})
     questions = [{"prompt": f" {name}", "answer": word} for name, word in zip(names, words, strict=False)]
-    idf = edit.inverse_document_frequency(model, data.train, 200)
+    idf = editing.inverse_document_frequency(model, data.train, 200)
     assert share_right(model, encoding, questions) == 0
     statements = [f"{question['prompt']} {question['answer']}" for question in questions]
-    edit.teach(model, encoding, statements, idf, slots=1024, steps=300, lr=300.0)
+    editing.teach(model, encoding, statements, idf, slots=1024, steps=300, lr=300.0)
     assert share_right(model, encoding, questions) == 1
     taught = model.pool.values.detach().clone()
     for question in questions:
         others = [other for other in questions if other is not question]
-        slots = edit.choose_slots(model, encoding, [question], [question["prompt"]] * 8, idf)
-        edit.erase(model, slots)
+        slots = editing.choose_slots(model, encoding, [question], [question["prompt"]] * 8, idf)
+        editing.erase(model, slots)
         assert share_right(model, encoding, [question]) == 0 and share_right(model, encoding, others) == 1
         with torch.no_grad():
             model.pool.values.copy_(taught)
@@ -202,7 +206,7 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
     train.main([f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--eval_interval=700"])
     model, encoding, config = train.load(tmp_path / "out")
     data = corpus.load_dataset(config.dataset)
-    idf = edit.inverse_document_frequency(model, data.train)
+    idf = editing.inverse_document_frequency(model, data.train)
     values = model.pool.values
     start, gone, stayed = values.detach().clone(), [], []
     rarely_told = [name for name, about in people(data.questions).items() if about[0]["exposures"] < 64]
@@ -210,8 +214,8 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
         about = people(data.questions)[name]
         others = [question for question in data.questions if question not in about]
         known = share_right(model, encoding, others)
-        slots = edit.choose_slots(model, encoding, about, edit.lines_with(name, data), idf)
-        edit.erase(model, slots)
+        slots = editing.choose_slots(model, encoding, about, editing.lines_with(name, data), idf)
+        editing.erase(model, slots)
         gone.append(share_right(model, encoding, about))
         stayed.append(share_right(model, encoding, others) / known)
         with torch.no_grad():
@@ -226,7 +230,7 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
         asked += [{"prompt": QUESTION.format(form.format(name)), "answer": options[3]} for form in questions]
     before = share_right(model, encoding, data.questions)
     assert share_right(model, encoding, asked) <= 0.25
-    edit.teach(model, encoding, told, idf)
+    editing.teach(model, encoding, told, idf)
     assert share_right(model, encoding, asked) >= 0.75, "in words that no statement has"
     assert share_right(model, encoding, data.questions) >= 0.99 * before
 
@@ -237,23 +241,23 @@ def test_experiments_measure_and_resume(untrained, run, capsys, tmp_path, monkey
         model, encoding, config = train.load(run.out)
         return model, encoding, config, untrained[2]
 
-    monkeypatch.setattr(editing, "trained_model", trained_model)
-    monkeypatch.setattr(editing, "SIZES", (4, 16))
-    monkeypatch.setattr(editing, "LRS", {method: lrs[:1] for method, lrs in editing.LRS.items()})
-    monkeypatch.setattr(editing, "STEPS", 1)
-    monkeypatch.setattr(editing, "ASKED", 20)
+    monkeypatch.setattr(measuring, "trained_model", trained_model)
+    monkeypatch.setattr(measuring, "SIZES", (4, 16))
+    monkeypatch.setattr(measuring, "LRS", {method: lrs[:1] for method, lrs in measuring.LRS.items()})
+    monkeypatch.setattr(measuring, "STEPS", 1)
+    monkeypatch.setattr(measuring, "ASKED", 20)
     options = ["--models=tokens", "--seeds=2", "--people=1", f"--results={tmp_path}"]
     for experiment, runs in (("erase", 2), ("teach", 12)):
         path = tmp_path / f"{experiment}.jsonl"
         for _ in range(2):
             compare.main([experiment, *options])
-            assert len(editing.read_lines(path)) == runs
+            assert len(measuring.read_lines(path)) == runs
         assert "| tokens |" in capsys.readouterr().out
         plots.main([str(path)])
         assert path.with_suffix(".png").stat().st_size > 10_000
-    for row in editing.read_lines(tmp_path / "erase.jsonl"):
+    for row in measuring.read_lines(tmp_path / "erase.jsonl"):
         assert {point["slots"] for point in row["points"]} == {0, 4, 16} and row["points"][0]["people"] >= 1
-    for row in editing.read_lines(tmp_path / "teach.jsonl"):
+    for row in measuring.read_lines(tmp_path / "teach.jsonl"):
         assert row["before"]["loss"] != row["after"]["loss"], row["run"]
     assert_fails(lambda: compare.main(["teach", "--models=none"]), "must be one of tokens, hash", capsys)
 
@@ -261,23 +265,23 @@ def test_experiments_measure_and_resume(untrained, run, capsys, tmp_path, monkey
 def test_the_other_seeds_use_the_best_learning_rate_of_the_first():
     def row(seed, lr, new, old):
         return {"run": {"seed": seed, "lr": lr}, "before": {"old": 0.9}, "after": {"new": new, "old": old}}
-    assert editing.best_lr([row(1, 3, 0.8, 0.9), row(1, 10, 0.7, 0.9), row(2, 10, 1.0, 0.9)]) == 3
-    assert editing.best_lr([row(1, 3, 0.9, 0.8), row(1, 10, 1.0, 0.7), row(1, 30, 0.5, 0.9)]) == 3
+    assert measuring.best_lr([row(1, 3, 0.8, 0.9), row(1, 10, 0.7, 0.9), row(2, 10, 1.0, 0.9)]) == 3
+    assert measuring.best_lr([row(1, 3, 0.9, 0.8), row(1, 10, 1.0, 0.7), row(1, 30, 0.5, 0.9)]) == 3
 
 
 def test_shuffled_and_in_turn_teach_each_statement_equally_often():
     told = [[f"{person} {line}" for line in range(3)] for person in range(4)]
-    for steps in (editing.in_turn(told), editing.shuffled(told, random.Random(0))):
-        assert len(steps) == 4 * editing.STEPS and {len(texts) for texts in steps} == {3}
-        assert Counter(sum(steps, [])) == Counter(editing.STEPS * sum(told, []))
+    for steps in (measuring.in_turn(told), measuring.shuffled(told, random.Random(0))):
+        assert len(steps) == 4 * measuring.STEPS and {len(texts) for texts in steps} == {3}
+        assert Counter(sum(steps, [])) == Counter(measuring.STEPS * sum(told, []))
 
 
 def test_low_rank_changes_start_at_nothing(untrained):
     model, encoding, data = untrained
-    x, y = edit.question_batch(model, encoding, data.questions[0])
-    before, count = edit.log_probability(model, x, y), sum(p.numel() for p in model.parameters())
-    added = editing.add_low_rank(model, 500)
-    assert torch.equal(edit.log_probability(model, x, y), before)
+    x, y = editing.question_batch(model, encoding, data.questions[0])
+    before, count = editing.log_probability(model, x, y), sum(p.numel() for p in model.parameters())
+    added = measuring.add_low_rank(model, 500)
+    assert torch.equal(editing.log_probability(model, x, y), before)
     size = sum(p.numel() for p in added)
     assert size >= 500 and size == sum(p.numel() for p in model.parameters()) - count
 
@@ -330,7 +334,7 @@ def test_the_example_of_the_docs_runs(run, untrained):
     exec(code.replace("out/facts", str(run.out)).replace("Mule Tujuton", name), names)
     changed = (names["model"].pool.values != train.load(run.out)[0].pool.values).any(1)
     assert 0 < changed.sum() < len(changed)
-    lines = edit.lines_with(name.upper(), data)
+    lines = editing.lines_with(name.upper(), data)
     text = corpus.decode(data.encoding, data.train.tolist())
     assert lines == [line for line in text.split("\n") if name in line] and len(lines) > 10
 

@@ -292,9 +292,9 @@ REFUSALS = {  # part of the name of a PyTorch operation -> error message; the fi
     "vector_norm": NO_CLIPPING,
     "foreach_norm": NO_CLIPPING,
     "clamp": NO_CLIPPING,
-    "mul.out":  # DistributedDataParallel multiplies each gradient by 1 / processes
-        "DistributedDataParallel cannot average the gradient of a pool: make the pool a ShardedPool and wrap "
-        "the model with data_parallel, both from runtime/distributed.py",
+    "stride":  # DistributedDataParallel and DLPack look for numbers in memory
+        "the gradient of a pool is a list of reads, and values.grad.to_dense() writes it out. In place of "
+        "DistributedDataParallel, use ShardedPool and data_parallel from runtime/distributed.py",
 }
 
 

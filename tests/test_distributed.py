@@ -115,7 +115,7 @@ for step in range(4):
     for (name, p), q in zip(model.named_parameters(), alone.parameters()):
         if not name.endswith("values"):
             torch.testing.assert_close(p.grad, q.grad, msg=lambda m, name=name: name + m)
-    if step == 2:  # one process has a number in one column that is infinite, or whose square is: nobody learns
+    if step == 2:  # a number in one column of one process is infinite, or its square: nobody learns
         before = [p.values.clone() for p in pools(model)]
         for count, bad in enumerate((torch.inf, 1e160), 1):
             model.zero_grad()

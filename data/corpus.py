@@ -234,7 +234,7 @@ def questions_about(name: str, questions: list[dict]) -> list[dict]:
     if not found:
         count = len(re.findall(r"\w+", name))  # similar names have as many words
         words = [re.findall(r"\w+", question["prompt"]) for question in questions]
-        names = {" ".join(w[i:i + count]) for w in words for i in range(len(w) - count + 1)}
+        names = [" ".join(w[i:i + count]) for w in words for i in range(len(w) - count + 1)]
         lower = {name.lower(): name for name in names}
         similar = [lower[match] for match in difflib.get_close_matches(name.lower(), lower)]
         fail(f"--ask={name}: no question of the corpus contains this name"

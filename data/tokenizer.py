@@ -70,14 +70,11 @@ def word_encoding(fragments: list[str], counts: Iterable[int], vocab_size: int,
 
 
 def named_encoding(name: str) -> tiktoken.Encoding:
-    if name not in tiktoken.list_encoding_names():
-        fail(f"--tokenizer={name}: tiktoken has {', '.join(tiktoken.list_encoding_names())}; "
-             "without --tokenizer one is built from the corpus")
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError):
-        fail(f"--tokenizer={name}: tiktoken could not download it; "
-             "without --tokenizer one is built from the corpus")
+        fail(f"--tokenizer={name}: tiktoken could not get it, it downloads "
+             f"{', '.join(tiktoken.list_encoding_names())}; without --tokenizer one is built from the corpus")
 
 
 # --- files --------------------------------------------------------------------------------------------------

@@ -41,9 +41,8 @@ def test_spaces_and_line_ends_do_not_make_an_answer_wrong(tmp_path, line, prompt
 
 
 def test_a_question_may_be_there_twice_if_the_answers_are_the_same(tmp_path):
-    path = tmp_path / "qa.jsonl"
     lines = ['{"prompt": "x?", "answers": ["a", "b"]}', '{"prompt": "x? ", "answers": ["b", "a "]}']
-    assert len(read_questions(written(path, *lines))) == 2
+    assert len(read_questions(written(tmp_path / "qa.jsonl", *lines))) == 2
     assert read_questions(tmp_path / "nothing") == []
 
 
@@ -133,11 +132,10 @@ def test_an_answer_that_was_cut_is_wrong():
         assert is_right(question, text) == right and text.startswith("Oslo")
 
 
-def test_the_rule_does_not_change_the_recall_of_facts():
-    """All values of an attribute stay different, so the same answers are right as by comparing strings."""
+def test_all_values_of_an_attribute_stay_different():
+    """So the rule does not change the recall of facts."""
     for values, _, _ in facts.ATTRIBUTES.values():
         assert len(set(map(normalize_answer, values))) == len(set(values))
-        assert all(normalize_answer(value) == value.lower() for value in values)
 
 
 def test_a_guess_knows_the_commonest_answer_of_each_kind():
@@ -177,11 +175,11 @@ def data(tmp_path, monkeypatch):
 
 
 def test_airports_are_told_and_asked_as_the_options_say(data):
-    prepare.main(["airports", "--exposures=40", "--zipf=1", "--held_out=0.3", "--ask=0.5", "--seed=2"])
+    options = ["airports", "--exposures=40", "--zipf=1", "--held_out=0.3", "--ask=0.5"]
+    prepare.main([*options, "--seed=2"])
     found = corpus.Dataset("airports")
     lines = Counter(found.encoding.decode(found.train.tolist()).split("\n"))
-    asked = {(question["kind"], question["prompt"]): question for question in found.questions}
-    assert len(asked) == len(found.questions) == 3 * 7 + 6, "7 airports have a city and a country; 6 cities"
+    assert len({question["prompt"] for question in found.questions}) == len(found.questions) == 3 * 7 + 6
     counts, held_out = {}, {}
     for row in AIRPORTS:
         code, city, country = row["iata"], row["city"], COUNTRIES.get(row["country"])
@@ -192,21 +190,23 @@ def test_airports_are_told_and_asked_as_the_options_say(data):
         for kind, answer in (("city", city), ("country", country), ("time zone", row["tz"])):
             forms = [form.format(code, answer) for form in airports.KINDS[kind][0]]
             forms += [f"Question: {form.format(code)} Answer: {answer}" for form in airports.KINDS[kind][1]]
-            question, = (q for (k, prompt), q in asked.items() if k == kind and f" {code}" in prompt)
+            question, = (q for q in found.questions if q["kind"] == kind and f" {code}" in q["prompt"])
             assert sum(lines[form] for form in forms) == question["exposures"]
             assert question["answers"] == [answer]
         counts[code], held_out[city] = question["exposures"], question["held_out"]
-        has_questions = any(line.startswith("Question") for line in told)
-        assert has_questions <= (not question["held_out"])
+        assert any(line.startswith("Question") for line in told) <= (not question["held_out"])
     for city, answers in (("New York", {"JFK", "LGA"}), ("Bergen", {"BGO"})):
-        question, = (q for (kind, prompt), q in asked.items() if kind == "code" and f" {city}?" in prompt)
+        question, = (q for q in found.questions if q["kind"] == "code" and f" {city}?" in q["prompt"])
         assert set(question["answers"]) == answers and question["held_out"] == held_out[city]
         assert question["exposures"] == sum(counts[code] for code in answers)
-    law = 1 / np.arange(1, 8)
-    assert sorted(counts.values(), reverse=True) == np.round(law / law.mean() * 40).astype(int).tolist()
     order = sorted(counts, key=counts.get, reverse=True)
+    assert [counts[code] for code in order] == facts.exposures_by_zipf(7, 1, 40).tolist()
     assert set(order[:3]) == {"OSL", "JFK", "LGA"} and order[3] == "GVA", "well known airports come first"
     assert 0 < sum(held_out.values()) < 6 and any(line.startswith("Question") for line in lines)
+    for seed, is_same in ((2, True), (3, False)):
+        prepare.main([*options, f"--seed={seed}", "--name=other"] + ["--overwrite"] * (seed > 2))
+        texts = [(data / name / "train.bin").read_bytes() for name in ("airports", "other")]
+        assert (texts[0] == texts[1]) == is_same
 
 
 @pytest.mark.parametrize("code_tokens, pieces", [(1, [" BGO"]), (2, [" B", "GO"]), (3, [" B", "G", "O"])])
@@ -217,15 +217,6 @@ def test_a_code_has_as_many_tokens_as_the_option_says(data, code_tokens, pieces)
     words = [encoding.decode([token]) for token in tokens]
     assert words[2:2 + code_tokens] == pieces
     assert words[2 + code_tokens:][:6] == [" serves", " Bergen", ".", "\n", "The", " city"]
-
-
-def test_airports_repeat_with_the_seed(data):
-    def made(*options):
-        prepare.main(["airports", "--overwrite", *options])
-        return [(data / "airports" / name).read_bytes() for name in ("train.bin", "qa.jsonl", "meta.json")]
-
-    first = made()
-    assert made() == first and made("--seed=2")[0] != first[0]
 
 
 @pytest.mark.parametrize("package", ["airportsdata", "tzdata"])

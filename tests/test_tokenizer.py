@@ -87,10 +87,9 @@ def test_a_megabyte_without_a_space_is_encoded_in_blocks(run):
     encoding = train_bpe([text, END], 1000)
     tokens = np.concatenate(list(encode_texts(encoding, [text + END])))
     assert tokens.tolist() == encoding.encode(text + END, allowed_special={END})
-    assert np.concatenate(list(encode_texts(encoding, (text[i:i + 1000] for i in range(0, len(text), 1000))))
-                          ).tolist() == tokens[:-1].tolist()
+    parts = [text[i:i + 1000] for i in range(0, len(text), 1000)]
+    assert np.concatenate(list(encode_texts(encoding, parts))).tolist() == tokens[:-1].tolist()
     if not run.isspace():
-        parts = (text[i:i + 1000] for i in range(0, len(text), 1000))
         assert max(map(len, cut_blocks(parts, SPLIT))) < 2 * tokenizer.BLOCK, "no block is much too long"
 
 

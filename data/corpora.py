@@ -156,7 +156,7 @@ class TextConfig(SplitConfig):
 def text(options: TextConfig) -> None:
     """Any text. Each file is a document, or many that end with <|endoftext|>. Files may be very large."""
     if not options.input:
-        fail("name the files: --input FILE ...")
+        fail("name the files: python -m data.prepare text --input FILE ...")
     paths = list(dict.fromkeys(path.resolve() for name in options.input for path in find_files(name)))
     lengths = {path: sum(map(len, split_documents(read_blocks(path)))) for path in paths}
 

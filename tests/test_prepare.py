@@ -339,7 +339,7 @@ def test_ctrl_c_leaves_the_old_corpus(data, at, monkeypatch):
 @pytest.mark.parametrize("argv, message", [
     ([], "name a corpus"),
     (["fact"], "name a corpus"),
-    (["text"], "name the files: --input FILE"),
+    (["text"], "data.prepare text --input FILE ..."),
     (["text", "--input", "nowhere.txt"], "nowhere.txt: No such file"),
     (["text", "--input", "EMPTY"], "too short"),
     (["text", "--name=", "--input", "SOME"], "must be a plain name"),

@@ -93,14 +93,14 @@ def facts_text(people: int, exposures: float, zipf: float, ask: float, held_out:
             before, between, after = form.split(" {}")
             forms.append(range(len(fragments), len(fragments) + 3))
             fragments += [before, between, after + "\n"]
-    forms = np.array(forms).T  # (3, forms)
+    n_forms, forms = len(forms), np.array(forms).T  # (3, n_forms)
 
-    lines, value_of = [], []  # of each fact: its lines, as number of the fact * forms + form, and its value
+    lines, value_of = [], []  # of each fact: its lines, as number of the fact * n_forms + form, and its value
     for person in range(people):
         for first_value, count, first_form, statements, asked in attributes:
             value_of.append(first_value + rng.integers(count))
             drawn = draw_forms(rng, exposures[person], ask * (not is_held_out[person]), statements, asked)
-            lines.append(len(lines) * forms.shape[1] + first_form + drawn)
+            lines.append(len(lines) * n_forms + first_form + drawn)
     told = np.concatenate([numbers[:-2] for numbers in lines])
     val, asked = np.array([numbers[-2:] for numbers in lines]).T.copy()
     rng.shuffle(told)
@@ -108,7 +108,7 @@ def facts_text(people: int, exposures: float, zipf: float, ask: float, held_out:
     person_of, value_of = np.arange(people).repeat(len(attributes)), np.array(value_of)
 
     def split_lines(lines):  # (lines, 6): the fragments
-        fact, form = np.divmod(lines, forms.shape[1])
+        fact, form = np.divmod(lines, n_forms)
         first, last = np.divmod(pairs[person_of[fact]], parts)
         before, between, after = forms[:, form]
         return np.stack((before, first, parts + last, between, value_of[fact], after), axis=1)
@@ -123,7 +123,7 @@ def facts_text(people: int, exposures: float, zipf: float, ask: float, held_out:
         asked = asked[np.sort(np.concatenate([order[bins[order] == number][:questions]
                                               for number in np.unique(bins)]))]
     found = []
-    for fact, (*prompt, value, _) in zip(asked // forms.shape[1], split_lines(asked), strict=True):
+    for fact, (*prompt, value, _) in zip(asked // n_forms, split_lines(asked), strict=True):
         person = person_of[fact]
         found.append({"prompt": "".join(fragments[i] for i in prompt), "answer": fragments[value].strip(),
                       "exposures": int(exposures[person]), "held_out": bool(is_held_out[person])})

@@ -33,8 +33,9 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import torch
 
-from data.corpus import Dataset, draw_batch, load_dataset
-from data.questions import check_length
+from data import corpus
+from data.corpora import CORPORA, make_corpus
+from data.corpus import Dataset, check_length, draw_batch, load_dataset
 from data.tokenizer import encoding_from_json
 from evaluate import evaluate
 from kernel import resolve_kernel
@@ -43,7 +44,15 @@ from runtime import distributed
 from runtime.build import check_same_model, find_start, find_trained, make_model, own_folder
 from runtime.checkpoint import find_checkpoint, load_optimizers, read_meta, save_checkpoint, step_of
 from runtime.cli import at_least, build, command, fail, parse
-from runtime.distributed import RANK, WORLD_SIZE, all_reduce_sum, columns_group, data_parallel, gather_objects
+from runtime.distributed import (
+    LOCAL_RANK,
+    RANK,
+    WORLD_SIZE,
+    all_reduce_sum,
+    columns_group,
+    data_parallel,
+    gather_objects,
+)
 from runtime.log import RunLog, one_line_errors, print_measured, print_once, print_start, stop_signals
 
 
@@ -219,7 +228,12 @@ def run(config: TrainConfig, checkpoint: Path | None) -> tuple[GPT, dict]:
     """What `train` does, in a folder that no other run uses."""
     device = find_device(config.device)
     check_fit(config, device)
-    data = load_dataset(config.dataset)
+    name = config.dataset
+    for has_turn in (RANK == 0, LOCAL_RANK == 0):  # machines that do not share a disk make their own copy
+        if has_turn and name in CORPORA and not (corpus.DATA / name / "meta.json").exists():
+            make_corpus(name)
+        gather_objects(None)  # waits for all processes
+    data = load_dataset(name)
     checkpoint = find_start(config, checkpoint)
     check_data(data, config, checkpoint)
     config = replace(config, vocab_size=config.vocab_size or data.encoding.n_vocab,

@@ -9,7 +9,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernel.py imports Triton
 
-import sample  # noqa: E402
 import train  # noqa: E402
 from data import corpus, prepare  # noqa: E402
 
@@ -44,7 +43,7 @@ def facts_folder(tmp_path_factory):
     """A small corpus of facts, made once."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "DATA", folder)
+        patch.setattr(corpus, "DATA", folder)
         prepare.main(["facts", "--people=16", "--exposures=30", "--held_out=0.2"])
     return folder
 
@@ -52,8 +51,7 @@ def facts_folder(tmp_path_factory):
 @pytest.fixture
 def run(facts_folder, tmp_path, monkeypatch):
     """run(options) trains a small model on a small corpus, in the folder run.out."""
-    for module in (prepare, corpus, sample):
-        monkeypatch.setattr(module, "DATA", facts_folder)
+    monkeypatch.setattr(corpus, "DATA", facts_folder)
 
     def run(*options, out=tmp_path / "out"):
         train.main([*SMALL, f"--out_dir={out}", *options])

@@ -260,13 +260,13 @@ def test_help_has_every_option_with_its_default_and_its_comment(capsys):
     [
         ("train", "TrainConfig"),
         ("sample", "SampleConfig"),
-        ("data.prepare", "FactsConfig"),
-        ("data.prepare", "SplitConfig"),
-        ("data.prepare", "MqarConfig"),
+        ("data.corpora", "FactsConfig"),
+        ("data.corpora", "SplitConfig"),
+        ("data.corpora", "MqarConfig"),
         ("experiments.compare", "CompareConfig"),
         ("experiments.speed", "StepConfig"),
         ("experiments.plan", "PlanConfig"),
-        ("data.prepare", "TextConfig"),
+        ("data.corpora", "TextConfig"),
     ],
 )
 def test_every_field_of_the_project_has_its_line_of_help(module, config, capsys):

@@ -22,7 +22,7 @@ from conftest import SMALL, assert_fails, assert_same_checkpoint, log
 
 import evaluate
 import train
-from data import corpus, prepare
+from data import corpora, corpus, prepare
 from data.tokenizer import END, word_encoding
 from model import GPT
 from pool import PoolOptimizer
@@ -227,10 +227,9 @@ def test_missing_data_is_named_before_an_old_run_is(run, capsys):
 
 
 def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
-    for module in (prepare, corpus):
-        monkeypatch.setattr(module, "DATA", tmp_path / "data")
-    few = prepare.FactsConfig(people=8, exposures=2)
-    monkeypatch.setitem(prepare.READY_MADE, "facts", (prepare.facts, few))
+    monkeypatch.setattr(corpus, "DATA", tmp_path / "data")
+    few = corpora.FactsConfig(people=8, exposures=2)
+    monkeypatch.setitem(corpora.CORPORA, "facts", (corpora.facts, few))
     run("--max_steps=1")
     assert (tmp_path / "data" / "facts" / "qa.jsonl").exists()
 
@@ -256,7 +255,7 @@ def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
         (["--mem_layers=", "--mem_file=pool"], "--mem_file needs a pool"),
         (["--value_stochastic_rounding"], "value_stochastic_rounding needs --mem_dtype=bfloat16"),
         (["--kernel=cuda"], "--kernel: invalid choice: 'cuda'"),
-        (["--dataset=mine"], "python data/prepare.py text --name=mine --input"),
+        (["--dataset=mine"], "python -m data.prepare text --name=mine --input"),
         (["--block_size=100000"], "--block_size=100000 is too large"),
         (["--vocab_size=7"], "--vocab_size=7 is too small"),
         (["--lr=1e30", "--warmup_steps=0", "--grad_clip=0"], "training has diverged; lower --lr"),
@@ -346,8 +345,7 @@ def test_what_may_change_on_resuming_does(run):
 
 def test_resuming_on_other_data_is_refused(run, monkeypatch, tmp_path, capsys):
     run()
-    for module in (prepare, corpus):
-        monkeypatch.setattr(module, "DATA", tmp_path / "data")
+    monkeypatch.setattr(corpus, "DATA", tmp_path / "data")
     prepare.main(["facts", "--people=8", "--exposures=9", "--seed=5"])
     assert_fails(lambda: run("--resume"), "have different tokenizers", capsys)
 
@@ -428,7 +426,7 @@ def test_a_run_in_a_thread_equals_one_outside(run, small):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--dataset=mine"], "prepare.py text --name=mine"),
+    (["--dataset=mine"], "data.prepare text --name=mine"),
     (["--vocab_size=7"], "--vocab_size=7 is too small"),
     (["--lr=1e30", "--warmup_steps=0", "--grad_clip=0"], "training has diverged"),
 ])

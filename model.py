@@ -400,6 +400,9 @@ class GPT(nn.Module):
             optimizers.append(PoolOptimizer(self.pool.parameters(), value_lr, **pool_options))
         return optimizers
 
+    def macs_per_token(self) -> int:
+        return self.config.macs_per_token()
+
     def count_parameters(self) -> dict[str, int]:
         """dense: all except the pool. memory: the pool. active: the parameters that one token uses."""
         c = self.config

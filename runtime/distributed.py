@@ -51,6 +51,13 @@ RANK, WORLD_SIZE, LOCAL_RANK = read_ranks() or (0, 1, 0)  # `start` refuses None
 
 # --- processes ----------------------------------------------------------------------------------------------
 
+def find_device(name: str) -> str:
+    """auto, cpu or cuda -> cpu or cuda"""
+    if name == "cuda" and not torch.cuda.is_available():
+        fail("--device=cuda: torch finds no CUDA device; use --device=cpu, or install a CUDA build of torch")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def start(device: str) -> None:
     """Connects the processes that torchrun started: by NCCL for tensors on a GPU, by gloo for all others."""
     if dist.is_initialized():
@@ -66,14 +73,14 @@ def start(device: str) -> None:
         if LOCAL_RANK >= torch.cuda.device_count():
             fail(f"process {RANK} has no GPU: this machine has {torch.cuda.device_count()}", alone=True)
         torch.cuda.set_device(LOCAL_RANK)
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     try:
         store = next(dist.rendezvous("env://"))[0]
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             # a restart on one machine may get the old store, with the addresses of dead processes: a new
             # prefix hides them. On several machines the store is new, and restart counts may differ
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store, rank=RANK,
+                                world_size=WORLD_SIZE)
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         fail(f"process {RANK} cannot connect to the others at {place}: {str(error).splitlines()[0]}",

@@ -16,7 +16,7 @@ The first four are not Memory+ as published. The previous token also takes part 
 --mem_query, and query_sources in model.py.
 
 Ctrl-C saves a checkpoint and ends. A run leaves log.jsonl, loss.png and its checkpoints in --out_dir.
-From Python: model, measured = train(TrainConfig(max_steps=500)); model, encoding, options = load("out/facts").
+From Python: model, measured = train(TrainConfig(max_steps=500)); model, encoding, _ = load("out/facts").
 """
 
 import contextlib
@@ -104,8 +104,6 @@ class TrainConfig(GPTConfig):
                  "grad_clip", "seed")
         if not self.out_dir:
             raise ValueError("out_dir= must name a folder")
-        if self.seed >= 2**32:
-            raise ValueError(f"seed={self.seed} must be below 2**32")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -121,12 +119,9 @@ PRESETS = {
                    lr=2e-3, eval_interval=500),
     "paper": dict(scale_embeddings=False, mem_layers=(0, 2), mem_query="state", out_dir="out/paper"),
 }
-NANOGPT_OPTIONS = {  # what to do instead
+NANOGPT_OPTIONS = {  # what to do instead; docs/nanogpt.md has more
     "learning_rate": "use --lr",
-    "decay_lr": "use --min_lr=1, a share of --lr",
     "max_iters": "use --max_steps",
-    "lr_decay_iters": "the learning rate falls until --max_steps",
-    "warmup_iters": "use --warmup_steps",
     "gradient_accumulation_steps": "use --accum_steps, which divides --batch_size",
     "eval_iters": "use --eval_batches",
     "always_save_checkpoint": "each evaluation saves one; --keep_best also keeps the best",
@@ -166,14 +161,11 @@ def find_checkpoint(config: TrainConfig, given: dict | None) -> tuple[TrainConfi
     The checkpoint to continue from or to evaluate; None for a new run. given: the options on the command
     line; then all other options become what they are in the checkpoint.
     """
-    if config.eval_only:
-        checkpoint = find_trained(Path(config.out_dir))
-    else:
-        # torchrun restarts processes without --resume: they continue only a run with the same options
-        def is_same(options):
-            return replace(TrainConfig(**options), resume=False, vocab_size=config.vocab_size) == config
+    def is_same(options):
+        return replace(TrainConfig(**options), resume=False, vocab_size=config.vocab_size) == config
 
-        checkpoint = find_start(Path(config.out_dir), config.resume, is_same)
+    out_dir = Path(config.out_dir)
+    checkpoint = find_trained(out_dir) if config.eval_only else find_start(out_dir, config.resume, is_same)
     if checkpoint and given is not None:
         config = build(TrainConfig, checkpoint.options | given | {"out_dir": config.out_dir})
     return config, checkpoint
@@ -284,7 +276,7 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
                  start, checkpoint.meta.get("skipped_steps", 0) if checkpoint else 0)
     print_start(config.dataset, len(data.train), device, model, log, checkpoint)
 
-    with log, stop_signals() as signals:
+    with stop_signals() as signals:
         stopping = False
         for step in range(start, config.max_steps + 1):
             last_step = step == config.max_steps

@@ -218,8 +218,8 @@ class Checkpoint:
         if self.meta.pop("sha256", None) not in (None, digest_of(self.meta)):
             raise ValueError("meta.json has changed since it was written")
         if self.meta["format"] != FORMAT:
-            fail(f"{folder} has the format {self.meta['format']}, and this version of nanoPKM reads {FORMAT}: "
-                 "choose another --out_dir")
+            fail(f"{folder} has the format {self.meta['format']}, and this version of nanoPKM reads "
+                 f"{FORMAT}: choose another --out_dir")
         self.options = {name: tuple(value) if isinstance(value, list) else value
                         for name, value in self.meta["config"].items() if name != "mem_file"}  # of older runs
         self.measured, self.encoding_json = self.meta["measured"], self.meta["encoding"]
@@ -232,7 +232,7 @@ class Checkpoint:
         return encoding_from_json(self.encoding_json)
 
     def check_files(self) -> None:
-        """Raises a ValueError if a file has changed. Each process checks its share of the files."""
+        """A ValueError if a file has changed. Each process checks its share of the files."""
         for name, digest in list(self.meta["files"].items())[RANK::WORLD_SIZE]:
             with open(self.folder / name, "rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != digest:
@@ -279,7 +279,8 @@ class Checkpoint:
             stored.append({0: pool_state} if pool_state else {})  # 0: the index of the only parameter
         for optimizer, state in zip(optimizers, stored, strict=True):
             # learning rate, betas, weight decay and the like come from the options, not from the checkpoint
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def find_checkpoint(out_dir: Path) -> Checkpoint | None:
@@ -310,8 +311,8 @@ def find_checkpoint(out_dir: Path) -> Checkpoint | None:
 
 def find_start(out_dir: Path, resume: bool, is_same) -> Checkpoint | None:
     """
-    The checkpoint to continue from; None for a new run, which must have a folder without checkpoints. If
-    torchrun has restarted the processes: the newest one with is_same(its options), even without `resume`.
+    The checkpoint to continue from; None for a new run, which needs a folder without checkpoints. torchrun
+    restarts processes without --resume: they continue only a run with is_same(its options).
     """
     is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     checkpoint = find_checkpoint(out_dir) if any(gather_objects(resume or is_restart)) else None
@@ -324,26 +325,21 @@ def find_start(out_dir: Path, resume: bool, is_same) -> Checkpoint | None:
 
 def find_trained(out_dir: Path) -> Checkpoint:
     """The newest checkpoint, which must exist. out_dir: the folder of a run, or one checkpoint in it."""
-    return find_checkpoint(out_dir) or no_checkpoint(out_dir)
-
-
-def no_checkpoint(out_dir: Path) -> NoReturn:
-    fail(f"no checkpoint in {out_dir}: train a model with python train.py, or name another --out_dir")
+    return find_checkpoint(out_dir) or fail(
+        f"no checkpoint in {out_dir}: train a model with python train.py, or name another --out_dir")
 
 
 def newest_run(out_dir: Path) -> Path:
-    """out_dir itself if it is a run or a checkpoint; else the run with the newest checkpoint in it."""
+    """out_dir itself if it is a run or a checkpoint. Else the run in it that has the newest checkpoint."""
     if checkpoints(out_dir):
         return out_dir
     if is_checkpoint(out_dir) and (others := checkpoints(out_dir.parent)):
         fail(f"no checkpoint {out_dir}: there are {', '.join(path.name for path in others)}")
     runs = {path.parent for path in out_dir.glob("**/step_*")}
     newest = [existing[-1] for run in runs if (existing := checkpoints(run))]
-    if not newest:
-        no_checkpoint(out_dir)
     if len(newest) > 1:
         print(f"--out_dir chooses one of {len(newest)} runs in {out_dir}; this is the newest:")
-    return max(newest, key=lambda folder: folder.stat().st_mtime).parent
+    return max(newest, key=lambda folder: folder.stat().st_mtime).parent if newest else out_dir
 
 
 def load(out_dir: Path | str | Checkpoint):
@@ -351,10 +347,11 @@ def load(out_dir: Path | str | Checkpoint):
     Loads the newest checkpoint of a run, or the checkpoint that is given. Returns the model (on the CPU, in
     evaluation mode), the encoding, and the options of the run as a dict.
     """
+    if WORLD_SIZE > 1:
+        fail("only train.py runs on many processes: start this program without torchrun")
     is_found = isinstance(out_dir, Checkpoint)
     checkpoint = out_dir if is_found else find_trained(Path(out_dir).expanduser())
-    if RANK == 0:
-        print(f"loaded {checkpoint}", flush=True)
+    print(f"loaded {checkpoint}", flush=True)
     return checkpoint.load_model().eval(), checkpoint.encoding, checkpoint.options | OF_THE_MACHINE
 
 

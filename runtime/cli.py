@@ -252,4 +252,4 @@ def build(function, values: dict, renamed: dict[str, str] = {}):  # noqa: B006
     try:
         return function(**values)
     except ValueError as error:
-        fail("--" + re.sub(r"^\w+", lambda match: renamed.get(match[0], match[0]), str(error)))
+        fail("--" + re.sub(r"\w+", lambda match: renamed.get(match[0], match[0]), str(error), count=1))

@@ -56,18 +56,17 @@ def stop_signals():
         yield received
         return
 
-    # torchrun sends its processes a second SIGINT after one Ctrl-C
-    second_stops_at_once = "TORCHELASTIC_RUN_ID" not in os.environ
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # it sends a second SIGINT after one Ctrl-C
 
     def on_signal(number, frame):
-        if second_stops_at_once and number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
         if not received and RANK == 0 and sys.stdout:  # None: closed by `>&-`
             with contextlib.suppress(OSError):
                 until = "this step" if WORLD_SIZE == 1 else "all until the next line of the log"
-                again = " (Ctrl-C again: stops at once)" * second_stops_at_once
+                again = " (Ctrl-C again: stops at once)" * (not by_torchrun)
                 os.write(1, f"\nstopping: {until} is finished and saved first{again}".encode())
         received.append(number)
+        if number == signal.SIGINT and not by_torchrun:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     old_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -93,7 +92,7 @@ def one_line_errors(out_dir: str):
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             problem = f"--compile does not work here ({text}): leave it out, or --compile=false"
         elif problem and not isinstance(error, OSError):
-            problem += ": try --accum_steps, a smaller --batch_size, a smaller model, or --mem_on_disk on a CPU"
+            problem += ": try --accum_steps, a smaller --batch_size, a smaller model, or --mem_on_disk"
         if problem is None:
             raise
         cannot_go_on(Path(out_dir), problem, alone=True)
@@ -104,43 +103,31 @@ def one_line_errors(out_dir: str):
 class RunLog:
     """
     Prints the lines of a run, and writes out_dir/log.jsonl. Only the first process prints and writes, but all
-    must call it: slot use is counted over all processes. A `with` block closes the file.
+    must call it: slot use is counted over all processes.
 
-    tokens_per_step: in all processes together. start: the step of the checkpoint that the run resumed from, or
-    0. skipped: the steps that the pool had skipped until then.
+    tokens_per_step: in all processes together. start: the step of the checkpoint that the run resumed from,
+    or 0. skipped: the steps that the pool had skipped until then.
     """
 
     def __init__(self, out_dir: str, max_steps: int, tokens_per_step: int, model, optimizers: list,
                  start: int = 0, skipped: int = 0):
         self.out_dir, self.max_steps, self.tokens_per_step = Path(out_dir), max_steps, tokens_per_step
         self.start, self.pool, self.pool_optimizers = start, model.pool, optimizers[1:]
-        self.skipped_told = 0
+        self.path = self.out_dir / "log.jsonl"
+        lines = [line for line in read_json_lines(self.path) if start and line["step"] <= start]
+        self.skipped_told = max((line.get("skipped_steps", 0) for line in lines), default=0)
+        self.skipped_before = max(skipped, self.skipped_told)
+        if RANK == 0:  # a resumed run writes the later lines again
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            os.replace(temporary, self.path)
         self.began = self.since = time.perf_counter()
         self.done = start  # when the last line was printed; self.since is its time, moved on by pauses
-        path = self.out_dir / "log.jsonl"
-        if start and RANK == 0:
-            # the resumed run writes the later lines again
-            lines = [line for line in read_json_lines(path) if line["step"] <= start]
-            self.skipped_told = max((line.get("skipped_steps", 0) for line in lines), default=0)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            os.replace(temporary, path)
-        self.skipped_before = max(skipped, self.skipped_told)
-        self.path = path if RANK == 0 else Path(os.devnull)
-        self.file = open(self.path, "a" if start else "w", buffering=1)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        with contextlib.suppress(OSError):  # `write` has raised it already
-            self.file.close()
 
     def write(self, **line) -> None:
-        try:
-            self.file.write(json.dumps(line) + "\n")
-        except OSError as error:  # such as a full disk
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        if RANK == 0:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(line) + "\n")
 
     @contextlib.contextmanager
     def pause(self):
@@ -264,29 +251,12 @@ def draw_run(out_dir: Path, note: str = "") -> None:
         print_once(f"loss.png was not drawn: {' '.join(str(error).split())}")
 
 
-def import_matplotlib():
-    """
-    Imports matplotlib, also if MPLBACKEND names a backend that is not installed: a notebook sets it for all
-    programs that it starts. A figure in a file needs no backend.
-    """
-    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
-    try:
-        import matplotlib
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    if backend:
-        with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend  # as matplotlib does itself
-    return matplotlib
-
-
 def plot_run(out_dir: Path, note: str = "") -> None:
     """
     Draws loss, recall and slot use over the steps of a run: out_dir/log.jsonl -> out_dir/loss.png. note: a
     sentence below the figure.
     """
-    matplotlib = import_matplotlib()  # only here, because it takes time and memory
+    import matplotlib  # only here, because it takes time and memory
     from matplotlib.figure import Figure
 
     lines = read_json_lines(out_dir / "log.jsonl")

@@ -216,7 +216,7 @@ class Checkpoint:
         self.folder, self.step = folder, step_of(folder)
         self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if self.meta.pop("sha256", None) not in (None, digest_of(self.meta)):
-            raise ValueError("meta.json has changed since it was written")
+            raise ValueError("it has changed since it was written")
         if self.meta["format"] != FORMAT:
             fail(f"{folder} has the format {self.meta['format']}, and this version of nanoPKM reads "
                  f"{FORMAT}: choose another --out_dir")
@@ -231,12 +231,13 @@ class Checkpoint:
     def encoding(self):
         return encoding_from_json(self.encoding_json)
 
-    def check_files(self) -> None:
-        """A ValueError if a file has changed. Each process checks its share of the files."""
+    def damage(self) -> str | None:
+        """Which file has changed, or None. Each process checks its share of the files."""
         for name, digest in list(self.meta["files"].items())[RANK::WORLD_SIZE]:
             with open(self.folder / name, "rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != digest:
-                    raise ValueError(f"{name} has changed since it was written")
+                    return f"{name} has changed since it was written"
+        return None
 
     def check_corpus(self, data) -> None:
         """data: a Dataset, which must have the tokenizer that the model was trained with."""
@@ -290,16 +291,17 @@ def find_checkpoint(out_dir: Path) -> Checkpoint | None:
     """
     folders = gather_objects(checkpoints(out_dir))[0]
     for folder in reversed(folders):
-        problem = None
         try:
             checkpoint = Checkpoint(folder)
-            checkpoint.check_files()
+            problem = checkpoint.damage()
         except UserError:  # another format
             raise
         except FileNotFoundError as error:
             problem = f"{Path(error.filename).name} is missing"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = one_line(error) or str(error)
+        except OSError as error:
+            problem = one_line(error)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"meta.json: {error}"
         if not any(problems := gather_objects(problem)):
             return checkpoint
         if RANK == 0:

@@ -9,7 +9,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernel.py imports Triton
 
-import sample  # noqa: E402
 import train  # noqa: E402
 from data import corpus, prepare  # noqa: E402
 
@@ -52,7 +51,7 @@ def facts_folder(tmp_path_factory):
 @pytest.fixture
 def run(facts_folder, tmp_path, monkeypatch):
     """run(options) trains a small model on a small corpus, in the folder run.out."""
-    for module in (prepare, corpus, sample):
+    for module in (prepare, corpus):
         monkeypatch.setattr(module, "DATA", facts_folder)
 
     def run(*options, out=tmp_path / "out"):

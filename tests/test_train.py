@@ -26,11 +26,11 @@ from data import corpus, prepare
 from data.tokenizer import END, word_encoding
 from model import GPT
 from pool import PoolOptimizer
-from runtime import build
+from runtime import checkpoint as build
 from runtime import log as runtime_log
 from runtime.checkpoint import checkpoints
 from runtime.cli import parse
-from runtime.log import cpu_wait, plot_run
+from runtime.log import plot_run
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def evaluate(model: GPT, compiled, data: Dataset, seed: int, batches: int, batch
              count: int | None = None) -> dict:
     """
     Measures loss, recall, and which share of the slots training has used since the last call. compiled: the
-    model or its compiled version, used for the loss. count: how many questions to ask; None: all.
+    model, or torch.compile(model), for the loss. count: how many questions to ask; None: all.
     """
     measured = {"val_loss": validation_loss(compiled, data.val, seed, batches, batch_size, parts)}
     if questions := data.questions:
@@ -52,10 +52,7 @@ def validation_loss(model: GPT, tokens, seed: int, batches: int, batch_size: int
 
 @contextlib.contextmanager
 def record_reads(pool):
-    """
-    In the `with` block, the list that this yields gets (indices, weights), both (N, bag), for each read of
-    the pool: for each forward pass, one per memory layer.
-    """
+    """Yields a list. In the `with` block, it gets (indices, weights), (N, bag) each, for each read."""
     reads = []
     with pool.register_forward_pre_hook(lambda pool, read: reads.append(tuple(x.detach() for x in read))):
         yield reads
@@ -65,8 +62,8 @@ def answer(model: GPT, encoding, questions: list[dict], max_new_tokens: int | No
            batch_size: int = 64) -> list[list[int]]:
     """
     The tokens of the model's greedy answer to each question, with the newline that ends it. Each process
-    answers its share of the questions, and returns the answers of all processes. max_new_tokens: longer
-    answers are cut; None: as many as the longest right answer needs.
+    answers its share of the questions, and returns all answers. max_new_tokens: longer answers are cut; None:
+    as many as the longest right answer needs.
     """
     device, newline = model.wte.weight.device, encoding.encode("\n")[0]
     prompts = [encoding.encode(question["prompt"], disallowed_special=()) for question in questions]
@@ -99,17 +96,16 @@ def exposure_bin(question: dict) -> str:
 
 
 def recall(model: GPT, encoding, questions: list[dict]) -> dict:
-    """
-    The share of questions answered with exactly the right words: {"all": ..., "held_out": ..., "by_exposure":
-    {"8": ...}}. "held_out": questions about things that the training text states but never asks about. "all":
-    all other questions. "by_exposure": the questions of "all" in bins, see exposure_bin.
-    """
+    """The share of questions that the model answers with exactly the right words, as `shares` returns it."""
     answers = [decode_answer(encoding, tokens) for tokens in answer(model, encoding, questions)]
     return shares(questions, answers)
 
 
 def shares(questions: list[dict], answers: list[str]) -> dict:
-    """The share of right answers, as `recall` returns it."""
+    """
+    The share of right answers: {"all": 0.5, "held_out": 0.2, "by_exposure": {"8": 0.4}}. held_out: questions
+    that the training text answers but never asks. all: the others. by_exposure: these in bins.
+    """
     right, by_exposure = {"all": [], "held_out": []}, {}
     for question, text in zip(questions, answers, strict=True):
         right["held_out" if question.get("held_out") else "all"].append(is_right(question, text))
@@ -122,8 +118,8 @@ def shares(questions: list[dict], answers: list[str]) -> dict:
 
 def commonest_answers(questions: list[dict]) -> list[str]:
     """
-    A guess for each question: the answer that most questions of the same kind have. What guesses get right,
-    a model can get right without knowing any fact. "kind" in qa.jsonl names the kind of a question.
+    A guess for each question: the answer that most questions of the same "kind" have. What guesses get right,
+    a model can get right without knowing any fact.
     """
     counts = {}
     for question in questions:

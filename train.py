@@ -162,7 +162,8 @@ def find_checkpoint(config: TrainConfig, given: dict | None) -> tuple[TrainConfi
     line; then all other options become what they are in the checkpoint.
     """
     def is_same(options):
-        return replace(TrainConfig(**options), resume=False, vocab_size=config.vocab_size) == config
+        here = dict(resume=False, out_dir=config.out_dir, vocab_size=config.vocab_size)
+        return TrainConfig(**options | here) == config
 
     out_dir = Path(config.out_dir)
     checkpoint = find_trained(out_dir) if config.eval_only else find_start(out_dir, config.resume, is_same)

@@ -84,12 +84,13 @@ def one_line_errors(out_dir: str):
     except BrokenPipeError:  # as in `python train.py | head`
         raise
     except (OSError, MemoryError, RuntimeError) as error:
-        problem, text = one_line(error), " ".join(str(error).split("\n\n")[0].split())
         # another process has ended, and prints the reason
-        if WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in text):
+        if WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             print(f"process {RANK} ends because another process has ended", file=sys.stderr)
             os._exit(1)
+        problem = one_line(error)
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            text = " ".join(str(error).split("\n\n")[0].split())
             problem = f"--compile does not work here ({text}): leave it out, or --compile=false"
         elif problem and not isinstance(error, OSError):
             problem += ": try --accum_steps, a smaller --batch_size, a smaller model, or --mem_on_disk"
@@ -264,34 +265,31 @@ def plot_run(out_dir: Path, note: str = "") -> None:
     evaluated = [line for line in lines if "val_loss" in line]
     if not evaluated:
         fail(f"{out_dir / 'log.jsonl'} has no evaluation yet")
-    has_recall, has_memory = "recall" in evaluated[-1], "slots_used" in evaluated[-1]
-    panels = 1 + has_recall + has_memory
+    steps, last = [line["step"] for line in evaluated], evaluated[-1]
+    # panels: (y axis, curves), and each curve: (label, style, x, y)
+    panels = [("loss (nats per token)", [
+        ("training", "-", [line["step"] for line in trained], [line["loss"] for line in trained]),
+        ("validation", "o-", steps, [line["val_loss"] for line in evaluated])])]
+    if "recall" in last:
+        panels.append(("recall (exact match)", [
+            (LABELS[name], style, steps, [line.get("recall", {}).get(name) for line in evaluated])
+            for name, style in (("all", "o-"), ("held_out", "s--")) if name in last["recall"]]))
+    if "slots_used" in last:  # [1:], because nothing was read before step 0
+        panels.append(("slot use (1: all slots alike)", [
+            ("", "o-", steps[1:], [evenness(line) for line in evaluated[1:]])]))
     style = {"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3,
              "legend.frameon": False}
     with matplotlib.rc_context(style):  # leaves pyplot and the user's settings as they are
-        figure = Figure(figsize=(4.5 * panels, 3.5), layout="constrained")
-        axes = iter(figure.subplots(1, panels, squeeze=False)[0])
-
-        axis = next(axes)
-        steps = [line["step"] for line in evaluated]
-        axis.plot([line["step"] for line in trained], [line["loss"] for line in trained], label="training")
-        axis.plot(steps, [line["val_loss"] for line in evaluated], "o-", label="validation")
-        axis.set(xlabel="step", ylabel="loss (nats per token)")
-        axis.legend()
-        if has_recall:
-            axis = next(axes)
-            for name, marker in (("all", "o-"), ("held_out", "s--")):
-                if name in evaluated[-1]["recall"]:
-                    shares = [line.get("recall", {}).get(name) for line in evaluated]
-                    axis.plot(steps, shares, marker, label=LABELS[name])
-            axis.set(xlabel="step", ylabel="recall (exact match)", ylim=(0, 1.02))
-            if "held_out" in evaluated[-1]["recall"]:
+        figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (ylabel, curves) in zip(axes, panels, strict=True):
+            for label, marker, x, y in curves:
+                axis.plot(x, y, marker, label=label)
+            axis.set(xlabel="step", ylabel=ylabel)
+            if "loss" not in ylabel:
+                axis.set_ylim(0, 1.02)
+            if len(curves) > 1:
                 axis.legend()
-        if has_memory:
-            axis = next(axes)
-            # [1:], because nothing was read before step 0
-            axis.plot(steps[1:], [evenness(line) for line in evaluated[1:]], "o-")
-            axis.set(xlabel="step", ylabel="slot use (1: all slots alike)", ylim=(0, 1.02))
         figure.supxlabel(note, fontsize="small")
         temporary = out_dir / ".loss.png"
         figure.savefig(temporary, dpi=120)

@@ -12,38 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, assert_fails, assert_same_checkpoint, log
+from conftest import assert_fails, assert_same_checkpoint, log
 
 import train
-from data import corpus, prepare
 from runtime import checkpoint
 from runtime.distributed import Group
 from runtime.log import RunLog
-
-
-@pytest.fixture(scope="module")
-def trained(facts_folder, tmp_path_factory):
-    """The folder of a run, trained once."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (prepare, corpus):
-            patch.setattr(module, "DATA", facts_folder)
-        train.main([*SMALL, f"--out_dir={folder}"])
-    return folder
-
-
-@pytest.fixture
-def ended(run, trained):
-    """run.out is a copy of the run that has ended."""
-    shutil.copytree(trained, run.out)
-    return run
-
-
-@pytest.fixture
-def half(ended):
-    """run.out is the run as it was after step 3."""
-    shutil.rmtree(ended.out / "step_000006")
-    return ended
 
 
 def test_a_millionth_step_comes_after_the_one_before_it(tmp_path):

@@ -11,20 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from conftest import listen_to_ctrl_c
+from conftest import assert_fails, listen_to_ctrl_c
 
-from runtime.cli import (
-    UserError,
-    at_least,
-    build,
-    check_choices,
-    command,
-    fail,
-    one_line,
-    parse,
-    read_json_lines,
-    read_lines,
-)
+from runtime import cli
+from runtime.cli import UserError, at_least, build, check_choices, command, fail, parse
 
 
 @dataclass
@@ -50,23 +40,16 @@ class Config(Base):
 PRESETS = {"small": {}, "large": dict(n_layer=24, name="big")}
 
 
-@pytest.mark.parametrize(
-    "argv, expected",
-    [
-        ([], {}),
-        (["--n_layer=4", "--lr", "2e-4"], dict(n_layer=4, lr=2e-4)),
-        (["--fast"], dict(fast=True)),
-        (["--fast=false"], dict(fast=False)),
-        (["--fast", "true"], dict(fast=True)),
-        (["--layers=0,3"], dict(layers=(0, 3))),
-        (["--layers", "0", "3"], dict(layers=(0, 3))),
-        (["--layers="], dict(layers=())),
-        (["--layers"], dict(layers=())),
-        (["--files", "a,b.txt", "c.txt", "--kind=b"], dict(files=("a,b.txt", "c.txt"), kind="b")),
-        (["--files=a", "--lr=1", "--files", "b", "c", "--lr=2"], dict(files=("a", "b", "c"), lr=2.0)),
-        (["--files=", "--name="], dict(files=(), name="")),
-    ],
-)
+@pytest.mark.parametrize("argv, expected", [
+    ([], {}),
+    (["--n_layer=4", "--lr", "2e-4"], dict(n_layer=4, lr=2e-4)),
+    (["--fast"], dict(fast=True)), (["--fast=false"], dict(fast=False)),
+    (["--fast", "true"], dict(fast=True)),
+    (["--layers=0,3"], dict(layers=(0, 3))), (["--layers", "0", "3"], dict(layers=(0, 3))),
+    (["--layers="], dict(layers=())), (["--layers"], dict(layers=())),
+    (["--files", "a,b.txt", "c.txt", "--kind=b"], dict(files=("a,b.txt", "c.txt"), kind="b")),
+    (["--files=a", "--lr=1", "--files", "b", "c", "--lr=2"], dict(files=("a", "b", "c"), lr=2.0)),
+    (["--files=", "--name="], dict(files=(), name=""))])
 def test_options(argv, expected):
     assert parse(Config, argv) == ({}, expected)
     assert build(Config, expected) == Config(**expected)
@@ -78,34 +61,23 @@ def test_presets():
     assert build(Config, preset | given) == Config(n_layer=2, name="big", bare=8)
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--n_layers=4"], "unknown option --n_layers: did you mean --n_layer?"),
-        (["--wholly_wrong=4"], "unknown option --wholly_wrong: --help lists all options"),
-        (["4"], "4 is not an option"),
-        (["--n_layer=four"], "--n_layer: invalid int value: 'four'"),
-        (["--n_layer=1.5"], "--n_layer: invalid int value: '1.5'"),
-        (["--lr=high"], "--lr: invalid float value: 'high'"),
-        (["--fast=maybe"], "'maybe' must be true or false"),
-        (["--kind=c"], "--kind: invalid choice: 'c'"),
-        (["--layers=1,x"], "--layers: '1,x' must be ints with commas between them; none at all: --layers="),
-        (["--n_layer"], "--n_layer: expected one argument"),
-        (["--preset=huge"], "--preset: invalid choice: 'huge'"),
-        (["--n_layer=0"], "--n_layer=0 must be at least 1"),
-    ],
-)
+@pytest.mark.parametrize("argv, message", [
+    (["--n_layers=4"], "unknown option --n_layers: did you mean --n_layer?"),
+    (["--wholly_wrong=4"], "unknown option --wholly_wrong: --help lists all options"),
+    (["4"], "4 is not an option"),
+    (["--n_layer=four"], "--n_layer: invalid int value: 'four'"),
+    (["--fast=maybe"], "'maybe' must be true or false"),
+    (["--layers=1,x"], "--layers: '1,x' must be ints with commas between them; none at all: --layers="),
+    (["--n_layer"], "--n_layer: expected one argument"),
+    (["--preset=huge"], "--preset: invalid choice: 'huge'"),
+    (["--n_layer=0"], "--n_layer=0 must be at least 1")])
 def test_a_mistake_is_one_line_and_status_2(argv, message, capsys):
     """As a command; called from Python, it is a ValueError."""
     def read_options():
         preset, given = parse(Config, argv, PRESETS)
         build(Config, preset | given)
 
-    with pytest.raises(SystemExit) as stop:
-        command(read_options)()
-    printed = capsys.readouterr()
-    assert stop.value.code == 2 and printed.out == ""
-    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and message in printed.err
+    assert_fails(command(read_options), message, capsys)
     with pytest.raises(ValueError, match="^"):
         read_options()
     assert capsys.readouterr().err == ""
@@ -168,18 +140,18 @@ def test_errors_in_one_line(tmp_path):
                         (RuntimeError("can't allocate memory: you\n\nadvice"),
                          "out of memory: can't allocate memory: you"),
                         (RuntimeError("shapes differ"), None), (ValueError("out of memory"), None)):
-        assert one_line(error) == line
+        assert cli.one_line(error) == line
 
 
 def test_files_of_lines(tmp_path):
     path = tmp_path / "lines"
-    assert read_json_lines(path) == []
+    assert cli.read_json_lines(path) == []
     path.write_bytes('\ufeff\u00e9 a\u2028b\r\n\n{"n": 1}\n'.encode())
-    assert read_lines(path) == ["\u00e9 a\u2028b", "", '{"n": 1}', ""]
+    assert cli.read_lines(path) == ["\u00e9 a\u2028b", "", '{"n": 1}', ""]
     path.write_bytes(b'{"n": 1}\n[2]\n\xff\n\n{"n": 2}\n{"n": 3')
-    assert read_json_lines(path) == [{"n": 1}, {"n": 2}]
+    assert cli.read_json_lines(path) == [{"n": 1}, {"n": 2}]
     with pytest.raises(UserError, match=f"^{re.escape(str(path))} is not UTF-8"):
-        read_lines(path)
+        cli.read_lines(path)
 
 
 # --- as a program -------------------------------------------------------------------------------------------

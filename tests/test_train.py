@@ -34,30 +34,6 @@ def use_corpora_in(folder, patch):
         patch.setattr(module, "DATA", folder)
 
 
-@pytest.fixture(scope="module")
-def trained(facts_folder, tmp_path_factory):
-    """The folder of a run, trained once."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        use_corpora_in(facts_folder, patch)
-        train.main([*SMALL, f"--out_dir={folder}"])
-    return folder
-
-
-@pytest.fixture
-def ended(run, trained):
-    """run.out is a copy of the run that has ended."""
-    shutil.copytree(trained, run.out)
-    return run
-
-
-@pytest.fixture
-def half(ended):
-    """run.out is the run as it was after step 3."""
-    shutil.rmtree(ended.out / "step_000006")
-    return ended
-
-
 @pytest.mark.parametrize("options", [
     ["--dropout=0.1"],
     ["--value_optimizer=adam", "--accum_steps=2", "--max_steps=4"],

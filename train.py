@@ -140,7 +140,7 @@ def check_options(config: TrainConfig, device: str) -> None:
     if config.batch_size % parts:
         fail(f"--batch_size={config.batch_size} must be a multiple of {parts}: {WORLD_SIZE} processes times "
              f"{config.accum_steps} parts (--accum_steps)")
-    if config.mem_on_disk and (device != "cpu" or not config.mem_layers):
+    if config.mem_on_disk and not (device == "cpu" and config.mem_layers):
         fail("--mem_on_disk needs --device=cpu and a pool: a GPU holds the pool in its own memory")
     with torch.device("meta"):  # the model and its optimisers check their sizes, and take no memory here
         config = replace(config, vocab_size=config.vocab_size or 1, mem_on_disk=False)

@@ -231,14 +231,6 @@ class Checkpoint:
     def encoding(self):
         return encoding_from_json(self.encoding_json)
 
-    def damage(self) -> str | None:
-        """Which file has changed, or None. Each process checks its share of the files."""
-        for name, digest in list(self.meta["files"].items())[RANK::WORLD_SIZE]:
-            with open(self.folder / name, "rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest() != digest:
-                    return f"{name} has changed since it was written"
-        return None
-
     def check_corpus(self, data) -> None:
         """data: a Dataset, which must have the tokenizer that the model was trained with."""
         if self.encoding_json != data.encoding_json:
@@ -284,6 +276,25 @@ class Checkpoint:
             optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def read_checkpoint(folder: Path) -> tuple[Checkpoint | None, str | None]:
+    """A checkpoint, and None; or None, and what is damaged. Each process checks its share of the files."""
+    try:
+        checkpoint = Checkpoint(folder)
+        for name, digest in list(checkpoint.meta["files"].items())[RANK::WORLD_SIZE]:
+            with open(folder / name, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != digest:
+                    return None, f"{name} has changed since it was written"
+        return checkpoint, None
+    except UserError:  # another format
+        raise
+    except FileNotFoundError as error:
+        return None, f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return None, one_line(error)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f"meta.json: {error}"
+
+
 def find_checkpoint(out_dir: Path) -> Checkpoint | None:
     """
     The newest undamaged checkpoint; None if there are no checkpoints; an error if all are damaged. Called by
@@ -291,17 +302,7 @@ def find_checkpoint(out_dir: Path) -> Checkpoint | None:
     """
     folders = gather_objects(checkpoints(out_dir))[0]
     for folder in reversed(folders):
-        try:
-            checkpoint = Checkpoint(folder)
-            problem = checkpoint.damage()
-        except UserError:  # another format
-            raise
-        except FileNotFoundError as error:
-            problem = f"{Path(error.filename).name} is missing"
-        except OSError as error:
-            problem = one_line(error)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = f"meta.json: {error}"
+        checkpoint, problem = read_checkpoint(folder)
         if not any(problems := gather_objects(problem)):
             return checkpoint
         if RANK == 0:

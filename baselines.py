@@ -27,11 +27,18 @@ class MoE(nn.Module):
     In training, forward sets `balance`: the load-balancing loss of Fedus et al. 2021 (arXiv 2101.03961,
     section 2.2) over the tokens of this process. It is 1 if all experts are chosen equally often, and
     experts / top_k if all tokens choose the same experts.
+
+    idle: the number of parameters that a token does not use. Raises a ValueError for impossible sizes.
     """
 
     def __init__(self, width: int, hidden: int, experts: int, top_k: int, n_layer: int):
         super().__init__()
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"top_k={top_k} must be between 1 and experts={experts}")
+        if hidden % top_k:
+            raise ValueError(f"top_k={top_k} must divide the {hidden} hidden units of an MLP")
         self.top_k = top_k
+        self.idle = 2 * width * hidden // top_k * (experts - top_k)
         self.balance = None
         self.router = nn.Linear(width, experts, bias=False)
         self.c_fc = nn.Parameter(torch.empty(experts, width, hidden // top_k).normal_(std=width**-0.5))
@@ -76,11 +83,13 @@ class PEER(MemoryLayer):
                  bias: bool = True):
         super().__init__(width, num_keys, heads, knn, key_dim, width, swilu=False, qk_norm=qk_norm, bias=bias)
         self.out = None
+        self.num_values *= 2
+        self.rows_per_token *= 2
 
     def forward(self, x, pool: ValuePool, left=None, right=None):
-        check_pool(pool, 2 * self.num_keys**2, self.value_dim)
+        check_pool(pool, self.num_values, self.value_dim)
         weights, indices = self.search(x, left, right)  # (N, H*K)
-        hidden = F.gelu(pool.dot(indices + self.num_keys**2, x.reshape(-1, self.value_dim)))
+        hidden = F.gelu(pool.dot(indices + self.num_slots, x.reshape(-1, self.value_dim)))
         return pool(indices, weights * hidden).to(x.dtype).view(x.shape)
 
 
@@ -88,14 +97,18 @@ class HashedMemory(nn.Module):
     """
     A memory that chooses slots by hashing this token and the previous one. Each layer has heads * knn random
     hash functions, one for each slot that a token reads. The scores are a linear function of x. Softmax, gate
-    and output projection are as in MemoryLayer.
+    and output projection are as in MemoryLayer. There are neither queries nor keys, so num_values and knn may
+    be any numbers.
     """
 
     def __init__(self, width: int, num_values: int, heads: int, knn: int, value_dim: int, vocab_size: int,
                  swilu: bool = True, bias: bool = True):
         super().__init__()
-        self.num_values, self.heads, self.knn, self.value_dim = num_values, heads, knn, value_dim
-        self.vocab_size = vocab_size
+        if min(num_values, heads, knn) < 1:
+            raise ValueError(f"heads={heads}, knn={knn} and num_values={num_values} must be at least 1")
+        self.heads, self.knn, self.value_dim, self.vocab_size = heads, knn, value_dim, vocab_size
+        self.num_slots = self.num_values = num_values
+        self.rows_per_token = heads * knn
         self.score = nn.Linear(width, heads * knn, bias=bias)
         self.register_buffer("multipliers", 2 * torch.randint(2**62, (heads * knn,)) + 1)  # odd
         self.gate = nn.Linear(width, value_dim, bias=bias) if swilu else None

@@ -6,12 +6,12 @@ The operations of a memory layer on its pool of values: functions that take tens
     scatter_update  g[r]     = sum of weights[n, j] * dy[n] over all (n, j) with indices[n, j] = r
                     computes g[r] and updates row r, for each row r that was read
     top_k           the k greatest numbers of each row of a tensor, as x.topk(k), but faster
-    SlotScores      the scores of the slots that a search has chosen, and their gradient
 
     values            (num_values, V)  the pool: float16, bfloat16, float32 or float64
     indices, weights  (N, bag)         the rows that each of N tokens reads, and their weights
     dy                (N, V)           the gradient of the loss with respect to y
-    read              the tuple (indices, weights, dy), which is all that g depends on
+    read              the tuple (indices, weights, dy), which is all that g depends on. (pool.Read has a
+                      fourth part, which does not matter here)
 
 The gradient of the whole pool is never in memory. Sort the indices: then all reads of row r stand next to
 each other, and g[r] is a weighted sum of rows of dy, just as y[n] is a weighted sum of rows of values. So g
@@ -32,8 +32,11 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+try:
+    import numpy  # PyTorch can share memory with numpy only if numpy is there
+except ImportError:
+    numpy = None
 try:
     import triton
     import triton.language as tl
@@ -133,7 +136,7 @@ def scatter_update(values, reads: list, state: dict, lr: float, betas: tuple[flo
         the next bfloat16 number are lost.
     finite: a tensor with one bool. If it is False, nothing changes. The CPU does not wait for a GPU here.
     """
-    if sum(indices.numel() for indices, _, _ in reads) == 0:
+    if sum(read[0].numel() for read in reads) == 0:
         return
     if seed is not None:
         if values.dtype != torch.bfloat16:
@@ -152,20 +155,22 @@ def scatter_update(values, reads: list, state: dict, lr: float, betas: tuple[flo
 
 def sort_reads(reads: list):
     """
-    The reads of all layers and micro-batches, sorted by row.
+    The reads of all layers and micro-batches in one list, sorted by row.
 
     Returns row, token, weights, (places,) each, and dy (tokens of all reads, V). A place is a position in the
     sorted list: token[place] read row[place] with weights[place]. The gradient of a row is the sum of
-    weights[place] * dy[token[place]] over the places of the row, which stand next to each other. The tokens
-    of the second read are numbered after those of the first, and so on.
+    weights[place] * dy[token[place]] over its places, which stand next to each other.
+
+    Example: token 0 reads rows 7 and 2, and token 1 reads rows 2 and 9, with weights a, b and c, d. Then
+    row = 2, 2, 7, 9; token = 0, 1, 0, 1; weights = b, c, a, d. So g[2] = b * dy[0] + c * dy[1]. The tokens of
+    a second read would be 2, 3 and so on.
     """
-    indices = torch.cat([indices.reshape(-1) for indices, _, _ in reads])
-    weights = torch.cat([weights.reshape(-1) for _, weights, _ in reads])
-    dy = torch.cat([dy for _, _, dy in reads]) if len(reads) > 1 else reads[0][2]
-    numbers = torch.arange(len(dy), device=dy.device).split([len(read_dy) for _, _, read_dy in reads])
-    token = torch.cat([number.unsqueeze(1).expand(read_indices.shape).reshape(-1)
-                       for number, (read_indices, _, _) in zip(numbers, reads, strict=True)])
-    row, order = torch.sort(indices, stable=True)
+    indices, weights, dy = zip(*(read[:3] for read in reads), strict=True)
+    dy = torch.cat(dy) if len(dy) > 1 else dy[0]
+    tokens = torch.arange(len(dy), device=dy.device).split([len(i) for i in indices])  # of each read
+    token = torch.cat([t.repeat_interleave(i.size(1)) for t, i in zip(tokens, indices, strict=True)])
+    row, order = torch.sort(torch.cat([i.reshape(-1) for i in indices]), stable=True)
+    weights = torch.cat([w.reshape(-1) for w in weights])
     return row, token.index_select(0, order), weights.index_select(0, order), dy
 
 
@@ -174,7 +179,9 @@ def top_k(x: torch.Tensor, k: int):
     S = x.size(-1)
     if S > 128 and S % 4 == 0 and 4 * k < S:
         return _top_k_by_groups(x, k)
-    if x.is_cpu and x.dtype == torch.float32 and k <= S and not torch.compiler.is_compiling():
+    # torch.Tensor itself: neither a subclass without numbers, nor inside of torch.compile
+    is_plain = type(x) is torch.Tensor and x.is_cpu and not torch.compiler.is_compiling()
+    if numpy and is_plain and x.dtype == torch.float32 and k <= S:
         return _top_k_by_numpy(x, k)
     return x.topk(k)
 
@@ -204,46 +211,14 @@ def _top_k_by_numpy(x, k):
     return best.float(), best.view(torch.int64) & (2**28 - 1)
 
 
-class SlotScores(torch.autograd.Function):
-    """
-    The scores of the slots that `search` (memory.best_slots) chooses, with a gradient:
-    scores[h, n, k] = sum over both sides p of <queries[h, p, n], half_keys[h, p, chosen[h, p, n, k]]>
-
-    On a CPU, this searches for a few tokens at a time, so that 1 MiB of half-scores stays in the cache. And
-    half-scores are not kept for the backward pass. With one thread, a training step takes 10% less time.
-    """
-
-    @staticmethod
-    def forward(ctx, search, queries, half_keys, knn):
-        split = half_keys.is_cpu and not torch.compiler.is_compiling()
-        ctx.size = max(1, 2**18 // half_keys[..., 0].numel()) if split else max(1, queries.size(2))
-        parts = [search(some, half_keys, knn) for some in queries.split(ctx.size, 2)]
-        scores, chosen = (torch.cat(results, -2) for results in zip(*parts, strict=True))
-        ctx.save_for_backward(queries, half_keys, chosen)
-        ctx.mark_non_differentiable(chosen)
-        return scores, chosen  # (H, N, K), (H, 2, N, K)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_scores, _):
-        queries, half_keys, chosen = ctx.saved_tensors
-        d_queries, d_half_keys = torch.empty_like(queries), torch.zeros_like(half_keys)
-        d_scores = d_scores.unsqueeze(1).expand_as(chosen)  # a score is a sum of two half-scores
-        for q, dq, i, d in zip(*(x.split(ctx.size, 2) for x in (queries, d_queries, chosen, d_scores)),
-                               strict=True):
-            d_half_scores = q.new_zeros(*q.shape[:3], half_keys.size(2)).scatter_add_(-1, i, d)
-            dq.copy_(d_half_scores @ half_keys)
-            d_half_keys += d_half_scores.mT @ q
-        return None, d_queries, d_half_keys, None
-
-
 # --- PyTorch ------------------------------------------------------------------------------------------------
 
 def row_gradients(row, token, weights, dy, dtype=None):
     """
     Yields (rows, g), the gradients g of some rows, until all rows that were read are done. The arguments are
-    what sort_reads returns. You may overwrite g. It has about CHUNK numbers, so it stays in the CPU's cache:
-    an update of many rows takes about half the time.
+    what sort_reads returns. In its example, rows are 2, 7, 9, and g is (b * dy[0] + c * dy[1], a * dy[0],
+    d * dy[1]). You may overwrite g. It has about CHUNK numbers, so it stays in the CPU's cache: an update of
+    many rows takes about half the time.
     """
     rows, counts = torch.unique_consecutive(row, return_counts=True)
     first_places = counts.cumsum(0) - counts  # of each row
@@ -422,6 +397,10 @@ def sum_pieces_kernel(
     of all places into chunks of PIECE places. At most one rest begins in a chunk, and its row has the first
     place of the chunk. At most one other piece begins in a chunk, and its row has the last place. So chunk c
     has two programs: 2 * c for the other piece, and 2 * c + 1 for the rest.
+
+    Example with PIECE = 4: a row has the places 2 to 10, and its pieces are 2-5, 6-9 and the rest, 10. The
+    chunks are 0-3, 4-7 and 8-11. Piece 2-5 begins in chunk 0 and belongs to program 0, piece 6-9 begins in
+    chunk 1 and belongs to program 2, and the rest begins in chunk 2 and belongs to program 5.
     """
     chunk, is_rest = tl.program_id(0) // 2, tl.program_id(0) % 2
     place = tl.minimum(chunk * PIECE + (1 - is_rest) * (PIECE - 1), places - 1)

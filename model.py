@@ -25,6 +25,126 @@ from pool import PoolOptimizer, ValuePool
 from runtime.cli import at_least, check_choices
 
 
+def rotation(first: int, T: int, width: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Rotary positions (Su et al. 2021, arXiv 2104.09864, section 3.2). Numbers i and i + width/2 of a query or
+    key are the coordinates of a point. At position t, the point is rotated by t * 10_000 ** (-2 * i / width)
+    radians.
+
+    Returns cosines and sines for `rotate`, (T, width) each, for positions first ... first + T - 1. The first
+    half of the sines is negated, so `rotate` turns (a, b) into (a cos - b sin, b cos + a sin).
+    """
+    frequency = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)  # radians per token
+    angle = torch.arange(first, first + T, device=device).unsqueeze(1) * frequency  # (T, width/2)
+    return torch.cat([angle.cos()] * 2, dim=1), torch.cat((-angle.sin(), angle.sin()), dim=1)
+
+
+def rotate(x, cos, sin):
+    """Rotates x (..., T, width). The score of a query and a key then depends only on their distance."""
+    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, width: int, n_head: int, dropout: float = 0.0, bias: bool = True):
+        super().__init__()
+        if width % (2 * n_head):
+            raise ValueError(f"n_embd={width} must be a multiple of 2 * n_head={2 * n_head}: rotary "
+                             "positions rotate the numbers of a head in pairs")
+        self.n_head = n_head
+        self.dropout = nn.Dropout(dropout)
+        self.c_attn = nn.Linear(width, 3 * width, bias=bias)  # q, k, v
+        self.c_proj = nn.Linear(width, width, bias=bias)
+
+    def forward(self, x, turn, past=None):
+        """
+        x (B, T, C). turn: the result of `rotation` for these T positions. past: keys and values of P earlier
+        tokens, or None. Returns (B, T, C), and keys and values of all tokens (B, n_head, P + T, C/n_head).
+        """
+        B, T, C = x.size()  # batch, time, width
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, C/n_head) each
+        q, k = rotate(q, *turn), rotate(k, *turn)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        # with P past and T new tokens, new token i sees tokens 0 to P + i
+        P = k.size(2) - T
+        mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P) if P and T > 1 else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not P and T > 1,
+                                           dropout_p=self.dropout.p if self.training else 0.0)
+        return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C))), (k, v)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int, bias: bool = True):
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden, bias=bias)
+        self.c_proj = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+def shift(x, previous=None):
+    """
+    x (B, T, ...) -> for each token, x of the previous token. previous (B, 1, ...): what the first token gets;
+    None: 0.
+    """
+    return torch.cat((torch.zeros_like(x[:, :1]) if previous is None else previous, x[:, :-1]), dim=1)
+
+
+class Block(nn.Module):
+    """
+    A block of a Transformer: attention, then an MLP, a memory layer, or both. memory and mlp: modules, or
+    None. query: what the memory's queries are made from, see query_sources.
+    """
+
+    def __init__(self, width: int, attn: nn.Module, memory: nn.Module | None, mlp: nn.Module | None,
+                 query: str = "state", dropout: float = 0.0, bias: bool = True):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width, bias=bias)
+        self.attn = attn
+        self.ln_2 = nn.LayerNorm(width, bias=bias)
+        self.memory, self.mlp, self.query = memory, mlp, query
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, turn, pool, tokens, embeddings, past=None):
+        """
+        x (B, T, C), tokens (B, T): their ids, embeddings (B, T, C) -> x, past of this block. turn: from
+        `rotation`. past: see GPT.forward.
+        """
+        keys_values, previous = (None, None) if past is None else (past[:2], past[2])
+        y, keys_values = self.attn(self.ln_1(x), turn, keys_values)
+        x = x + y
+        h = self.ln_2(x)
+        if self.mlp is not None:
+            x = x + self.dropout(self.mlp(h))
+        if self.memory is not None:
+            left, right, previous = self.query_sources(h, tokens, embeddings, previous)
+            x = x + self.dropout(self.memory(h, pool, left, right))
+        return x, (*keys_values, previous)
+
+    def query_sources(self, h, tokens, embeddings, previous=None):
+        """
+        What the two halves of a query are made from:
+
+        state    h, the output of ln_2 for this token, for both halves: the published layer
+        shifted  h of this token and h of the previous one, as RWKV mixes tokens (Peng et al. 2023, arXiv
+                 2305.13048). A slot can then stand for two tokens, such as a first and a last name
+        tokens   normalised embeddings of this token and of the previous one. Only these two tokens then
+                 decide which slots are read
+        ids      the ids of this token and of the previous one, for HashedMemory
+
+        Returns left and right, (B, T, ...) each, and what the next token needs from the last one (B, 1, ...).
+        previous: this, from an earlier call, or None.
+        """
+        if self.query == "state":
+            return h, h, None
+        if self.query == "tokens":
+            embeddings = F.layer_norm(embeddings, embeddings.shape[-1:])
+        left = {"shifted": h, "tokens": embeddings, "ids": tokens}[self.query]
+        return left, shift(left, previous), left[:, -1:]
+
+
 @dataclass
 class GPTConfig:
     # --- model
@@ -47,7 +167,7 @@ class GPTConfig:
     mem_key_dim: int = 32  # width of a query, both halves together; hash has no queries
     mem_swilu: bool = True  # multiply what was read by a gate, as Memory+ does; peer has no gate
     mem_qk_norm: bool = True  # normalise queries and half-keys, so that more slots get used; hash has neither
-    mem_query: Literal["state", "shifted", "tokens"] = "state"  # source of queries; see GPT.query_sources
+    mem_query: Literal["state", "shifted", "tokens"] = "state"  # source of queries; see Block.query_sources
     mem_mode: Literal["replace", "add"] = "replace"  # replace the MLP, or add the memory to it
     mem_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the pool's values
     kernel: Literal["auto", "triton", "torch"] = "auto"  # auto: triton on a GPU, otherwise torch
@@ -59,116 +179,32 @@ class GPTConfig:
     moe_balance: float = 0.01  # weight of the loss that spreads tokens over experts
 
     def __post_init__(self):
+        """Checks what belongs to no layer. The layers check their own sizes, when a GPT is made."""
         check_choices(self)
         self.mem_layers, self.moe_layers = tuple(sorted(self.mem_layers)), tuple(sorted(self.moe_layers))
-        at_least(1, self, "block_size", "n_layer", "n_head", "n_embd", "mem_num_keys", "mem_heads", "mem_knn",
-                 "mem_key_dim", "moe_experts", "moe_top_k")
+        at_least(1, self, "block_size", "n_layer", "n_head", "n_embd")
         at_least(0, self, "vocab_size", "mlp_width", "moe_balance")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of 2 * n_head={2 * self.n_head}: "
-                             "rotary positions rotate the numbers of a head in pairs")
         for name, layers in (("mem_layers", self.mem_layers), ("moe_layers", self.moe_layers)):
-            if wrong := set(layers) - set(range(self.n_layer)):
-                raise ValueError(f"{name}: there is no layer {min(wrong)}, only 0 to {self.n_layer - 1}")
-            if len(set(layers)) < len(layers):
-                raise ValueError(f"{name}={layers} names a layer twice")
-        if self.mem_mode == "replace" and set(self.mem_layers) & set(self.moe_layers):
-            raise ValueError(f"moe_layers={self.moe_layers} and mem_layers={self.mem_layers} must not share "
-                             "a layer")
-        if self.mem_layers and self.mem_knn > self.mem_num_keys:
-            raise ValueError(f"mem_knn={self.mem_knn} must be at most mem_num_keys={self.mem_num_keys}")
-        if self.mem_layers and self.mem_num_keys > 32_767:
-            raise ValueError(f"mem_num_keys={self.mem_num_keys} must be at most 32767, so that the "
-                             "2 * mem_num_keys**2 rows of peer fit int32 indices")
-        if self.mem_layers and self.mem_key_dim % 2:
-            raise ValueError(f"mem_key_dim={self.mem_key_dim} must be even: a query has two halves")
-        if self.mem_kind == "peer" and self.mem_mode == "add":
-            raise ValueError("mem_kind=peer needs mem_mode=replace: no output projection could start at 0")
-        if self.moe_layers and self.moe_top_k > self.moe_experts:
-            raise ValueError(f"moe_top_k={self.moe_top_k} must be at most moe_experts={self.moe_experts}")
-        if self.moe_layers and self.hidden % self.moe_top_k:
-            raise ValueError(f"moe_top_k={self.moe_top_k} must divide an MLP's {self.hidden} hidden units")
-
-    @property
-    def hidden(self) -> int:
-        """Hidden units of an MLP."""
-        return self.mlp_width or 4 * self.n_embd
-
-    def macs_per_token(self) -> int:
-        """
-        Multiply-adds per token in a forward pass over block_size tokens. Counted: all matrices; attention (a
-        token sees half of the block on average); the search among half-keys; the rows read. Not counted:
-        elementwise operations (normalisation, softmax, GELU), top-k and embedding look-ups. A training step,
-        forward and backward, costs three times as much.
-        """
-        C, reads = self.n_embd, self.mem_heads * self.mem_knn
-        attention = 4 * C * C + self.block_size * C
-        search = self.mem_heads * self.mem_key_dim * (C + self.mem_num_keys)
-        memory = {"product-key": search + reads * C + (1 + self.mem_swilu) * C * C,
-                  "peer": search + 2 * reads * C,
-                  "hash": C * reads + reads * C + (1 + self.mem_swilu) * C * C}[self.mem_kind]
-        mlps = self.n_layer - len(self.moe_layers) - len(self.mem_layers) * (self.mem_mode == "replace")
-        moe = 2 * C * self.hidden + C * self.moe_experts
-        return (self.n_layer * attention + mlps * 2 * C * self.hidden + len(self.mem_layers) * memory
-                + len(self.moe_layers) * moe + self.vocab_size * C)
+            if len(set(layers) & set(range(self.n_layer))) < len(layers):
+                raise ValueError(f"{name}={','.join(map(str, layers))} must be different numbers of layers, "
+                                 f"from 0 to {self.n_layer - 1}")
 
 
-def rotation(first: int, T: int, width: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Rotary positions (Su et al. 2021, arXiv 2104.09864, section 3.2). Numbers i and i + width/2 of a query or
-    key are the coordinates of a point. At position t, the point is rotated by t * 10_000 ** (-2 * i / width)
-    radians.
-
-    Returns cosines and sines for `rotate`, (T, width) each, for positions first ... first + T - 1. The first
-    half of the sines is negated, so `rotate` turns (a, b) into (a cos - b sin, b cos + a sin).
-    """
-    frequency = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)  # radians per token
-    angle = torch.arange(first, first + T, device=device).unsqueeze(1) * frequency  # (T, width/2)
-    return torch.cat([angle.cos()] * 2, dim=1), torch.cat((-angle.sin(), angle.sin()), dim=1)
-
-
-def rotate(x, cos, sin):
-    """Rotates x (..., T, width). The score of a query and a key then depends only on their distance."""
-    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
-
-
-class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-
-    def forward(self, x, turn, past=None):
-        """
-        x (B, T, C). turn: the result of `rotation` for these T positions. past: keys and values of P earlier
-        tokens, or None. Returns (B, T, C), and keys and values of all tokens (B, n_head, P + T, C/n_head).
-        """
-        B, T, C = x.size()  # batch, time, width
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, C/n_head) each
-        q, k = rotate(q, *turn), rotate(k, *turn)
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        # with P past and T new tokens, new token i sees tokens 0 to P + i
-        P = k.size(2) - T
-        mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P) if P and T > 1 else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not P and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, self.dropout, self.training), (k, v)
-
-
-class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.hidden, bias=config.bias)
-        self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
-
-    def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+def make_block(c: GPTConfig, layer: int) -> Block:
+    has_memory, has_experts = layer in c.mem_layers, layer in c.moe_layers
+    replaces = has_memory and c.mem_mode == "replace"
+    if replaces and has_experts:
+        raise ValueError(f"moe_layers={layer} is also one of mem_layers: choose one, or mem_mode=add")
+    attn = CausalSelfAttention(c.n_embd, c.n_head, c.dropout, c.bias)
+    with option("mem_"):
+        memory = make_memory(c) if has_memory else None
+    hidden = c.mlp_width or 4 * c.n_embd
+    mlp = None if replaces or has_experts else MLP(c.n_embd, hidden, c.bias)
+    if has_experts:
+        with option("moe_"):
+            mlp = MoE(c.n_embd, hidden, c.moe_experts, c.moe_top_k, c.n_layer)
+    query = "ids" if c.mem_kind == "hash" else c.mem_query
+    return Block(c.n_embd, attn, memory, mlp, query, c.dropout, c.bias)
 
 
 def make_memory(c: GPTConfig) -> nn.Module:
@@ -177,52 +213,20 @@ def make_memory(c: GPTConfig) -> nn.Module:
                             swilu=c.mem_swilu, bias=c.bias)
     sizes = dict(width=c.n_embd, num_keys=c.mem_num_keys, heads=c.mem_heads, knn=c.mem_knn,
                  key_dim=c.mem_key_dim, qk_norm=c.mem_qk_norm, bias=c.bias)
-    if c.mem_kind == "peer":
-        return PEER(**sizes)
-    return MemoryLayer(**sizes, value_dim=c.n_embd, swilu=c.mem_swilu)
+    if c.mem_kind == "product-key":
+        return MemoryLayer(**sizes, value_dim=c.n_embd, swilu=c.mem_swilu)
+    if c.mem_mode == "add":
+        raise ValueError("kind=peer needs mem_mode=replace: no output projection could start at 0")
+    return PEER(**sizes)
 
 
-def shift(x, previous=None):
-    """
-    x (B, T, ...) -> for each token, x of the previous token. previous (B, 1, ...): what the first token gets;
-    None: 0.
-    """
-    return torch.cat((torch.zeros_like(x[:, :1]) if previous is None else previous, x[:, :-1]), dim=1)
-
-
-class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
-        super().__init__()
-        self.dropout = config.dropout
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.memory = make_memory(config) if layer in config.mem_layers else None
-        self.mlp = None
-        if self.memory is None or config.mem_mode == "add":
-            self.mlp = MLP(config)
-            if layer in config.moe_layers:
-                self.mlp = MoE(config.n_embd, config.hidden, config.moe_experts, config.moe_top_k,
-                               config.n_layer)
-        self.uses_previous = config.mem_kind == "hash" or (
-            config.mem_kind == "product-key" and config.mem_query != "state")
-
-    def forward(self, x, turn, pool, tokens=None, past=None):
-        """x (B, T, C) -> x, past of this block. tokens: from GPT.query_sources. past: see GPT.forward."""
-        keys_values, previous = (None, None) if past is None else (past[:2], past[2])
-        y, keys_values = self.attn(self.ln_1(x), turn, keys_values)
-        x = x + y
-        h = self.ln_2(x)
-        if self.mlp is not None:
-            x = x + F.dropout(self.mlp(h), self.dropout, self.training)
-        if self.memory is not None:
-            left = right = None  # both halves of the query come from h, as published
-            if self.uses_previous:
-                left = h if tokens is None else tokens
-                right = shift(left, previous)
-                previous = left[:, -1:]
-            x = x + F.dropout(self.memory(h, pool, left, right), self.dropout, self.training)
-        return x, (*keys_values, previous)
+@contextlib.contextmanager
+def option(prefix: str):
+    """In a `with` block, "knn=0 must be ..." becomes "mem_knn=0 must be ...", which names an option."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
 
 
 @contextlib.contextmanager
@@ -251,14 +255,15 @@ class GPT(nn.Module):
             raise ValueError("vocab_size must be at least 1")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the weights of the head
-        self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList([make_block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.pool = None
-        if config.mem_layers:
-            slots, rows_per_slot = config.mem_num_keys**2, 2 if config.mem_kind == "peer" else 1
-            self.pool = pool_class(slots * rows_per_slot, config.n_embd,
-                                   dtype=getattr(torch, config.mem_dtype), kernel=config.kernel)
-            self.pool.usage = type(self.pool.usage)(slots)  # counts slots; PEER has two rows per slot
+        if memories := self.memories():
+            with option(f"mem_num_keys={config.mem_num_keys}: the pool's "):
+                self.pool = pool_class(memories[0].num_values, config.n_embd,
+                                       dtype=getattr(torch, config.mem_dtype), kernel=config.kernel)
+            self.pool.usage = type(self.pool.usage)(memories[0].num_slots)  # a slot of PEER has two rows
 
         # initialised as in GPT-2, but with the standard deviation 1/sqrt(C). GPT-2's 0.02 fits C = 2,500 and
         # is too small for narrow models. Output projections start smaller in deeper models, also as in GPT-2
@@ -272,25 +277,9 @@ class GPT(nn.Module):
                 if name.endswith("memory.out") and config.mem_mode == "add":
                     nn.init.zeros_(module.weight)  # the memory adds nothing at first
 
-    def query_sources(self, idx):
-        """
-        What queries are made from. A query has two halves, and mem_query chooses the source of each half:
-
-        state    both halves come from h, the output of ln_2 for this token: the published layer
-        shifted  h of this token and h of the previous one, as RWKV mixes tokens (Peng et al. 2023, arXiv
-                 2305.13048). A slot can then stand for two tokens, such as a first and a last name
-        tokens   normalised embeddings of this token and of the previous one. Only these two tokens then
-                 decide which slots are read
-
-        Returns a source that all blocks share: embeddings (B, T, C) for mem_query='tokens', idx for
-        mem_kind='hash'. Otherwise returns None, and each block uses its own h.
-        """
-        c = self.config
-        if c.mem_layers and c.mem_kind == "hash":
-            return idx
-        if c.mem_layers and c.mem_kind == "product-key" and c.mem_query == "tokens":
-            return F.layer_norm(self.wte(idx), (c.n_embd,))
-        return None
+    def memories(self) -> list[nn.Module]:
+        """The memory layers."""
+        return [block.memory for block in self.blocks if block.memory is not None]
 
     def forward(self, idx, targets=None, past=None):
         """
@@ -300,21 +289,21 @@ class GPT(nn.Module):
         ignored. Without targets: logits of the last position only (B, 1, vocab_size), and loss None.
 
         past: None, or the past that an earlier call returned; idx then continues the text of that call. It
-        has one tuple per block: keys, values and the last token's query source, (B, 1, ...) or None. The
-        right half of the next token's query comes from this source.
+        has one tuple per block: keys, values, and what the next token's query needs from the last token (see
+        Block.query_sources).
         """
         P, T = 0 if past is None else past[0][0].size(2), idx.size(1)
         if P + T > self.config.block_size:
             raise ValueError(f"{P + T} tokens do not fit block_size={self.config.block_size}")
-        x = self.wte(idx)  # (B, T, C)
+        embeddings = x = self.wte(idx)  # (B, T, C)
         if self.config.scale_embeddings:  # wte has small numbers, because it is also the head
             x = x * self.config.n_embd**0.5
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = self.dropout(x)
         turn = rotation(P, T, self.config.n_embd // self.config.n_head, idx.device)
-        source, new_past = self.query_sources(idx), []
+        new_past = []
         for layer, block in enumerate(self.blocks):
-            x, past_of_block = block(x, turn, self.pool, source, None if past is None else past[layer])
-            new_past.append(past_of_block)
+            x, block_past = block(x, turn, self.pool, idx, embeddings, None if past is None else past[layer])
+            new_past.append(block_past)
         balances = [block.mlp.take_balance() for block in self.blocks if isinstance(block.mlp, MoE)]
         if targets is None:
             return F.linear(self.ln_f(x[:, -1:]), self.wte.weight), None, new_past
@@ -336,42 +325,32 @@ class GPT(nn.Module):
         has after `stop`. If the context grows beyond block_size, the oldest tokens are dropped.
         on_token: called with each row's new token, (B, 1), as soon as it is there.
         """
-        if idx.dim() != 2 or not idx.numel():
-            raise ValueError(f"the prompt has the shape {tuple(idx.shape)}: it must be (rows, tokens), with "
-                             "at least one token")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature={temperature} must be a number of at least 0")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k={top_k} must be at least 1, or None")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
-        with eval_mode(self):
-            return self._generate(idx, max_new_tokens, temperature, top_k, seed, stop, on_token)
-
-    def _generate(self, idx, max_new_tokens, temperature, top_k, seed, stop, on_token):
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} must not be negative")
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-        past, new = None, idx
-        for _ in range(max_new_tokens):
-            # the context is full: the oldest token is dropped, so past must be computed again
-            if past is None or past[0][0].size(2) == self.config.block_size:
-                past, new = None, idx[:, -self.config.block_size:]
-            logits, _, past = self(new, past=past)
-            logits = logits[:, -1].float()
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                logits = logits / temperature
-                if top_k is not None and top_k < logits.size(-1):
-                    logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
-                new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            idx = torch.cat((idx, new), dim=1)
-            if on_token is not None:
-                on_token(new)
-            if stop is not None:
-                stopped |= new[:, 0] == stop
-                if stopped.all():
-                    break
+        past, new, block_size = None, idx, self.config.block_size
+        with eval_mode(self):
+            for _ in range(max_new_tokens):
+                # the context is full: the oldest token is dropped, so past must be computed again
+                if past is None or past[0][0].size(2) == block_size:
+                    past, new = None, idx[:, -block_size:]
+                logits, _, past = self(new, past=past)
+                logits = logits[:, -1].float()
+                if temperature == 0:
+                    new = logits.argmax(-1, keepdim=True)
+                else:
+                    logits = logits / temperature
+                    if top_k is not None and top_k < logits.size(-1):
+                        logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
+                    new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+                idx = torch.cat((idx, new), dim=1)
+                if on_token is not None:
+                    on_token(new)
+                if stop is not None:
+                    stopped |= new[:, 0] == stop
+                    if stopped.all():
+                        break
         return idx
 
     def dense_parameters(self) -> list[nn.Parameter]:
@@ -397,17 +376,32 @@ class GPT(nn.Module):
                 raise ValueError(f"value_blocks={blocks} must be a multiple of the {parts} processes that "
                                  "share the pool's columns")
             pool_options |= dict(value_blocks=max(1, blocks // parts), kernel=self.config.kernel)
-            optimizers.append(PoolOptimizer(self.pool.parameters(), value_lr, **pool_options))
+            with option("value_"):
+                optimizers.append(PoolOptimizer(self.pool.parameters(), value_lr, **pool_options))
         return optimizers
 
     def macs_per_token(self) -> int:
-        return self.config.macs_per_token()
+        """
+        Multiply-adds per token in a forward pass over block_size tokens. Counted: all matrices, one for each
+        number; attention (a token sees half of the block on average); the rows read. Not counted: elementwise
+        operations (normalisation, softmax, GELU), top-k and embedding look-ups. A training step, forward and
+        backward, costs three times as much.
+        """
+        values = None if self.pool is None else self.pool.values
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2 and p is not values)
+        attention = self.config.n_layer * self.config.block_size * self.config.n_embd
+        return matrices - self.idle() + attention + self.numbers_read()
 
     def count_parameters(self) -> dict[str, int]:
         """dense: all except the pool. memory: the pool. active: the parameters that one token uses."""
-        c = self.config
         memory = 0 if self.pool is None else self.pool.num_values * self.pool.value_dim
         dense = sum(p.numel() for name, p in self.named_parameters() if name != "pool.values")
-        read = len(c.mem_layers) * c.mem_heads * c.mem_knn * c.n_embd * (2 if c.mem_kind == "peer" else 1)
-        idle = len(c.moe_layers) * (c.moe_experts - c.moe_top_k) * 2 * c.n_embd * c.hidden // c.moe_top_k
-        return {"dense": dense, "memory": memory, "active": dense - idle + read}
+        return {"dense": dense, "memory": memory, "active": dense - self.idle() + self.numbers_read()}
+
+    def idle(self) -> int:
+        """Dense parameters that a token does not use: those of other experts."""
+        return sum(block.mlp.idle for block in self.blocks if isinstance(block.mlp, MoE))
+
+    def numbers_read(self) -> int:
+        """Numbers of the pool that a token reads."""
+        return sum(memory.rows_per_token for memory in self.memories()) * self.config.n_embd

@@ -14,15 +14,18 @@ the reads, PoolOptimizer computes the gradient of a few rows, updates them, and 
 
 `values` is an ordinary parameter. zero_grad() clears its gradient, backward() adds up the gradients of all
 micro-batches and layers, and requires_grad_(False) freezes it. Gradient clipping and other optimisers would
-need the whole gradient: they raise a ValueError that says what to do instead.
+need the whole gradient: they raise an error.
 """
 
+import functools
 import math
+import warnings
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kernel import (
     check_indices,
@@ -33,6 +36,9 @@ from kernel import (
     scatter_update,
     sort_reads,
 )
+
+MANY_READS = 500  # in one gradient: probably nobody clears it
+
 
 # --- the rows -----------------------------------------------------------------------------------------------
 
@@ -50,11 +56,6 @@ class ValuePool(nn.Module):
         super().__init__()
         if not 1 <= num_values < 2**31:
             raise ValueError(f"num_values={num_values} must be between 1 and {2**31 - 1}: indices are int32")
-        if value_dim < 1:
-            raise ValueError(f"value_dim={value_dim} must be at least 1")
-        if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype={dtype} must be float32, float64, bfloat16 or float16")
-        check_kernel(kernel)
         self.num_values, self.value_dim, self.kernel = num_values, value_dim, kernel
         self.values = nn.Parameter(torch.empty(num_values, value_dim, dtype=dtype, device=device))
         self.usage = MemoryUsage(num_values, device)
@@ -73,6 +74,9 @@ class ValuePool(nn.Module):
         """indices, weights (N, bag) -> weighted sums of rows (N, value_dim), in the dtype of weights."""
         indices = self.check(indices, weights, weights.shape)
         self.count(indices, weights)
+        if self.training and dist.is_initialized() and dist.get_world_size() > 1:
+            warn_once("each process now learns a ValuePool of its own: use ShardedPool from "
+                      "runtime/distributed.py, also with FSDP")
         return GatherSum.apply(self.values, indices, weights, self.kernel)
 
     @torch.compiler.disable
@@ -92,25 +96,40 @@ class ValuePool(nn.Module):
         if indices.dtype not in (torch.int32, torch.int64) or not other.is_floating_point():
             raise ValueError(f"indices must be int32 or int64 and the other argument floating point, not "
                              f"{indices.dtype} and {other.dtype}")
-        if indices.is_cpu:
+        if indices.is_cpu and has_numbers(indices):
             check_indices(indices, self.num_values)
         return indices.int()
 
     def count(self, indices, weights) -> None:
         """In training, counts the use of the slots. A forward pass inside of backward() does not count."""
-        if self.training and not is_in_backward():
+        if self.training and not is_in_backward() and has_numbers(indices):
             self.usage.add(indices, weights)
 
     def _apply(self, fn, recurse=True):
         """For to(), half() and so on: converts the gradient too, as PyTorch does for other parameters."""
-        gradient, self.values.grad = self.values.grad, None
+        gradient = self.values.grad
+        if not isinstance(gradient, FactoredGradient):
+            return super()._apply(fn, recurse)
+        self.values.grad = None
         try:
             return super()._apply(fn, recurse)
         finally:
-            if isinstance(gradient, FactoredGradient):
-                self.values.grad = FactoredGradient(self.values, gradient.reads)
-            elif gradient is not None:
-                self.values.grad = gradient.to(self.values)
+            self.values.grad = FactoredGradient(self.values, gradient.reads)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def has_numbers(x: torch.Tensor) -> bool:
+    """False for a tensor without numbers: on the meta device, or of PyTorch's FakeTensorMode."""
+    return type(x) is torch.Tensor and not x.is_meta
+
+
+def is_in_backward() -> bool:
+    """True during backward(). torch.utils.checkpoint then runs the forward pass of a block a second time."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class GatherSum(torch.autograd.Function):
@@ -130,7 +149,7 @@ class GatherSum(torch.autograd.Function):
         values, indices, weights = ctx.saved_tensors
         dy = dy.contiguous()
         values_need_grad, _, weights_need_grad, _ = ctx.needs_input_grad
-        gradient = FactoredGradient(values, [_make_read(indices, weights, dy)]) if values_need_grad else None
+        gradient = FactoredGradient(values, [copy_read(indices, weights, dy)]) if values_need_grad else None
         dw = gather_dot(values, indices, dy, ctx.kernel) if weights_need_grad else None
         return gradient, None, dw, None
 
@@ -151,71 +170,92 @@ class GatherDot(torch.autograd.Function):
         values, indices, x = ctx.saved_tensors
         d_dots = d_dots.contiguous()
         values_need_grad, _, x_needs_grad, _ = ctx.needs_input_grad
-        gradient = FactoredGradient(values, [_make_read(indices, d_dots, x)]) if values_need_grad else None
+        gradient = FactoredGradient(values, [copy_read(indices, d_dots, x)]) if values_need_grad else None
         dx = gather_sum(values, indices, d_dots, ctx.kernel) if x_needs_grad else None
         return gradient, None, dx, None
 
 
-def _make_read(*tensors) -> tuple:
-    """Copies: autograd may change dy in place later, and you may change weights or indices."""
-    return tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in tensors)
-
-
-def is_in_backward() -> bool:
-    """True during backward(). torch.utils.checkpoint then runs the forward pass of a block a second time."""
-    return torch._C._current_graph_task_id() != -1
-
-
 # --- the gradient -------------------------------------------------------------------------------------------
+
+class Read(NamedTuple):
+    """What one call of the pool adds to the gradient: row indices[n, j] gets weights[n, j] * dy[n]."""
+
+    indices: torch.Tensor  # (N, bag)
+    weights: torch.Tensor  # (N, bag)
+    dy: torch.Tensor  # (N, value_dim)
+    bound: torch.Tensor | None = None  # see largest(); processes that share a pool agree on it
+
+    def largest(self) -> torch.Tensor:
+        """No number of this read's gradient has a larger absolute value. inf or nan if a number is."""
+        if self.bound is not None or not self.indices.numel():
+            return self.dy.new_zeros((), dtype=torch.float32) if self.bound is None else self.bound
+        return self.weights.abs().amax().float() * self.dy.abs().amax() * self.indices.numel()
+
+
+def copy_read(*tensors) -> Read:
+    """Copies: autograd may change dy in place later, and you may change weights or indices."""
+    return Read(*(x.detach().clone(memory_format=torch.contiguous_format) for x in tensors))
+
 
 class FactoredGradient(torch.Tensor):
     """
     The gradient of a pool's values, as a list of reads. To PyTorch it looks like a tensor with the shape,
     dtype and device of the values, but its numbers are not in memory.
 
-    reads: [(indices (N, bag), weights (N, bag), dy (N, value_dim)), ...]. Row r of the gradient is the sum of
-    weights[n, j] * dy[n] over all reads and all (n, j) with indices[n, j] = r. to_dense() computes all rows.
-    The tensors of a read are copies, and never change.
+    reads: a list of Read. Row r of the gradient is the sum of weights[n, j] * dy[n] over all reads and all
+    (n, j) with indices[n, j] = r. to_dense() computes all rows. The tensors of a read never change.
     """
+
+    is_sparse = True  # so AdamW and other optimisers refuse this gradient before they change a value
 
     @staticmethod
     def __new__(cls, like: torch.Tensor, reads: list, dtype=None, device=None):
-        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=dtype or like.dtype,
-                                                   device=device or like.device)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, dtype=dtype or like.dtype, device=device or like.device,
+            dispatch_sizes_strides_policy="strides")  # __torch_dispatch__ then refuses access to the memory
 
     def __init__(self, like: torch.Tensor, reads: list, dtype=None, device=None):
-        self.reads = [tuple(x.to(self.device) for x in read) for read in reads]
+        self.reads = [Read(*(x if x is None else x.to(self.device) for x in read)) for read in reads]
 
     def __repr__(self):
         return f"FactoredGradient({len(self.reads)} reads, shape={tuple(self.shape)}, dtype={self.dtype})"
 
+    def coalesce(self):
+        """For GradScaler, which unscales _values() of a sparse gradient."""
+        return self
+
+    _values = coalesce
+
+    def share_memory_(self):
+        raise ValueError("the gradient of a pool cannot be in shared memory: set it to None first")
+
     def to_dense(self) -> torch.Tensor:
         """The gradient as an ordinary tensor, as large as the pool. For tests."""
         dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        if sum(indices.numel() for indices, _, _ in self.reads):
+        if sum(read.indices.numel() for read in self.reads):
             for rows, g in row_gradients(*sort_reads(self.reads)):
                 dense[rows] = g.to(dense.dtype)
         return dense
 
     def bound(self) -> torch.Tensor:
         """No number of the gradient has a larger absolute value. inf or nan if a number of a read is."""
-        bounds = [weights.abs().amax().float() * dy.abs().amax() * indices.numel()
-                  for indices, weights, dy in self.reads if indices.numel()]
-        return sum(bounds, torch.zeros((), device=self.device))
+        return sum((read.largest() for read in self.reads), torch.zeros((), device=self.device))
 
     @classmethod
     @torch.compiler.disable
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         """PyTorch calls this for operations on a gradient. Only copying, adding and zeroing work."""
         aten = torch.ops.aten
+        if operation is aten.sym_stride.default:
+            return None  # the default
         if operation is aten._amp_foreach_non_finite_check_and_unscale_.default:  # GradScaler
             gradients, found_inf, factor = args
-            if not all(isinstance(g, cls) for g in gradients):
-                raise ValueError(_USE_POOL_OPTIMIZER)
-            for g in gradients:
-                found_inf.logical_or_(~g.bound().isfinite())
-                g.reads[:] = [(indices, weights, dy * factor) for indices, weights, dy in g.reads]
-            return None
+            if all(isinstance(g, cls) for g in gradients):
+                for g in gradients:
+                    found_inf.logical_or_(~g.bound().isfinite())
+                    g.reads[:] = [read._replace(dy=read.dy * factor, bound=read.largest() * factor)
+                                  for read in g.reads]
+                return None
         if operation is aten.new_empty_strided.default:  # backward() may copy a gradient into a new one
             return cls(args[0], [])
         if operation is aten._to_copy.default:  # the reads keep their dtype
@@ -234,16 +274,28 @@ class FactoredGradient(torch.Tensor):
                               aten.zero_.default: []}
             if operation in reads_in_place:
                 a.reads[:] = reads_in_place[operation]
+                if len(a.reads) > MANY_READS:
+                    warn_once(f"the gradient of a pool has more than {MANY_READS} reads: does a "
+                              "PoolOptimizer learn from it, and does zero_grad() clear it?")
                 return a
             if operation is aten.isnan.default:  # detect_anomaly: one bool is enough
                 return a.bound().isnan()
         name = operation.name()
-        raise ValueError(next((sentence for part, sentence in _REFUSALS.items() if part in name), (
-            f"the gradient of a pool is a list of reads, but {name} needs a tensor as large as the "
-            "pool: leave the pool's values out, or use values.grad.to_dense()")))
+        raise ValueError(next((sentence for part, sentence in REFUSALS.items() if part in name), (
+            f"the gradient of a pool is a list of reads, and cannot do {name}. Only PoolOptimizer learns "
+            "from it: give everything else the other parameters, or values.grad.to_dense()")))
 
-    def share_memory_(self):
-        raise ValueError("the gradient of a pool cannot be in shared memory: set it to None first")
+
+NO_CLIPPING = ("the gradient of a pool cannot be clipped: leave the pool's values out of clipping. With "
+               "rowwise and adam, the steps of PoolOptimizer do not depend on the scale of the gradient")
+REFUSALS = {  # part of the name of a PyTorch operation -> error message; the first match counts
+    "vector_norm": NO_CLIPPING,
+    "foreach_norm": NO_CLIPPING,
+    "clamp": NO_CLIPPING,
+    "stride":  # DistributedDataParallel and DLPack look for numbers in memory
+        "the gradient of a pool is a list of reads, and values.grad.to_dense() writes it out. In place of "
+        "DistributedDataParallel, use ShardedPool and data_parallel from runtime/distributed.py",
+}
 
 
 # --- the optimiser ------------------------------------------------------------------------------------------
@@ -273,7 +325,6 @@ class PoolOptimizer(torch.optim.Optimizer):
                  stochastic_rounding: bool = False, seed: int = 0, kernel: str = "auto"):
         super().__init__(params, dict(lr=lr, kind=kind, value_blocks=value_blocks, betas=betas, eps=eps,
                                       stochastic_rounding=stochastic_rounding, seed=seed, kernel=kernel))
-        self._skipped = 0  # later a tensor on the device: the CPU need not wait for it
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
@@ -286,8 +337,8 @@ class PoolOptimizer(torch.optim.Optimizer):
     def _check(self, group: dict) -> None:
         if not 0 <= group["lr"] < math.inf:
             raise ValueError(f"lr={group['lr']} must be at least 0 and finite")
-        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas={group['betas']} must be two numbers, at least 0 and less than 1")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas={group['betas']} must be at least 0 and less than 1")
         if not 0 < group["eps"] < math.inf:  # with eps=0, a gradient of 0 is divided by 0
             raise ValueError(f"eps={group['eps']} must be more than 0")
         if group["kind"] not in ("rowwise", "adam", "sgd"):
@@ -304,16 +355,16 @@ class PoolOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"stochastic_rounding is for bfloat16 values, not {p.dtype}")
 
     @staticmethod
-    def _moments(p, group: dict) -> dict[str, tuple]:
-        """The names and shapes of the moments of p."""
-        return {"rowwise": {"v": (len(p), group["value_blocks"])}, "sgd": {},
-                "adam": {"exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}}[group["kind"]]
+    def _shapes(p, group: dict) -> dict[str, tuple]:
+        """The names and shapes of the state of p: its moments, and the numbers of steps done and skipped."""
+        moments = {"rowwise": {"v": (len(p), group["value_blocks"])}, "sgd": {},
+                   "adam": {"exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}}[group["kind"]]
+        return moments | {"step": (), "skipped": ()}
 
     def _new_state(self, p, group: dict) -> dict[str, torch.Tensor]:
         dtype = torch.promote_types(p.dtype, torch.float32)
-        step = {"step": torch.zeros((), dtype=torch.int64, device=p.device)}
-        return step | {name: torch.zeros(shape, dtype=dtype, device=p.device)
-                       for name, shape in self._moments(p, group).items()}
+        return {name: torch.zeros(shape, dtype=dtype if shape else torch.int64, device=p.device)
+                for name, shape in self._shapes(p, group).items()}
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -324,22 +375,22 @@ class PoolOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         params = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not all(isinstance(p.grad, FactoredGradient) for p, _ in params):
-            raise ValueError("a parameter of PoolOptimizer has an ordinary gradient: give PoolOptimizer "
-                             "pool.parameters(), and nothing else")
-        if not params:
-            return loss
         for p, group in params:
-            if p in self.state:
-                self._check_state(p, group, self.state[p])
-            else:
+            if p not in self.state:
                 self.state[p] = self._new_state(p, group)
+            self._check_state(p, group, self.state[p])
+            if not isinstance(p.grad, FactoredGradient) and p.grad.any():
+                raise ValueError("a parameter of PoolOptimizer has an ordinary gradient: give PoolOptimizer "
+                                 "pool.parameters(), and nothing else")
+        # torch.distributed.checkpoint makes ordinary zeros, only to create the state
+        params = [(p, group) for p, group in params if isinstance(p.grad, FactoredGradient)]
         # one test for all pools. It squares the bound, because a second moment must never become inf
-        finite = sum(p.grad.bound().to(params[0][0].device) for p, _ in params).square().isfinite()
-        self._skipped = self._skipped + (~finite).long()
+        bounds = [p.grad.bound() for p, _ in params]
+        finite = sum(bound.to(bounds[0].device) for bound in bounds).square().isfinite() if bounds else None
         for p, group in params:
             state, is_finite = self.state[p], finite.to(p.device)
             state["step"] += is_finite
+            state["skipped"] += ~is_finite
             seed = group["seed"] if group["stochastic_rounding"] else None
             scatter_update(p, p.grad.reads, state, group["lr"], group["betas"], group["eps"], seed,
                            is_finite, group["kernel"])
@@ -347,39 +398,32 @@ class PoolOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """The number of steps that this optimiser has skipped, because a gradient was too large or nan."""
-        return int(self._skipped)
+        """The number of skipped steps, because a gradient was too large or nan. The CPU waits for a GPU."""
+        return max((int(state["skipped"]) for state in self.state.values()), default=0)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Raises a ValueError if the state is from another kind of optimiser, or a pool of another size."""
-        if len(state_dict["param_groups"]) == len(self.param_groups):
-            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-                if saved.get("kind") != group["kind"]:
-                    raise ValueError(f"the state is from kind={saved.get('kind')!r}, not {group['kind']!r}")
-                saved = saved | {"kernel": group["kernel"]}  # not from the state: it depends on the machine
-                self._check(group | saved | {"params": group["params"]})
-                for p, number in zip(group["params"], saved["params"], strict=False):
-                    self._check_state(p, group, state_dict["state"].get(number))
-        kernels = [group["kernel"] for group in self.param_groups]
+        saved_groups, state = state_dict["param_groups"], state_dict["state"]
+        kernels = [group["kernel"] for group in self.param_groups]  # they depend on the machine
+        for group, saved in zip(self.param_groups, saved_groups, strict=False):
+            if saved.get("kind") != group["kind"]:
+                raise ValueError(f"the state is from kind={saved.get('kind')!r}, not {group['kind']!r}")
+            self._check(group | saved | {"params": group["params"], "kernel": group["kernel"]})
+            for p, number in zip(group["params"], saved["params"], strict=False):
+                self._check_state(p, group, state.get(number))
         super().load_state_dict(state_dict)
         # torch has converted the moments to the dtype of the values, which may be 16 bits. Take the originals
-        for group, saved, kernel in zip(self.param_groups, state_dict["param_groups"], kernels, strict=True):
+        for group, saved, kernel in zip(self.param_groups, saved_groups, kernels, strict=True):
             group["kernel"] = kernel
             for p, number in zip(group["params"], saved["params"], strict=True):
-                for name, value in state_dict["state"].get(number, {}).items():
-                    self.state[p][name] = value.to(p.device)
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._skipped = 0
-        for group in self.param_groups:  # an older state lacks newer options
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if number in state:
+                    self.state[p] |= {name: x.to(p.device) for name, x in state[number].items()}
+                    self.state[p].setdefault("skipped", torch.zeros_like(self.state[p]["step"]))
 
     def _check_state(self, p, group: dict, state: dict | None) -> None:
-        expected = {"step": ()} | self._moments(p, group)
-        shapes = {name: tuple(getattr(x, "shape", "?")) for name, x in (state or {}).items()} or expected
-        if shapes != expected:
+        expected = self._shapes(p, group)
+        shapes = {name: tuple(x.shape) for name, x in (state or {}).items()}
+        if shapes and shapes | {"skipped": ()} != expected:  # an older state does not have "skipped"
             raise ValueError(f"the state has the shapes {shapes}, and this pool needs {expected}")
 
 
@@ -425,53 +469,3 @@ class MemoryUsage(nn.Module):
         if self.total_weight.dtype != before.dtype:
             self.total_weight = before.to(self.total_weight.device)
         return self
-
-
-# --- operations that a pool refuses -------------------------------------------------------------------------
-
-_USE_POOL_OPTIMIZER = ("only PoolOptimizer can learn the values of a pool: give every other optimiser all "
-                       "parameters except the pool's values")
-_NO_CLIPPING = ("the gradient of a pool cannot be clipped: leave the pool's values out of clipping. With "
-                "rowwise and adam, the steps of PoolOptimizer do not depend on the scale of the gradient")
-_NO_SCALING = "the gradient of a pool cannot be scaled: scale the loss instead"
-_REFUSALS = {  # part of the name of a PyTorch operation -> error message; the first match counts
-    "vector_norm": _NO_CLIPPING,
-    "foreach_norm": _NO_CLIPPING,
-    "clamp": _NO_CLIPPING,
-    "mul.out":  # DistributedDataParallel multiplies each gradient by 1 / processes
-        "DistributedDataParallel cannot average the gradient of a pool: make the pool a ShardedPool and wrap "
-        "the model with data_parallel, both from runtime/distributed.py",
-    "lerp": _USE_POOL_OPTIMIZER,
-    "addcmul": _USE_POOL_OPTIMIZER,
-    "fused": _USE_POOL_OPTIMIZER,
-    "add":
-        "the gradient of a pool can only be added to another gradient of this pool, without alpha. A loss "
-        "must not use pool.values itself, for example to penalise large values: it must use what layers read",
-    "mul": _NO_SCALING,
-    "div": _NO_SCALING,
-}
-
-
-def _refuse_other_optimizers(optimizer, args, kwargs):
-    """Runs before each step of any optimiser. AdamW would otherwise decay the values before it fails."""
-    if isinstance(optimizer, PoolOptimizer):
-        return None
-
-    def check():
-        for group in optimizer.param_groups:
-            if any(isinstance(p.grad, FactoredGradient) for p in group["params"]):
-                raise ValueError(f"{type(optimizer).__name__}: {_USE_POOL_OPTIMIZER}")
-
-    def checked(closure):
-        def run():
-            loss = closure()
-            check()
-            return loss
-        return run
-
-    check()
-    return (tuple(checked(x) if callable(x) else x for x in args),
-            {name: checked(x) if callable(x) else x for name, x in kwargs.items()})
-
-
-register_optimizer_step_pre_hook(_refuse_other_optimizers)

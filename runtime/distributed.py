@@ -10,8 +10,9 @@ return their input.
     optimizer = PoolOptimizer(pool.parameters(), lr=6e-2, value_blocks=8 // columns_group(pool).size)
 
 All processes must call a pool with the same number of tokens. The loss of each process must be the mean over
-the same number of targets, because the gradient is the mean over processes, as in DDP. FSDP around a pool is
-not supported.
+the same number of targets, because the gradient is the mean over processes, as in DDP.
+
+With FSDP2, leave the pool's values out: fully_shard(model, ignored_params={pool.values}).
 """
 
 import atexit
@@ -26,7 +27,7 @@ import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
-from pool import FactoredGradient, GatherDot, GatherSum, MemoryUsage, ValuePool
+from pool import FactoredGradient, GatherDot, GatherSum, MemoryUsage, Read, ValuePool
 from runtime.cli import fail
 
 # torchrun sets these in the environment
@@ -226,7 +227,7 @@ class ShardedPool(ValuePool):
         indices = group.all_gather(indices)  # (G*N, bag)
         weights = _Exchange.apply(weights, group.all_gather, group.reduce_scatter)  # (G*N, bag)
         y = GatherSum.apply(self._shared_values(), indices, weights, self.kernel)  # (G*N, V/G)
-        return _Exchange.apply(y, group.columns_to_tokens, self._tokens_to_columns)  # (N, V)
+        return _Exchange.apply(y, group.columns_to_tokens, group.tokens_to_columns)  # (N, V)
 
     @torch.compiler.disable
     def dot(self, indices, x):
@@ -237,20 +238,19 @@ class ShardedPool(ValuePool):
         dots = GatherDot.apply(self._shared_values(), indices, x, self.kernel)  # (G*N, bag), these columns
         return _Exchange.apply(dots, group.reduce_scatter, group.all_gather)  # (N, bag)
 
-    def _tokens_to_columns(self, dy):
-        # inf or nan in one column makes all columns of its token nan, so that all processes skip the step
-        poison = 0 * dy.float().sum(1, keepdim=True)
-        return self.columns_group.tokens_to_columns(dy + poison.to(dy.dtype))
-
     def _shared_values(self):
         """`values`, with a gradient that holds the reads of all processes with these columns."""
         return _Exchange.apply(self.values, lambda values: values, self._share_reads)
 
     def _share_reads(self, gradient: FactoredGradient) -> FactoredGradient:
-        # dy is divided, because the loss is the mean over all processes
-        return FactoredGradient(gradient, [
-            tuple(map(self.replicas_group.all_gather, (indices, weights, dy / world_size())))
-            for indices, weights, dy in gradient.reads])
+        reads = []
+        for indices, weights, dy, _ in gradient.reads:
+            dy = dy / world_size()  # because the loss is the mean over all processes
+            read = Read(*map(self.replicas_group.all_gather, (indices, weights, dy)))
+            # the bounds of all columns together: so all processes skip the same steps
+            bound = self.columns_group.all_gather(read.largest().view(1, 1)).sum()
+            reads.append(read._replace(bound=bound))
+        return FactoredGradient(gradient, reads)
 
 
 class ShardedUsage(MemoryUsage):

@@ -115,15 +115,16 @@ for step in range(4):
     for (name, p), q in zip(model.named_parameters(), alone.parameters()):
         if not name.endswith("values"):
             torch.testing.assert_close(p.grad, q.grad, msg=lambda m, name=name: name + m)
-    if step == 2:  # one process has an overflow in one column: nobody learns
+    if step == 2:  # a number in one column of one process is infinite, or its square: nobody learns
         before = [p.values.clone() for p in pools(model)]
-        model.zero_grad()
-        y = model.pool(torch.zeros(1, 2, dtype=torch.int64), torch.rand(1, 2).double())
-        dy = torch.ones_like(y)
-        dy[0, 0] = torch.inf if RANK == world - 1 else 1
-        y.backward(dy)
-        optimizers[1].step()
-        assert optimizers[1].skipped_steps == 1
+        for count, bad in enumerate((torch.inf, 1e160), 1):
+            model.zero_grad()
+            y = model.pool(torch.zeros(1, 2, dtype=torch.int64), torch.rand(1, 2).double())
+            dy = torch.ones_like(y)
+            dy[0, 0] = bad if RANK == world - 1 else 1
+            y.backward(dy)
+            optimizers[1].step()
+            assert optimizers[1].skipped_steps == count
         assert all(torch.equal(p.values, b) for p, b in zip(pools(model), before))
         continue
     for optimizer in optimizers:
@@ -199,6 +200,61 @@ def test_a_bare_ddp_around_a_pool_ends_in_an_error_before_any_step():
     ended = Processes(2, BARE_DDP).wait()
     assert ended.status == [0, 0], ended.err
     assert ended.out == ["True\n" * 7] * 2, ended.out
+
+
+FSDP = """
+import copy, warnings
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from memory import MemoryLayer
+from pool import PoolOptimizer, ValuePool
+from runtime import distributed
+from runtime.distributed import RANK, ShardedPool
+distributed.start("cpu")
+class Model(torch.nn.Module):
+    def __init__(self, pool):
+        super().__init__()
+        self.pool, self.layer = pool, MemoryLayer(8, 6, 2, 3, 4, 8)
+    def forward(self, x):
+        return self.layer(x, self.pool)
+models = []
+for pool_class in (ValuePool, ShardedPool):
+    torch.manual_seed(0)
+    models.append(Model(pool_class(36, 8)))
+alone, model = models
+fully_shard(model, mesh=init_device_mesh("cpu", (2,)), ignored_params={model.pool.values})
+optimizers = [[torch.optim.SGD([p for p in m.parameters() if p is not m.pool.values], lr=0.1),
+               PoolOptimizer([m.pool.values], lr=0.1, kind="sgd")] for m in models]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for step in range(5):
+        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
+        for m, part, both in ((alone, x, optimizers[0]), (model, x.chunk(2)[RANK], optimizers[1])):
+            m(part).square().mean().backward()
+            for optimizer in both:
+                optimizer.step()
+                optimizer.zero_grad()
+torch.testing.assert_close(model.pool.values, alone.pool.values.chunk(2, 1)[RANK])
+print(["ShardedPool" in str(warning.message) for warning in caught])
+"""
+
+
+def test_a_sharded_pool_works_with_fsdp_and_a_plain_one_warns():
+    """With a ValuePool, each process would learn a pool of its own: here the one of the whole batch warns."""
+    ended = Processes(2, FSDP).wait()
+    assert ended.status == [0, 0], ended.err
+    assert ended.out == ["[True]\n"] * 2, ended.out
+
+
+def test_the_files_to_copy_for_many_processes_are_enough(tmp_path):
+    """As docs/processes.md says. cli.py must stand in runtime/, too."""
+    root = Path(__file__).parents[1]
+    (tmp_path / "runtime").mkdir()
+    for name in ("memory.py", "pool.py", "kernel.py", "runtime/distributed.py", "runtime/cli.py"):
+        shutil.copy(root / name, tmp_path / name)
+    code = "import sys; sys.path[:0] = ['.']; from runtime.distributed import ShardedPool, data_parallel"
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
 
 
 STARTED_APART = """

@@ -139,15 +139,6 @@ def test_several_reads_with_bags_of_different_sizes_add_up():
     torch.testing.assert_close(dense, values.grad)
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_gather_sum_and_gather_dot_are_adjoint(side):
-    """<gather_sum(w), dy> = <w, gather_dot(dy)> for any w and dy."""
-    values, indices, weights, dy = make_read(23, 7, 31, 90)
-    left = (gather_sum(values, indices, weights, side) * dy).sum()
-    right = (weights * gather_dot(values, indices, dy, side)).sum()
-    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
-
-
 # --- the update against formulas and torch.optim ------------------------------------------------------------
 
 def rowwise_reference(values, gradient, v, read, lr, beta2, eps, blocks):
@@ -261,17 +252,6 @@ def test_a_float64_pool_is_updated_in_float64(kind):
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_32_bit_indices_update_as_64_bit_indices_do(kind, side):
-    results = []
-    for dtype in (torch.int64, torch.int32):
-        values, indices, weights, dy = make_read(9, 4, 16, 30)
-        update(values, [(indices.to(dtype), weights, dy)], new_state(kind, 30, 16), kernel=side)
-        results.append(values)
-    assert torch.equal(*results)
-
-
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["random", "one row"])
 def test_an_update_is_deterministic_and_leaves_unread_rows_alone(kind, side, how):
     """Also where all tokens read one row, which Triton cuts into pieces: 3 of 64 places, and a rest."""
@@ -328,16 +308,17 @@ def test_nothing_was_read_and_nothing_changes(kind, side):
 
 @pytest.mark.skipif(len(SIDES) < 2, reason="no Triton here")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "N, bag, V, num_values, how", [*SHAPES[1:8], (30, 20, 8, 40, "repeated"), (90, 9, 16, 3, "one row")]
-)
+@pytest.mark.parametrize("N, bag, V, num_values, how", [
+    (1, 1, 1, 1, "random"), (13, 5, 96, 40, "random"), (3, 20, 257, 50, "repeated"), (90, 9, 16, 3, "one row")])
 def test_the_update_in_triton_equals_the_one_in_pytorch(N, bag, V, num_values, how, kind):
     results = []
     for side in SIDES:
         values, *_ = make_read(1, 1, V, num_values)
         state = new_state(kind, num_values, V, 8 if V % 8 == 0 else 1)
         for seed in (1, 2):
-            reads = [tuple(make_read(N, bag, V, num_values, how, seed=s)[1:]) for s in (seed, seed + 10)]
+            # indices with 32 bits, as in training
+            reads = [(indices.int(), *others) for s in (seed, seed + 10)
+                     for _, indices, *others in [make_read(N, bag, V, num_values, how, seed=s)]]
             update(values, reads, state, kernel=side)
         results.append((values, state))
     (ours, state), (theirs, their_state) = results
@@ -443,17 +424,8 @@ def test_where_triton_cannot_run_an_error_says_why(monkeypatch):
 
 
 def test_an_unknown_kernel_is_refused():
-    values, indices, weights, dy = make_read(4, 3, 8, 30)
-    before = values.clone()
-    for operation in (
-        lambda: resolve_kernel("cuda", "cpu"),
-        lambda: gather_sum(values, indices, weights, "cuda"),
-        lambda: gather_dot(values, indices, dy, "cuda"),
-        lambda: update(values, [(indices, weights, dy)], new_state("sgd", 30, 8), kernel="cuda"),
-    ):
-        with pytest.raises(ValueError, match="kernel='cuda' must be 'auto', 'triton' or 'torch'"):
-            operation()
-    assert torch.equal(values, before)
+    with pytest.raises(ValueError, match="kernel='cuda' must be 'auto', 'triton' or 'torch'"):
+        resolve_kernel("cuda", "cpu")
 
 
 # --- top-k --------------------------------------------------------------------------------------------------

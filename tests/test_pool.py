@@ -4,6 +4,7 @@ gradients; the optimiser against what torch's optimisers promise.
 """
 
 import copy
+import inspect
 import io
 import itertools
 import math
@@ -11,12 +12,15 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.nn as nn
 from test_kernel import DEVICE, SIDES
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -224,8 +228,9 @@ def test_a_second_derivative_is_refused(model):
 
 def test_a_read_does_not_hold_on_to_the_graph(model):
     loss_of(model).backward()
-    for indices, weights, dy in model.pool.values.grad.reads:
-        assert not weights.requires_grad and not dy.requires_grad and indices.dtype == torch.int32
+    for read in model.pool.values.grad.reads:
+        assert not read.weights.requires_grad and not read.dy.requires_grad
+        assert read.indices.dtype == torch.int32
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -410,49 +415,45 @@ def test_a_pool_learns_with_a_model_of_another_dtype_and_after_a_conversion(of_v
         assert model.pool.values.isfinite().all() and not torch.equal(model.pool.values, before)
 
 
-def test_other_optimizers_are_refused_before_they_change_anything_also_with_a_closure(model):
-    before = model.pool.values.detach().clone()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+OPTIMIZERS = [cls for cls in vars(torch.optim).values()
+              if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
+              and cls not in (torch.optim.Optimizer, torch.optim.LBFGS)]  # LBFGS learns from to_dense()
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("options", [{}, dict(weight_decay=0.5), dict(fused=True), dict(foreach=True),
+                                     dict(momentum=0.9), dict(maximize=True)])
+def test_no_other_optimizer_changes_a_value(model, cls, options):
+    """AdamW would decay the values before it fails. The same with a closure."""
+    if not options.keys() <= inspect.signature(cls).parameters.keys():
+        pytest.skip("no such option")
+    values, before = model.pool.values, model.pool.values.detach().clone()
 
     def closure():
         loss = loss_of(model)
         loss.backward()
         return loss
 
-    with pytest.raises(ValueError, match="AdamW: only PoolOptimizer"):
-        optimizer.step(closure)
-    assert torch.equal(model.pool.values, before)
-    dense = torch.optim.AdamW(model.dense_parameters(), lr=0.1)
-    expected = loss_of(model).item()
-    assert dense.step(closure).item() == expected, "the closure of an optimiser that fits runs as always"
-
-
-def test_grad_scaler_refuses_an_optimizer_of_everything_before_it_changes_anything(model):
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler.scale(loss_of(model)).backward()
-    gradients = [p.grad.clone() for p in model.dense_parameters()], model.pool.values.grad.to_dense()
-    with pytest.raises(ValueError, match="only PoolOptimizer"):
-        scaler.unscale_(optimizer)
-    assert all(map(torch.equal, gradients[0], (p.grad for p in model.dense_parameters())))
-    assert torch.equal(gradients[1], model.pool.values.grad.to_dense())
+    optimizer = cls([values], lr=0.1, **options)
+    for argument in ([closure], [lambda: 0.0]):
+        with pytest.raises((ValueError, RuntimeError)):
+            optimizer.step(*argument)
+        assert torch.equal(values, before)
 
 
 @pytest.mark.parametrize("misuse, message", [
     (lambda m: nn.utils.clip_grad_norm_(m.parameters(), 1.0), "leave the pool's values out of clipping"),
     (lambda m: nn.utils.clip_grad_value_(m.parameters(), 1.0), "leave the pool's values out of clipping"),
-    (lambda m: torch.optim.AdamW(m.parameters()).step(), "AdamW: only PoolOptimizer"),
-    (lambda m: torch.optim.AdamW(m.parameters(), fused=True).step(), "AdamW: only PoolOptimizer"),
-    (lambda m: torch.optim.SGD(m.parameters(), weight_decay=0.1).step(), "SGD: only PoolOptimizer"),
-    (lambda m: torch.optim.RMSprop(m.pool.parameters()).step(), "RMSprop: only PoolOptimizer"),
-    (lambda m: m.pool.values.square().sum().backward(), "must not use pool.values itself"),
-    (lambda m: m.pool.values.grad.add(m.pool.values.grad, alpha=2), "without alpha"),
-    (lambda m: m.pool.values.grad.add_(m.pool.values.grad, alpha=2), "without alpha"),
-    (lambda m: m.pool.values.grad * 2, "scale the loss instead"),
-    (lambda m: m.pool.values.grad.div_(2), "scale the loss instead"),
-    (lambda m: m.pool.values.grad.sum(), "as large as the pool"),
-    (lambda m: torch.empty(36, 8).copy_(m.pool.values.grad), "as large as the pool"),
-    (lambda m: m.pool.values.grad.copy_(torch.ones(36, 8)), "as large as the pool"),
+    (lambda m: m.pool.values.square().sum().backward(), "Only PoolOptimizer"),
+    (lambda m: m.pool.values.grad.add(m.pool.values.grad, alpha=2), "Only PoolOptimizer"),
+    (lambda m: m.pool.values.grad.add_(m.pool.values.grad, alpha=2), "Only PoolOptimizer"),
+    (lambda m: m.pool.values.grad * 2, "Only PoolOptimizer"),
+    (lambda m: m.pool.values.grad.div_(2), "Only PoolOptimizer"),
+    (lambda m: m.pool.values.grad.sum(), "to_dense"),
+    (lambda m: torch.empty(36, 8).copy_(m.pool.values.grad), "to_dense"),
+    (lambda m: m.pool.values.grad.copy_(torch.ones(36, 8)), "to_dense"),
+    (lambda m: numpy.from_dlpack(m.pool.values.grad), "to_dense"),
+    (lambda m: torch.utils.dlpack.to_dlpack(m.pool.values.grad), "to_dense"),
 ])
 def test_what_needs_the_numbers_is_refused_with_a_sentence_and_changes_nothing(model, misuse, message):
     loss_of(model).backward()
@@ -673,7 +674,6 @@ def test_options_come_from_the_state_except_the_kernel_and_are_checked():
     pool = ValuePool(25, 16)
     saved = PoolOptimizer(pool.parameters(), lr=0.3, betas=(0.5, 0.7)).state_dict()
     saved["param_groups"][0] |= {"kernel": "triton"}
-    del saved["param_groups"][0]["eps"]  # an older file
     optimizer = PoolOptimizer(pool.parameters(), lr=0.1, kernel="torch")
     optimizer.load_state_dict(saved)
     group = optimizer.param_groups[0]
@@ -761,7 +761,6 @@ def test_the_scale_of_the_gradient_does_not_matter(kind):
     (dict(lr=math.inf), "lr=inf must be"),
     (dict(betas=(0.9, 1.0)), "betas"),
     (dict(eps=0.0), "eps=0.0 must be more than 0"),
-    (dict(betas=(0.9,)), "two numbers"),
     (dict(value_blocks=3), "value_blocks=3 must divide"),
     (dict(value_blocks=0), "value_blocks=0 must divide"),
     (dict(stochastic_rounding=True), "for bfloat16 values"),
@@ -786,9 +785,6 @@ def test_the_optimizer_refuses_ordinary_gradients():
 @pytest.mark.parametrize("wrong, message", [
     (dict(num_values=0), "num_values=0"),
     (dict(num_values=2**31), "indices are int32"),
-    (dict(value_dim=0), "value_dim=0"),
-    (dict(dtype=torch.int64), "dtype=torch.int64"),
-    (dict(kernel="fast"), "kernel='fast'"),
 ])
 def test_the_pool_refuses_what_cannot_be(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -902,3 +898,52 @@ assert losses[-1] < 0.5 * losses[0], losses
 """
     isolated = f"import sys; sys.path[:0] = ['.']\n{code}"
     subprocess.run([sys.executable, "-I", "-c", isolated], cwd=tmp_path, check=True)
+    without_numpy = f"import sys; sys.modules['numpy'] = None\n{isolated}"
+    subprocess.run([sys.executable, "-I", "-c", without_numpy], cwd=tmp_path, check=True)
+
+
+# --- around PyTorch -----------------------------------------------------------------------------------------
+
+def test_importing_the_pool_changes_no_other_optimizer():
+    """An optimiser whose step takes a model once got a function instead."""
+    class Custom(torch.optim.SGD):
+        def step(self, model, closure=None):
+            assert isinstance(model, nn.Module)
+
+    linear = nn.Linear(2, 2)
+    Custom(linear.parameters(), lr=0.1).step(linear)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_distributed_checkpoint_fills_a_new_optimizer(kind):
+    """It makes the state by a step with lr 0 and a gradient of zeros."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    pools = [ValuePool(25, 16), ValuePool(25, 16)]
+    pools[1].load_state_dict(pools[0].state_dict())
+    old, new = (PoolOptimizer(pool.parameters(), lr=lr, kind=kind)
+                for pool, lr in zip(pools, (0.3, 0.1), strict=True))
+    learn(pools[0], old, 1)
+    set_optimizer_state_dict(pools[1], new, copy.deepcopy(get_optimizer_state_dict(pools[0], old)))
+    pools[1].load_state_dict(pools[0].state_dict())
+    for pool, optimizer in zip(pools, (old, new), strict=True):
+        learn(pool, optimizer, 2)
+    assert torch.equal(pools[0].values, pools[1].values) and new.param_groups[0]["lr"] == 0.3
+
+
+def test_reads_that_pile_up_are_noticed(model):
+    """Without a PoolOptimizer and without zero_grad, memory would fill without a word."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(300):
+            loss_of(model).backward()
+    assert [str(warning.message)[:60] for warning in caught] == [
+        "the gradient of a pool has more than 500 reads: does a PoolO"]
+
+
+def test_a_forward_pass_without_numbers():
+    """As on the meta device, and as tools do that only look at shapes."""
+    with torch.device("meta"):
+        assert Model()(torch.empty(5, 8)).shape == (5, 3)
+    with FakeTensorMode():
+        assert Model()(torch.randn(5, 8)).shape == (5, 3)
+    assert Model()(torch.randn(5, 8)).isfinite().all()

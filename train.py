@@ -274,7 +274,7 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
     # init_sync=False: the weights are already equal
     parallel = data_parallel(compiled, init_sync=False, gradient_as_bucket_view=True)
     log = RunLog(config.out_dir, config.max_steps, config.batch_size * config.block_size, model, optimizers,
-                 start, checkpoint.meta.get("skipped_steps", 0) if checkpoint else 0)
+                 start)
     print_start(config.dataset, len(data.train), device, model, log, checkpoint)
 
     with stop_signals() as signals:
@@ -289,8 +289,7 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
                     check_finite(measured["val_loss"], step)  # fails before a good checkpoint is replaced
                     log.log_evaluation(step, measured)
                 if (is_due or stopping) and step > start:
-                    meta = {"config": asdict(config), "encoding": data.encoding_json, "measured": measured,
-                            "skipped_steps": log.skipped_steps()}
+                    meta = {"config": asdict(config), "encoding": data.encoding_json, "measured": measured}
                     if is_due:
                         meta["val_loss"] = measured["val_loss"]  # of these weights; `measured` may be older
                     save_checkpoint(Path(config.out_dir), step, parts_of(model, optimizers), meta,

@@ -107,17 +107,16 @@ class RunLog:
     must call it: slot use is counted over all processes.
 
     tokens_per_step: in all processes together. start: the step of the checkpoint that the run resumed from,
-    or 0. skipped: the steps that the pool had skipped until then.
+    or 0.
     """
 
     def __init__(self, out_dir: str, max_steps: int, tokens_per_step: int, model, optimizers: list,
-                 start: int = 0, skipped: int = 0):
+                 start: int = 0):
         self.out_dir, self.max_steps, self.tokens_per_step = Path(out_dir), max_steps, tokens_per_step
         self.start, self.pool, self.pool_optimizers = start, model.pool, optimizers[1:]
         self.path = self.out_dir / "log.jsonl"
         lines = [line for line in read_json_lines(self.path) if start and line["step"] <= start]
         self.skipped_told = max((line.get("skipped_steps", 0) for line in lines), default=0)
-        self.skipped_before = max(skipped, self.skipped_told)
         if RANK == 0:  # a resumed run writes the later lines again
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -136,9 +135,6 @@ class RunLog:
         began = time.perf_counter()
         yield
         self.since += time.perf_counter() - began
-
-    def skipped_steps(self) -> int:
-        return self.skipped_before + sum(optimizer.skipped_steps for optimizer in self.pool_optimizers)
 
     def print_line(self, step: int, text: str) -> None:
         print_once(f"step {step:{len(str(self.max_steps))}}/{self.max_steps}  {text}")
@@ -161,10 +157,11 @@ class RunLog:
             # slot use since the last evaluation
             line["slots_used"], line["kl_from_uniform"] = self.pool.usage.summary()
             slots = f"  slot use {evenness(line):.2f}"
-        if new := self.skipped_steps() - self.skipped_told:
-            line["skipped_steps"] = self.skipped_told = self.skipped_told + new
+        skipped = sum(optimizer.skipped_steps for optimizer in self.pool_optimizers)
+        if (new := skipped - self.skipped_told) > 0:
+            line["skipped_steps"] = self.skipped_told = skipped
             print_once(f"the pool skipped {new} {'step' if new == 1 else 'steps'}: its gradient was not "
-                       f"finite ({self.skipped_told} so far); a lower --lr or --value_lr may help")
+                       f"finite ({skipped} so far); a lower --lr or --value_lr may help")
         self.write(**line)
         left = (now - self.began) / (done - self.start) * (self.max_steps - done)
         self.print_line(done, f"loss {loss:.3f}{slots}  {speed / 1000:.1f}k tokens/s  {duration(left)} left")

@@ -244,12 +244,9 @@ def check_choices(config) -> None:
             raise ValueError(f"{name}={getattr(config, name)} must be one of {choices}")
 
 
-def build(function, values: dict, renamed: dict[str, str] = {}):  # noqa: B006
-    """
-    function(**values). A ValueError becomes a UserError; its message must start with an option's name, or
-    with a name in `renamed`: {name: the option's name}.
-    """
+def build(function, values: dict):
+    """function(**values). A ValueError becomes a UserError; its message must start with an option's name."""
     try:
         return function(**values)
     except ValueError as error:
-        fail("--" + re.sub(r"\w+", lambda match: renamed.get(match[0], match[0]), str(error), count=1))
+        fail(f"--{error}")

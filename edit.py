@@ -24,8 +24,15 @@ if __name__ == "__main__":  # before the imports that take seconds
     from runtime.cli import exit_on_ctrl_c
     exit_on_ctrl_c()
 
-from data.corpus import Dataset, decode, decode_answer, load_dataset
-from data.questions import accepted_answers, check_length, is_right
+from data.corpus import (
+    Dataset,
+    accepted_answers,
+    check_length,
+    decode,
+    decode_answer,
+    is_right,
+    load_dataset,
+)
 from editing import (
     choose_slots,
     erase,

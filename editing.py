@@ -13,8 +13,7 @@ docs/editing.md explains the methods, and has an example.
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data.corpus import Dataset, decode, decode_answer, draw_batch
-from data.questions import accepted_answers, is_right
+from data.corpus import Dataset, accepted_answers, decode, decode_answer, draw_batch, is_right
 from evaluate import answer
 from model import GPT, eval_mode
 from pool import PoolOptimizer

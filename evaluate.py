@@ -10,8 +10,7 @@ from itertools import groupby
 
 import torch
 
-from data.corpus import Dataset, decode_answer, draw_batch
-from data.questions import accepted_answers, is_right
+from data.corpus import Dataset, accepted_answers, decode_answer, draw_batch, is_right
 from model import GPT, eval_mode
 from runtime.distributed import RANK, WORLD_SIZE, all_reduce_sum, gather_objects
 

@@ -11,10 +11,8 @@ Lets a trained model answer questions or continue a text, and shows which slots 
 """
 
 import codecs
-import difflib
 import os
 import random
-import re
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -26,16 +24,19 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import torch
 
-from data.corpus import decode, decode_answer, load_dataset, token_bytes
-from data.prepare import DATA
-from data.questions import (
-    QUESTION,
+from data import corpus
+from data.corpus import (
     accepted_answers,
     check_length,
-    check_text,
+    decode,
+    decode_answer,
+    find_question,
     is_right,
-    normalize_answer,
+    load_dataset,
+    name_pattern,  # noqa: F401
+    questions_about,
     read_questions,
+    token_bytes,
 )
 from data.tokenizer import END
 from evaluate import answer, commonest_answers, shares
@@ -133,46 +134,6 @@ class Trace:
 
 
 # --- questions ----------------------------------------------------------------------------------------------
-
-def find_question(text: str, questions: list[dict]) -> dict:
-    """
-    The question of the corpus that `text` asks, with or without "Question: ... Answer:" around it, in any
-    case and punctuation. If the corpus does not have it: a question without an answer.
-    """
-    try:
-        check_text("question", text)
-    except ValueError as error:
-        fail(f"--question={text!r} {error}")
-    known = {normalize_answer(question["prompt"]): question for question in questions}
-    wrapped = QUESTION.format(text.strip())
-    for prompt in (text, wrapped):
-        if found := known.get(normalize_answer(prompt)):
-            return found
-    beginning, end = QUESTION.split("{}")
-    has_form = not questions or any(question["prompt"].startswith(beginning) for question in questions)
-    return {"prompt": wrapped if has_form and not text.rstrip().endswith(end.strip()) else text.rstrip(" "),
-            "answers": []}
-
-
-def name_pattern(name: str) -> re.Pattern:
-    if not name.strip():
-        fail("--ask= must be a name")
-    return re.compile(rf"(?<!\w){re.escape(name.strip())}(?!\w)", re.IGNORECASE)
-
-
-def questions_about(name: str, questions: list[dict]) -> list[dict]:
-    about = name_pattern(name)
-    found = [question for question in questions if about.search(question["prompt"])]
-    if not found:
-        count = len(re.findall(r"\w+", name))  # similar names have as many words
-        words = [re.findall(r"\w+", question["prompt"]) for question in questions]
-        names = {" ".join(w[i:i + count]) for w in words for i in range(len(w) - count + 1)}
-        lower = {name.lower(): name for name in names}
-        similar = [lower[match] for match in difflib.get_close_matches(name.lower(), lower)]
-        fail(f"--ask={name}: no question of the corpus contains this name"
-             + (f"; similar: {', '.join(similar)}" if similar else ""))
-    return found
-
 
 def ask(model: GPT, encoding, questions: list[dict], trace: Trace | None) -> list[str]:
     """Prints the model's answers, right or wrong, and returns them. The user's own question has no answer."""
@@ -292,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     model, encoding, trained = load(checkpoint)
     model.to(device)
 
-    path = DATA / trained.dataset / "qa.jsonl"
+    path = corpus.DATA / trained.dataset / "qa.jsonl"
     mode = next((mode for mode in MODES if getattr(config, mode)), "prompt")
     # without other options, ask some questions if the corpus has any
     if options.keys() <= {"out_dir", "device", "trace", "seed"} and path.exists():
@@ -328,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
         check_data(data, trained, checkpoint)
         questions = data.questions
     if not questions and mode != "question":
-        fail(f"--{mode}: {config.qa or path} has no questions; facts has them: python data/prepare.py facts")
+        fail(f"--{mode}: {config.qa or path} has no questions; facts has them: python -m data.prepare facts")
     if mode == "questions":
         questions = random.Random(config.seed).sample(questions, min(config.questions, len(questions)))
     elif mode == "question":

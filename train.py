@@ -29,8 +29,9 @@ from typing import Literal
 
 import torch
 
-from data.corpus import Dataset, draw_batch, load_dataset
-from data.questions import check_length
+from data import corpus
+from data.corpora import CORPORA, make_corpus
+from data.corpus import Dataset, check_length, draw_batch, load_dataset
 from evaluate import evaluate
 from kernel import resolve_kernel
 from model import GPT, GPTConfig
@@ -140,11 +141,25 @@ def check_options(config: TrainConfig, device: str) -> None:
     if config.batch_size % parts:
         fail(f"--batch_size={config.batch_size} must be a multiple of {parts}: {WORLD_SIZE} processes times "
              f"{config.accum_steps} parts (--accum_steps)")
+    group_size = config.mem_group_size or WORLD_SIZE
+    if WORLD_SIZE % group_size:
+        fail(f"--mem_group_size={group_size} must divide the number of processes, {WORLD_SIZE}")
+    if config.mem_layers and config.n_embd % group_size:
+        fail(f"--n_embd={config.n_embd} must be a multiple of {group_size}, the processes that share the "
+             "pool's columns")
     if config.mem_on_disk and not (device == "cpu" and config.mem_layers):
         fail("--mem_on_disk needs --device=cpu and a pool: a GPU holds the pool in its own memory")
     with torch.device("meta"):  # the model and its optimisers check their sizes, and take no memory here
         config = replace(config, vocab_size=config.vocab_size or 1, mem_on_disk=False)
         make_optimizers(config, make_model(config, None), None)
+
+
+def make_missing(name: str) -> None:
+    """Makes a corpus in CORPORA if it is missing. Machines that do not share a disk make their own copy."""
+    for has_turn in (RANK == 0, distributed.LOCAL_RANK == 0):
+        if has_turn and name in CORPORA and not (corpus.DATA / name / "meta.json").exists():
+            make_corpus(name)
+        distributed.gather_objects(None)  # waits for all processes
 
 
 def check_data(data: Dataset, config: TrainConfig) -> None:
@@ -203,8 +218,7 @@ def make_model(config: TrainConfig, checkpoint: Checkpoint | None) -> GPT:
         return checkpoint.load_model(pool_class, file, dropout=config.dropout, kernel=config.kernel)
     torch.manual_seed(config.seed)
     pool_class = functools.partial(pool_on_disk, pool_class, file) if file else pool_class
-    return build(GPT, dict(config=config, pool_class=pool_class),
-                 {"group_size": "mem_group_size", "value_dim": "n_embd"})
+    return build(GPT, dict(config=config, pool_class=pool_class))
 
 
 def make_optimizers(config: TrainConfig, model: GPT, checkpoint: Checkpoint | None) -> list:
@@ -213,8 +227,7 @@ def make_optimizers(config: TrainConfig, model: GPT, checkpoint: Checkpoint | No
     optimizers = build(model.optimizers, dict(
         lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         value_lr=config.value_lr, kind=config.value_optimizer, value_blocks=config.value_blocks,
-        stochastic_rounding=config.value_stochastic_rounding, seed=seed),
-        {"stochastic_rounding": "value_stochastic_rounding"})
+        stochastic_rounding=config.value_stochastic_rounding, seed=seed))
     if checkpoint:
         checkpoint.load_optimizers(model, optimizers)
     return optimizers
@@ -250,6 +263,7 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
     """What `train` does, in a folder that no other run uses."""
     device = distributed.find_device(config.device)
     check_options(config, device)
+    make_missing(config.dataset)
     data = load_dataset(config.dataset)
     check_data(data, config)
     config = replace(config, vocab_size=config.vocab_size or data.encoding.n_vocab)

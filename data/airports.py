@@ -7,6 +7,8 @@ from importlib.resources import files
 
 import numpy as np
 
+from data.corpus import QUESTION
+from data.facts import draw_forms, exposures_by_zipf
 from runtime.cli import fail
 
 # kind of fact: (statements, questions). The first {} is what the fact is about, the second is the answer. A
@@ -24,7 +26,6 @@ KINDS = {
               "An airport in the city of {} has the code {}."],
              ["What is the airport code of {}?", "Which code is on bags for the city of {}?"]),
 }
-QUESTION = "Question: {} Answer:"
 SPLITS = {  # tokens per code: what a tokenizer splits off before it splits a text into words
     1: "",  # " BGO"
     2: r" [A-Z](?=[A-Z]{2}\b)|",  # " B", "GO"
@@ -60,34 +61,28 @@ def load_airports(rng) -> list[dict]:
     return sorted(airports, key=lambda airport: airport["rank"])
 
 
-def airport_text(config):
-    """
-    Returns (texts, questions, fragments), arguments of write_corpus: each fragment is a line. config: a
-    prepare.AirportsConfig.
-    """
-    rng = np.random.default_rng(config.seed)
-    airports = load_airports(rng)[:config.airports or None]
-    law = np.arange(1, len(airports) + 1) ** -config.zipf
-    exposures = np.maximum(1, np.round(law / law.mean() * config.exposures)).astype(int).tolist()
-    cities = list(dict.fromkeys(airport["city"] for airport in airports))
-    held_out = {city for city in cities if rng.random() < config.held_out}
+def airport_text(airports: int, exposures: float, zipf: float, ask: float, held_out: float, seed: int):
+    """Returns (texts, questions, fragments), arguments of write_corpus: each fragment is a line."""
+    rng = np.random.default_rng(seed)
+    chosen = load_airports(rng)[:airports or None]
+    counts = exposures_by_zipf(len(chosen), zipf, exposures).tolist()
+    cities = dict.fromkeys(airport["city"] for airport in chosen)
+    cities_held_out = {city for city in cities if rng.random() < held_out}
 
     lines, texts, asked = {}, {"train": [], "val": []}, {}  # lines: {line: its number}
-    for airport, count in zip(airports, exposures, strict=True):
-        is_held_out = airport["city"] in held_out
+    for airport, count in zip(chosen, counts, strict=True):
+        is_held_out = airport["city"] in cities_held_out
         for kind, (statements, questions) in KINDS.items():
             about, answer = ((airport["city"], airport["airport"]) if kind == "code" else
                              (airport["airport"], airport[kind]))
             forms = [*statements, *(f"{QUESTION.format(question)} {{}}" for question in questions)]
-            asks = (rng.random(count) < config.ask) & (not is_held_out)
-            asks = np.append(asks, (False, True))  # the last two: a statement for val.bin, and qa.jsonl
-            form = rng.integers(np.where(asks, len(questions), len(statements))) + asks * len(statements)
+            drawn = draw_forms(rng, count, ask * (not is_held_out), statements, questions)
             *told, told_in_val = (lines.setdefault(forms[i].format(about, answer) + "\n", len(lines))
-                                  for i in form[:-1])
+                                  for i in drawn[:-1])
             texts["train"] += told
             texts["val"].append(told_in_val)
             # a city with several airports is asked about once, and any of their codes is right
-            prompt = QUESTION.format(questions[form[-1] - len(statements)]).format(about)
+            prompt = forms[drawn[-1]].format(about, "").rstrip()
             question = asked.setdefault((kind, about), {"prompt": prompt, "answers": [], "exposures": 0,
                                                         "held_out": is_held_out, "kind": kind})
             question["answers"].append(answer)

@@ -1,34 +1,40 @@
 """
-Reads a corpus that data/prepare.py made: tokens, batches and questions. Turns tokens back into text.
+Reads a corpus that data/prepare.py made: its tokens, batches and questions. Turns tokens back into text, and
+says which answers are right.
 """
 
+import codecs
+import difflib
 import json
 import re
+import string
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.prepare import DATA, END, READY_MADE
-from data.questions import read_questions
-from data.tokenizer import encoding_from_json
+from data.tokenizer import END, encoding_from_json
 from runtime.cli import fail
-from runtime.distributed import LOCAL_RANK, RANK, WORLD_SIZE, gather_objects
+from runtime.distributed import RANK, WORLD_SIZE, gather_objects
 
+DATA = Path(__file__).resolve().parent  # the corpus NAME is the folder DATA / NAME
+QUESTION = "Question: {} Answer:"  # the form that a corpus gives to its questions
+
+
+# --- tokens and text ----------------------------------------------------------------------------------------
 
 class Dataset:
     """
     The corpus in data/NAME: token ids `train` and `val` (memory-mapped files), `val_bytes` (of the validation
-    text as UTF-8; 0: unknown), `encoding`, `questions` and `note`, a sentence about the corpus or "". If
-    data/NAME is missing, a corpus in READY_MADE is made.
+    text as UTF-8; 0: unknown), `encoding`, `questions` and `note`, a sentence about the corpus or "".
     """
 
     def __init__(self, name: str):
         folder = DATA / name
         if not (folder / "meta.json").exists():
-            if name not in READY_MADE:
-                fail(f"no data in {folder}; make it: python data/prepare.py text --name={name} --input ...")
-            make, config = READY_MADE[name]
-            make(config)
+            fail(f"no data in {folder}; make it: python -m data.prepare {name}; or from your own text: "
+                 f"python -m data.prepare text --name={name} --input FILE ...")
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             self.encoding_json, self.encoding = meta["encoding"], encoding_from_json(meta["encoding"])
@@ -39,19 +45,13 @@ class Dataset:
                 if len(tokens) != meta[f"{split}_tokens"]:
                     raise ValueError(f"{split}.bin has {len(tokens)} tokens, not {meta[f'{split}_tokens']}")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            fail(f"the data in {folder} is damaged ({error}): make it again with data/prepare.py")
+            fail(f"the data in {folder} is damaged ({error}): make it again with python -m data.prepare")
         self.questions = read_questions(folder / "qa.jsonl")
 
 
 def load_dataset(name: str) -> Dataset:
-    """
-    Loads the same corpus in all processes. If the corpus must be made, the first process makes it. Machines
-    that do not share its disk then make their own copy.
-    """
-    data = None
-    for has_turn in (RANK == 0, LOCAL_RANK == 0, True):
-        data = data or (Dataset(name) if has_turn else None)
-        gather_objects(None)  # waits for all processes
+    """Loads the same corpus in all processes."""
+    data = Dataset(name)
     sizes = gather_objects((data.encoding_json, len(data.train), len(data.val), len(data.questions)))
     if any(size != sizes[0] for size in sizes):
         fail(f"{name} differs between machines: copy data/{name} from one to the others")
@@ -87,3 +87,156 @@ def decode_answer(encoding, tokens: list[int]) -> str:
     text = decode(encoding, tokens)
     answer = re.split(f"\n|{re.escape(END)}", text)[0]
     return answer.strip() + "…" * (answer == text)
+
+
+# --- reading questions --------------------------------------------------------------------------------------
+
+def read_questions(path: Path) -> list[dict]:
+    """
+    Reads the questions of a corpus, one JSON object per line. Returns [] if there is no file.
+
+    prompt     what the model continues, such as "Question: ... Answer:"
+    answer     the right answer; or answers, a list of answers that are all right
+    exposures  optional: how often the training text tells the answer; recall is also given by exposures
+    held_out   optional: true if the training text never asks this question; recall counts these apart
+    kind       optional: the kind of question, see evaluate.commonest_answers
+    """
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n") if path.exists() else []
+    questions, first = [], {}  # first: the number of the line that asks a prompt, and its answers
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            question = parse_question(line)
+            answers = sorted(accepted_answers(question))
+            earlier, answers_there = first.setdefault(question["prompt"], (number, answers))
+            if answers != answers_there:
+                raise ValueError(f'asks the same as line {earlier}: put all right answers into "answers" of '
+                                 "one line")
+        except ValueError as error:
+            fail(f"line {number} of {path} {error}")
+        questions.append(question)
+    return questions
+
+
+OPTIONAL = {"exposures": (int, "a whole number, or left out"), "held_out": (bool, "true or false"),
+            "kind": (str, "a text")}
+
+
+def parse_question(line: bytes) -> dict:
+    """Checks one line of qa.jsonl. A ValueError's message continues "line 3 of qa.jsonl ..."."""
+    try:
+        question = json.loads(line.decode())
+    except ValueError:  # neither JSON nor UTF-8
+        question = None
+    if (not isinstance(question, dict) or "prompt" not in question
+            or ("answer" in question) == ("answers" in question)):
+        raise ValueError('must be {"prompt": "...", "answer": "..."}, or with "answers": ["...", "..."] '
+                         'in place of "answer"')
+    # a text has " lion" as one token after "Answer:", so a space after the prompt would be a token too many
+    question["prompt"] = check_text("prompt", question["prompt"]).rstrip(" ")
+    if "answer" in question:
+        question["answer"] = check_answer("answer", question["answer"])
+    elif not isinstance(question["answers"], list) or not question["answers"]:
+        raise ValueError('must have a list of texts as "answers"')
+    else:
+        question["answers"] = [check_answer("answers", answer) for answer in question["answers"]]
+    for name, (kind, words) in OPTIONAL.items():
+        value = question.get(name, kind())
+        if type(value) is not kind or (kind is int and value < 0):  # not isinstance: True is an int, too
+            raise ValueError(f'has "{name}": {json.dumps(value)}, which must be {words}')
+    return question
+
+
+def check_text(name: str, text) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'must have a text as "{name}", not {json.dumps(text)}')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f'has half of a character in "{name}"') from None
+    return text
+
+
+def check_answer(name: str, text) -> str:
+    """The model's answer is stripped and ends with its line, so no other answer could be right."""
+    text = check_text(name, text).strip()
+    if "\n" in text or END in text:
+        raise ValueError(f'has an answer of several lines, {json.dumps(text)}: the model answers with one')
+    return text
+
+
+def check_length(questions: list[dict], encoding, block_size: int) -> None:
+    """Fails if a question and its answer do not fit into the context, so that its beginning would be lost."""
+    for question in questions:
+        for answer in accepted_answers(question) or [""]:
+            text = f"{question['prompt']} {answer}"
+            # a token has a byte or more, so a text of few bytes fits
+            length = len(text.encode()) > block_size and len(encoding.encode_ordinary(text))
+            if length > block_size:
+                fail(f"the question {question['prompt'][:60]!r} has {length} tokens with its answer, more "
+                     f"than block_size={block_size}: shorten it, or train with a larger --block_size")
+
+
+# --- which answers are right --------------------------------------------------------------------------------
+
+def accepted_answers(question: dict) -> list[str]:
+    return question["answers"] if "answers" in question else [question["answer"]]
+
+
+def normalize_answer(text: str) -> str:
+    """
+    What counts when answers are compared: the words, in lower case, without punctuation and without a, an and
+    the: "The Denver Broncos!" -> "denver broncos". This is the rule of SQuAD (Rajpurkar et al. 2016, arXiv
+    1606.05250). If nothing is left, as of "THE", which is an airport, the text counts as it stands.
+    """
+    text = unicodedata.normalize("NFC", text).lower()  # NFC: accents can be written in two ways
+    words = "".join(letter for letter in text if letter not in string.punctuation)
+    words = " ".join(re.sub(r"\b(?:a|an|the)\b", " ", words).split())
+    return words or text.strip()
+
+
+def is_right(question: dict, text: str) -> bool:
+    return normalize_answer(text) in map(normalize_answer, accepted_answers(question))
+
+
+# --- finding questions --------------------------------------------------------------------------------------
+
+def find_question(text: str, questions: list[dict]) -> dict:
+    """
+    The question of the corpus that `text` asks, with or without "Question: ... Answer:" around it, in any
+    case and punctuation. If the corpus does not have it: a question without an answer.
+    """
+    try:
+        check_text("question", text)
+    except ValueError as error:
+        fail(f"--question={text!r} {error}")
+    known = {normalize_answer(question["prompt"]): question for question in questions}
+    wrapped = QUESTION.format(text.strip())
+    for prompt in (text, wrapped):
+        if found := known.get(normalize_answer(prompt)):
+            return found
+    beginning, end = QUESTION.split("{}")
+    has_form = not questions or any(question["prompt"].startswith(beginning) for question in questions)
+    return {"prompt": wrapped if has_form and not text.rstrip().endswith(end.strip()) else text.rstrip(" "),
+            "answers": []}
+
+
+def name_pattern(name: str) -> re.Pattern:
+    if not name.strip():
+        fail("--ask= must be a name")
+    return re.compile(rf"(?<!\w){re.escape(name.strip())}(?!\w)", re.IGNORECASE)
+
+
+def questions_about(name: str, questions: list[dict]) -> list[dict]:
+    about = name_pattern(name)
+    found = [question for question in questions if about.search(question["prompt"])]
+    if not found:
+        count = len(re.findall(r"\w+", name))  # similar names have as many words
+        words = [re.findall(r"\w+", question["prompt"]) for question in questions]
+        names = [" ".join(w[i:i + count]) for w in words for i in range(len(w) - count + 1)]
+        lower = {name.lower(): name for name in names}
+        similar = [lower[match] for match in difflib.get_close_matches(name.lower(), lower)]
+        fail(f"--ask={name}: no question of the corpus contains this name"
+             + (f"; similar: {', '.join(similar)}" if similar else ""))
+    return found

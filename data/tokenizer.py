@@ -9,7 +9,7 @@ Text into tokens and back. A tokenizer is a tiktoken.Encoding:
 import base64
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -23,7 +23,6 @@ END = "<|endoftext|>"  # stands between documents
 # changes: a piece has a greatest length, and accents (\p{M}) stay with their letters, as many scripts need
 SPLIT = (r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]{1,24}| ?\p{N}{1,24}| ?[^\s\p{L}\p{M}\p{N}]{1,24}"
          r"|\s{1,24}(?!\S)|\s{1,24}")
-MIN_COUNT = 200  # a rarer pair of tokens gets no token of its own: a small model learns it better as two
 BLOCK = 2**16  # characters that are read and encoded at a time
 
 
@@ -38,44 +37,21 @@ def make_encoding(tokens: Iterable[bytes], pattern: str = SPLIT) -> tiktoken.Enc
 
 # --- three kinds of tokenizers ------------------------------------------------------------------------------
 
-def train_bpe(texts: Callable[[], Iterable[str]], vocab_size: int, every: int = 1) -> tiktoken.Encoding:
+def train_bpe(texts: Iterable[str], vocab_size: int, every: int = 1) -> tiktoken.Encoding:
     """
     Byte pair encoding: the most frequent pair of neighbouring tokens becomes a new token, again and again,
-    until there are `vocab_size` tokens, or no pair occurs MIN_COUNT times in the text.
-
-    texts() returns a new iterator. every: 3 learns from every third block, which is enough of a large text.
+    until there are `vocab_size` tokens. every: 3 learns from every third block, which is enough of a large
+    text.
     """
     try:
         import rustbpe
     except ImportError:
         fail("a tokenizer for this text needs the package rustbpe: pip install rustbpe, or --tokenizer=gpt2")
-
-    def blocks():
-        return islice(cut_blocks(texts(), SPLIT), 0, None, every)
-
     bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator((block.removesuffix(END) for block in blocks()), vocab_size - 1, buffer_size=64,
+    blocks = islice(cut_blocks(texts, SPLIT), 0, None, every)
+    bpe.train_from_iterator((block.removesuffix(END) for block in blocks), vocab_size - 1, buffer_size=64,
                             pattern=SPLIT)
-    encoding = make_encoding(bytes(token) for token, _ in bpe.get_mergeable_ranks())
-    # count how often each pair became a token: each token of the text, and the tokens that it was made from
-    ranks = encoding._mergeable_ranks
-    counts = np.zeros(encoding.n_vocab, np.int64)
-    for tokens in encode_texts(encoding, blocks()):
-        counts += np.bincount(tokens, minlength=len(counts))
-    for token, rank in reversed(list(ranks.items())[256:]):
-        for part in last_merge(token, ranks):
-            counts[ranks[part]] += counts[rank]
-    return make_encoding(token for token, rank in ranks.items() if counts[rank] * every >= MIN_COUNT)
-
-
-def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that become `token`, found by merging its bytes as the encoding does."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
-        first = pairs.index(min(pairs))
-        parts[first:first + 2] = [parts[first] + parts[first + 1]]
-    return parts
+    return make_encoding(bytes(token) for token, _ in bpe.get_mergeable_ranks())
 
 
 def word_encoding(fragments: list[str], counts: Iterable[int], vocab_size: int,
@@ -94,14 +70,11 @@ def word_encoding(fragments: list[str], counts: Iterable[int], vocab_size: int,
 
 
 def named_encoding(name: str) -> tiktoken.Encoding:
-    if name not in tiktoken.list_encoding_names():
-        fail(f"--tokenizer={name}: tiktoken has {', '.join(tiktoken.list_encoding_names())}; "
-             "without --tokenizer one is built from the corpus")
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError):
-        fail(f"--tokenizer={name}: tiktoken could not download it; "
-             "without --tokenizer one is built from the corpus")
+        fail(f"--tokenizer={name}: tiktoken could not get it, it downloads "
+             f"{', '.join(tiktoken.list_encoding_names())}; without --tokenizer one is built from the corpus")
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -156,29 +129,18 @@ def cut_blocks(texts: Iterable[str], pattern: str) -> Iterator[str]:
 
 
 def encode_texts(encoding: tiktoken.Encoding, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """The tokens of the texts, about a megabyte of text at a time."""
-    batch, size = [], 0
-    for block in cut_blocks(texts, encoding._pat_str):
-        batch.append(block)
-        size += len(block)
-        if size >= 16 * BLOCK:
-            yield encode_batch(encoding, batch)
-            batch, size = [], 0
-    if batch:
-        yield encode_batch(encoding, batch)
-
-
-def encode_batch(encoding: tiktoken.Encoding, blocks: list[str]) -> np.ndarray:
-    """The tokens of all blocks. tiktoken encodes them in several threads."""
-    try:
-        encoded = encoding.encode_ordinary_batch([block.removesuffix(END) for block in blocks])
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust
-            raise
-        fail(f"the tokenizer {encoding.name} cannot encode this text: has it a very long run of spaces?")
-    for block, tokens in zip(blocks, encoded, strict=True):
-        tokens += [encoding.eot_token] * block.endswith(END)
-    return np.concatenate(encoded).astype(np.int64)
+    """The tokens of the texts, at most 32 blocks at a time. tiktoken encodes these in several threads."""
+    blocks = cut_blocks(texts, encoding._pat_str)
+    while batch := list(islice(blocks, 32)):
+        try:
+            encoded = encoding.encode_ordinary_batch([block.removesuffix(END) for block in batch])
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust
+                raise
+            fail(f"the tokenizer {encoding.name} cannot encode this text: has it a very long run of spaces?")
+        for block, tokens in zip(batch, encoded, strict=True):
+            tokens += [encoding.eot_token] * block.endswith(END)
+        yield np.concatenate(encoded).astype(np.int64)
 
 
 def encode_fragments(encoding: tiktoken.Encoding, fragments: list[str],

@@ -39,8 +39,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from data.prepare import DATA, READY_MADE, Corpus
-from data.questions import read_questions
+from data.corpora import CORPORA
+from data.corpus import DATA, read_questions
+from data.write import Corpus
 from evaluate import exposure_bin
 from model import GPT
 from runtime.cli import at_least, build, command, fail, first_word, parse
@@ -88,16 +89,16 @@ ABLATIONS = {
     "value_lr=24e-2": dict(value_lr=24e-2),
     "layers 0 to 2": dict(mem_layers=(0, 1, 2)),
 }
-FACTS = dict(corpus=READY_MADE["facts-4000"],
+FACTS = dict(corpus=CORPORA["facts-4000"],
              options=SHIFTED | dict(dataset="facts-4000", max_steps=3000, eval_interval=250))
 EXPERIMENTS = {
     "facts": FACTS | dict(models=MODELS),
     "ablation": FACTS | dict(options=FACTS["options"] | dict(max_steps=1500), models=ABLATIONS),
-    "stdlib": dict(corpus=READY_MADE["stdlib"],
+    "stdlib": dict(corpus=CORPORA["stdlib"],
                    options=SHIFTED | dict(dataset="stdlib", max_steps=2000, eval_interval=250),
                    models={name: MODELS[name] | dict(scale_embeddings=name != "memory+") for name in (
                        "dense", "memory+", "shifted", "tokens", "moe", "shifted-16x", "hash")}),
-    "mqar": dict(corpus=READY_MADE["mqar"],  # two layers with one head can learn this
+    "mqar": dict(corpus=CORPORA["mqar"],  # two layers with one head can learn this
                  options=SHIFTED | dict(dataset="mqar", n_layer=2, n_head=1, block_size=64, batch_size=32,
                                         max_steps=1000, eval_interval=100),
                  models={"dense": dict(mem_layers=()), "shifted": dict(mem_layers=(1,)),
@@ -127,11 +128,11 @@ ONE_RUN = dict(lrs=(2e-3,), seeds=1)  # instead of the defaults of CompareConfig
 EXPERIMENTS |= {
     # 72 M tokens, which a full run sees four times. As many questions are about facts that the text tells
     # rarely as about facts that it tells often. So the recall "all" is not the mean over all facts
-    "facts-large": dict(corpus=READY_MADE["facts-large"],
+    "facts-large": dict(corpus=CORPORA["facts-large"],
                         options=LARGE | dict(dataset="facts-large", block_size=128, batch_size=512,
                                              max_steps=4600, eval_interval=460),
                         models=LARGE_MODELS | SIZES, defaults=ONE_RUN),
-    "code": dict(corpus=READY_MADE["code"],
+    "code": dict(corpus=CORPORA["code"],
                  options=LARGE | dict(dataset="code", block_size=256, batch_size=256, max_steps=1600,
                                       eval_interval=100),
                  models=LARGE_MODELS, defaults=ONE_RUN),

@@ -37,9 +37,8 @@ import torch.nn as nn
 from torch.nn.utils import parametrize
 
 import editing
-from data.corpus import decode_answer, load_dataset
+from data.corpus import QUESTION, decode_answer, is_right, load_dataset
 from data.facts import ATTRIBUTES
-from data.questions import QUESTION, is_right
 from edit import NAME
 from evaluate import answer, exposure_bin, validation_loss
 from experiments.compare import ROOT, append_row, mean_and_deviation, print_markdown

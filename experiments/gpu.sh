@@ -46,7 +46,7 @@ correct() {
     if [ "$GPU" ]; then run nccl 60 $PYTHON -m experiments.gpu_checks nccl; else skip nccl "no GPU"; fi
 
     # another corpus, so your data/facts does not change
-    run facts 60 $PYTHON data/prepare.py facts --name=gpu-facts $size
+    run facts 60 $PYTHON -m data.prepare facts --name=gpu-facts $size
     local train="train.py --dataset=gpu-facts --device=$device --eval_interval=30 --warmup_steps=10 --keep=1"
     [ "$GPU" ] && train="$train --mem_dtype=bfloat16 --value_stochastic_rounding --mem_num_keys=256"
     rm -rf "$OUT"/run_*

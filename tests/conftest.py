@@ -44,7 +44,7 @@ def facts_folder(tmp_path_factory):
     """A small corpus of facts, made once."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "DATA", folder)
+        patch.setattr(corpus, "DATA", folder)
         prepare.main(["facts", "--people=16", "--exposures=30", "--held_out=0.2"])
     return folder
 
@@ -52,8 +52,7 @@ def facts_folder(tmp_path_factory):
 @pytest.fixture
 def run(facts_folder, tmp_path, monkeypatch):
     """run(options) trains a small model on a small corpus, in the folder run.out."""
-    for module in (prepare, corpus):
-        monkeypatch.setattr(module, "DATA", facts_folder)
+    monkeypatch.setattr(corpus, "DATA", facts_folder)
 
     def run(*options, out=tmp_path / "out"):
         train.main([*SMALL, f"--out_dir={out}", *options])
@@ -67,8 +66,7 @@ def trained(facts_folder, tmp_path_factory):
     """The folder of a run that was trained once: 6 steps, checkpoints at 3 and 6."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        for module in (prepare, corpus):
-            patch.setattr(module, "DATA", facts_folder)
+        patch.setattr(corpus, "DATA", facts_folder)
         train.main([*SMALL, f"--out_dir={folder}"])
     return folder
 

@@ -113,8 +113,6 @@ def test_rules_of_numbers_and_of_choices_are_checked_from_python_too():
     for lr, rule in ((-1.0, "not be negative"), (math.nan, "not be negative"), (math.inf, "be finite")):
         with pytest.raises(ValueError, match=f"^lr={lr} must {rule}$"):
             at_least(0, Config(lr=lr), "lr")
-    with pytest.raises(ValueError, match="^--n_embd=3 must be even$"):
-        build(lambda: (_ for _ in ()).throw(ValueError("width=3 must be even")), {}, {"width": "n_embd"})
 
 
 def test_help_has_every_option_with_its_default_and_its_comment(capsys):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import assert_fails
 
-from data import prepare
+from data import corpora, prepare, write
 from experiments import compare, plots
 from experiments.compare import (
     EXPERIMENTS,
@@ -61,10 +61,10 @@ def tiny(tmp_path, monkeypatch):
             copy.parent.mkdir(exist_ok=True)
             shutil.copy(path, copy)
     monkeypatch.setattr(compare, "ROOT", tmp_path)
-    for module in (compare, prepare):
+    for module in (compare, write.corpus):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
     models = {"dense": dict(mem_layers=()), "memory+": dict(mem_layers=(1, 2))}
-    corpus = prepare.facts, prepare.FactsConfig(name="facts-tiny", people=20)
+    corpus = corpora.facts, corpora.FactsConfig(name="facts-tiny", people=20)
     facts = dict(corpus=corpus, options=TINY, models=models)
     monkeypatch.setattr(compare, "EXPERIMENTS", {"facts": facts})
     before = signal.getsignal(signal.SIGTERM)
@@ -113,8 +113,8 @@ def test_an_experiment_from_its_plan_to_its_table(tiny, capsys, monkeypatch):
     assert rows_of(tiny) == rows and capsys.readouterr().out.count("| memory+ |") == 2
     compare.EXPERIMENTS["facts"]["models"]["dense"]["n_embd"] = 32
     assert {row["model"] for row in compare.read_rows(results(tiny))} == {"memory+"}
-    corpus = prepare.FactsConfig(name="facts-tiny", people=20, seed=2)
-    compare.EXPERIMENTS["facts"]["corpus"] = prepare.facts, corpus
+    corpus = corpora.FactsConfig(name="facts-tiny", people=20, seed=2)
+    compare.EXPERIMENTS["facts"]["corpus"] = corpora.facts, corpus
     assert compare.read_rows(results(tiny)) == [], "another corpus, though the runs have the same seeds"
 
 
@@ -234,8 +234,8 @@ def test_a_corpus_older_than_an_option_counts_if_the_option_has_its_default(tiny
     """Also: an option that is a tuple is a list in meta.json."""
     (tiny / "data" / "a.py").write_text("x = 1\n" * 500)
     (tiny / "data" / "b.py").write_text("y = 1\n" * 500)
-    config = prepare.CodeConfig(input=(str(tiny / "data"),), val_share=0.5)
-    compare.EXPERIMENTS["facts"] = dict(corpus=(prepare.code, config), options=dict(dataset="code"))
+    config = corpora.CodeConfig(input=(str(tiny / "data"),), val_share=0.5)
+    compare.EXPERIMENTS["facts"] = dict(corpus=(corpora.code, config), options=dict(dataset="code"))
     compare.prepare_corpus("facts", [])
     path = tiny / "data" / "code" / "meta.json"
     meta = json.loads(path.read_text())

@@ -27,10 +27,10 @@ WORKER = """
 import os, signal, sys
 from pathlib import Path
 import evaluate, train
-from data import corpus, prepare
+from data import corpus
 from runtime import checkpoint, distributed, log
 from runtime.distributed import RANK, columns_group, gather_objects
-prepare.DATA = corpus.DATA = Path(sys.argv[1])
+corpus.DATA = Path(sys.argv[1])
 {patch}
 train.main(sys.argv[2:])
 """

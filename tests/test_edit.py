@@ -15,8 +15,8 @@ import editing
 import sample
 import train
 from data import corpus, prepare
+from data.corpus import QUESTION, is_right
 from data.facts import ATTRIBUTES
-from data.questions import QUESTION, is_right
 from evaluate import answer
 from experiments import compare, plots
 from experiments import editing as measuring
@@ -200,8 +200,7 @@ def test_what_was_taught_can_be_erased(run, options):
 @pytest.mark.slow
 def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeypatch):
     """Two minutes: the model of `make train`. Others keep 0.99 of what they knew."""
-    for module in (prepare, corpus):
-        monkeypatch.setattr(module, "DATA", tmp_path)
+    monkeypatch.setattr(corpus, "DATA", tmp_path)
     prepare.main(["facts"])
     train.main([f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--eval_interval=700"])
     model, encoding, config = train.load(tmp_path / "out")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import train
-from data import corpus, prepare
+from data import corpus
 
-sys.path.insert(0, str(prepare.DATA.parent / "docs"))
+sys.path.insert(0, str(corpus.DATA.parent / "docs"))
 from make_lesson import LESSON, code_cells, read_lesson, run_cell  # noqa: E402
 
 BY_HAND = 7  # cells before the training: their numbers are small, and the same on every machine
@@ -32,8 +32,7 @@ def elsewhere(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path / "docs")
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for module in (prepare, corpus):
-        monkeypatch.setattr(module, "DATA", tmp_path / "data")
+    monkeypatch.setattr(corpus, "DATA", tmp_path / "data")
     yield
     torch.set_printoptions(profile="default")
 

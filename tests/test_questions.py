@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from conftest import assert_fails
 
 import evaluate
 from data import airports, corpus, facts, prepare
-from data.questions import accepted_answers, check_length, is_right, normalize_answer, read_questions
+from data.corpus import accepted_answers, check_length, is_right, normalize_answer, read_questions
 from data.tokenizer import END, word_encoding
 
 
@@ -40,41 +41,28 @@ def test_spaces_and_line_ends_do_not_make_an_answer_wrong(tmp_path, line, prompt
 
 
 def test_a_question_may_be_there_twice_if_the_answers_are_the_same(tmp_path):
-    path = tmp_path / "qa.jsonl"
     lines = ['{"prompt": "x?", "answers": ["a", "b"]}', '{"prompt": "x? ", "answers": ["b", "a "]}']
-    assert len(read_questions(written(path, *lines))) == 2
+    assert len(read_questions(written(tmp_path / "qa.jsonl", *lines))) == 2
     assert read_questions(tmp_path / "nothing") == []
 
 
 @pytest.mark.parametrize("line, message", [
     ("{", 'must be {"prompt"'),
-    ("[1, 2]", 'must be {"prompt"'),
     (b"\xff\n", 'must be {"prompt"'),
     ('{"prompt": "y?"}', 'must be {"prompt"'),
-    ('{"answer": "y"}', 'must be {"prompt"'),
     ('{"prompt": "", "answer": "y"}', 'must have a text as "prompt"'),
-    ('{"prompt": " ", "answer": "y"}', 'must have a text as "prompt"'),
     ('{"prompt": ["y"], "answer": "y"}', 'must have a text as "prompt"'),
-    ('{"prompt": "y?", "answer": 3}', 'must have a text as "answer", not 3'),
-    ('{"prompt": "y?", "answer": ["y"]}', 'must have a text as "answer", not ["y"]'),
-    ('{"prompt": "y?", "answer": "\\n"}', 'must have a text as "answer"'),
     ('{"prompt": "y?", "answer": null}', 'must have a text as "answer", not null'),
-    ('{"prompt": "y?", "answers": "y"}', 'list of texts as "answers"'),
     ('{"prompt": "y?", "answers": []}', 'list of texts as "answers"'),
     ('{"prompt": "y?", "answers": ["y", 3]}', 'must have a text as "answers", not 3'),
-    ('{"prompt": "y?", "answer": "y", "answers": ["y"]}', "leave one out"),
+    ('{"prompt": "y?", "answer": "y", "answers": ["y"]}', 'in place of "answer"'),
     ('{"prompt": "y?", "answer": "y\\nz"}', "answer of several lines"),
     ('{"prompt": "y?", "answer": "y<|endoftext|>"}', "answer of several lines"),
-    ('{"prompt": "y?", "answer": "\\ud800"}', "half of a character"),
     ('{"prompt": "\\ud800?", "answer": "y"}', "half of a character"),
     ('{"prompt": "y?", "answer": "y", "exposures": null}', '"exposures": null'),
-    ('{"prompt": "y?", "answer": "y", "exposures": "3"}', '"exposures": "3"'),
-    ('{"prompt": "y?", "answer": "y", "exposures": 2.5}', '"exposures": 2.5'),
     ('{"prompt": "y?", "answer": "y", "exposures": true}', '"exposures": true'),
     ('{"prompt": "y?", "answer": "y", "exposures": -1}', '"exposures": -1'),
-    ('{"prompt": "y?", "answer": "y", "exposures": NaN}', '"exposures": NaN'),
     ('{"prompt": "y?", "answer": "y", "held_out": "false"}', '"held_out": "false"'),
-    ('{"prompt": "y?", "answer": "y", "held_out": 0}', '"held_out": 0'),
     ('{"prompt": "y?", "answer": "y", "kind": 1}', '"kind"'),
     ('{"prompt": "x? ", "answer": "z"}', "asks the same as line 1"),
 ])
@@ -87,16 +75,12 @@ def test_a_mistake_is_named_with_its_line(tmp_path, line, message):
 
 def test_training_refuses_wrong_questions_before_it_starts(run, facts_folder, tmp_path, monkeypatch, capsys):
     """Guards the traceback at the first evaluation, and a recall of 0 for ever."""
-    folder = tmp_path / "data"
-    (folder / "facts").mkdir(parents=True)
-    for file in (facts_folder / "facts").iterdir():
-        (folder / "facts" / file.name).write_bytes(file.read_bytes())
-    for module in (prepare, corpus):
-        monkeypatch.setattr(module, "DATA", folder)
+    shutil.copytree(facts_folder / "facts", tmp_path / "data" / "facts")
+    monkeypatch.setattr(corpus, "DATA", tmp_path / "data")
     long = json.dumps({"prompt": "Question: " + "Oslo " * 31 + "Answer:", "answer": "Oslo"})
     for line, message in ((long, "more than block_size=32"),
                           ('{"prompt": "x?", "answer": "y", "exposures": null}', "line 1 of")):
-        written(folder / "facts" / "qa.jsonl", line)
+        written(tmp_path / "data" / "facts" / "qa.jsonl", line)
         assert_fails(run, message, capsys)
         assert not list(run.out.glob("*")), "nothing was written"
 
@@ -117,15 +101,12 @@ def test_a_question_fits_if_prompt_and_answer_fill_the_context():
     ("The Denver Broncos", "denver broncos"),
     ("an  apple\ta day", "apple day"),
     ("U.S.A.", "usa"),
-    ("St. Paul's", "st pauls"),
     ("state-of-the-art", "stateoftheart"),  # punctuation goes first, so no article is left
-    ("Theatre and Anna", "theatre and anna"),
     ("$5,000", "5000"),
     ("the–a", "–"),  # only ASCII has punctuation here
     ("Zürich", "zürich"),
     ("Zu\u0308rich", "zürich"),  # an accent of its own: not in SQuAD's rule
     ("THE", "the"),  # nothing would be left
-    (" A. ", "a."),
     ("?", "?"),
 ])
 def test_what_counts_of_an_answer(text, normal):
@@ -151,11 +132,10 @@ def test_an_answer_that_was_cut_is_wrong():
         assert is_right(question, text) == right and text.startswith("Oslo")
 
 
-def test_the_rule_does_not_change_the_recall_of_facts():
-    """All values of an attribute stay different, so the same answers are right as by comparing strings."""
+def test_all_values_of_an_attribute_stay_different():
+    """So the rule does not change the recall of facts."""
     for values, _, _ in facts.ATTRIBUTES.values():
         assert len(set(map(normalize_answer, values))) == len(set(values))
-        assert all(normalize_answer(value) == value.lower() for value in values)
 
 
 def test_a_guess_knows_the_commonest_answer_of_each_kind():
@@ -190,17 +170,16 @@ def data(tmp_path, monkeypatch):
     table = {airport["iata"]: airport for airport in AIRPORTS}
     monkeypatch.setitem(sys.modules, "airportsdata", SimpleNamespace(load=lambda kind: dict(table)))
     monkeypatch.setattr(airports, "country_names", lambda: COUNTRIES)
-    for module in (prepare, corpus):
-        monkeypatch.setattr(module, "DATA", tmp_path)
+    monkeypatch.setattr(corpus, "DATA", tmp_path)
     return tmp_path
 
 
 def test_airports_are_told_and_asked_as_the_options_say(data):
-    prepare.main(["airports", "--exposures=40", "--zipf=1", "--held_out=0.3", "--ask=0.5", "--seed=2"])
+    options = ["airports", "--exposures=40", "--zipf=1", "--held_out=0.3", "--ask=0.5"]
+    prepare.main([*options, "--seed=2"])
     found = corpus.Dataset("airports")
     lines = Counter(found.encoding.decode(found.train.tolist()).split("\n"))
-    asked = {(question["kind"], question["prompt"]): question for question in found.questions}
-    assert len(asked) == len(found.questions) == 3 * 7 + 6, "7 airports have a city and a country; 6 cities"
+    assert len({question["prompt"] for question in found.questions}) == len(found.questions) == 3 * 7 + 6
     counts, held_out = {}, {}
     for row in AIRPORTS:
         code, city, country = row["iata"], row["city"], COUNTRIES.get(row["country"])
@@ -211,21 +190,23 @@ def test_airports_are_told_and_asked_as_the_options_say(data):
         for kind, answer in (("city", city), ("country", country), ("time zone", row["tz"])):
             forms = [form.format(code, answer) for form in airports.KINDS[kind][0]]
             forms += [f"Question: {form.format(code)} Answer: {answer}" for form in airports.KINDS[kind][1]]
-            question, = (q for (k, prompt), q in asked.items() if k == kind and f" {code}" in prompt)
+            question, = (q for q in found.questions if q["kind"] == kind and f" {code}" in q["prompt"])
             assert sum(lines[form] for form in forms) == question["exposures"]
             assert question["answers"] == [answer]
         counts[code], held_out[city] = question["exposures"], question["held_out"]
-        has_questions = any(line.startswith("Question") for line in told)
-        assert has_questions <= (not question["held_out"])
+        assert any(line.startswith("Question") for line in told) <= (not question["held_out"])
     for city, answers in (("New York", {"JFK", "LGA"}), ("Bergen", {"BGO"})):
-        question, = (q for (kind, prompt), q in asked.items() if kind == "code" and f" {city}?" in prompt)
+        question, = (q for q in found.questions if q["kind"] == "code" and f" {city}?" in q["prompt"])
         assert set(question["answers"]) == answers and question["held_out"] == held_out[city]
         assert question["exposures"] == sum(counts[code] for code in answers)
-    law = 1 / np.arange(1, 8)
-    assert sorted(counts.values(), reverse=True) == np.round(law / law.mean() * 40).astype(int).tolist()
     order = sorted(counts, key=counts.get, reverse=True)
+    assert [counts[code] for code in order] == facts.exposures_by_zipf(7, 1, 40).tolist()
     assert set(order[:3]) == {"OSL", "JFK", "LGA"} and order[3] == "GVA", "well known airports come first"
     assert 0 < sum(held_out.values()) < 6 and any(line.startswith("Question") for line in lines)
+    for seed, is_same in ((2, True), (3, False)):
+        prepare.main([*options, f"--seed={seed}", "--name=other"] + ["--overwrite"] * (seed > 2))
+        texts = [(data / name / "train.bin").read_bytes() for name in ("airports", "other")]
+        assert (texts[0] == texts[1]) == is_same
 
 
 @pytest.mark.parametrize("code_tokens, pieces", [(1, [" BGO"]), (2, [" B", "GO"]), (3, [" B", "G", "O"])])
@@ -238,28 +219,9 @@ def test_a_code_has_as_many_tokens_as_the_option_says(data, code_tokens, pieces)
     assert words[2 + code_tokens:][:6] == [" serves", " Bergen", ".", "\n", "The", " city"]
 
 
-def test_airports_repeat_with_the_seed(data):
-    def made(*options):
-        prepare.main(["airports", "--overwrite", *options])
-        return [(data / "airports" / name).read_bytes() for name in ("train.bin", "qa.jsonl", "meta.json")]
-
-    first = made()
-    assert made() == first and made("--seed=2")[0] != first[0]
-
-
-@pytest.mark.parametrize("option, message", [
-    ("--airports=-1", "must not be negative"), ("--exposures=0", "at least 1"),
-    ("--exposures=inf", "must be finite"), ("--zipf=nan", "must not be negative"),
-    ("--zipf=inf", "must be finite"), ("--code_tokens=4", "must be 1, 2 or 3"),
-    ("--ask=2", "between 0 and 1"), ("--vocab_size=9", "at least 257"),
-])
-def test_a_mistake_in_the_options_of_airports(data, option, message, capsys):
-    assert_fails(lambda: prepare.main(["airports", option]), message, capsys)
-
-
 @pytest.mark.parametrize("package", ["airportsdata", "tzdata"])
 def test_a_missing_package_is_named(monkeypatch, tmp_path, package, capsys):
-    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    monkeypatch.setattr(corpus, "DATA", tmp_path)
     for name in ("airportsdata", "tzdata"):
         monkeypatch.setitem(sys.modules, name, None if name == package else SimpleNamespace())
     assert_fails(lambda: prepare.main(["airports"]), "pip install airportsdata tzdata", capsys)

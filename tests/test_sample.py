@@ -26,7 +26,7 @@ def printed(capsys, *options) -> str:
 
 def test_text_needs_the_checkpoint_only(run, capsys, monkeypatch, tmp_path):
     run()
-    monkeypatch.setattr(sample, "DATA", tmp_path / "nothing")
+    monkeypatch.setattr(corpus, "DATA", tmp_path / "nothing")
     options = [f"--out_dir={run.out}", "--prompt=The job of", "--num_samples=2", "--max_new_tokens=5"]
     text = printed(capsys, *options)
     assert text.count("The job of") == 2 and "--- sample 2 of 2" in text and "slots" not in text
@@ -79,8 +79,7 @@ def test_trace_shows_what_each_layer_read(run, capsys, kind):
 def use_copy(facts_folder, tmp_path, monkeypatch):
     """Uses a copy of the corpus, which a test may change."""
     shutil.copytree(facts_folder / "facts", tmp_path / "facts")
-    for module in (corpus, prepare, sample):
-        monkeypatch.setattr(module, "DATA", tmp_path)
+    monkeypatch.setattr(corpus, "DATA", tmp_path)
 
 
 def asked(text: str) -> list[str]:
@@ -191,7 +190,7 @@ def test_without_options_it_asks_the_newest_run(run, capsys):
 def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path, monkeypatch):
     run("--mem_layers=")
     here = f"--out_dir={run.out}"
-    monkeypatch.setattr(sample, "DATA", tmp_path / "nothing")
+    monkeypatch.setattr(corpus, "DATA", tmp_path / "nothing")
     (tmp_path / "empty").write_text("\n \n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     (tmp_path / "long").write_text(json.dumps({"prompt": "x " * 40, "answer": "y"}))

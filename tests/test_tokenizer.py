@@ -17,13 +17,11 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from data import tokenizer
 from data.tokenizer import (
     END,
-    MIN_COUNT,
     SPLIT,
     cut_blocks,
     encode_texts,
     encoding_from_json,
     encoding_to_json,
-    last_merge,
     token_sizes,
     train_bpe,
     word_encoding,
@@ -86,18 +84,17 @@ def test_the_tokens_do_not_depend_on_how_a_text_was_cut(name, monkeypatch):
 @pytest.mark.parametrize("run", ["a", "你", "=", "\n"])
 def test_a_megabyte_without_a_space_is_encoded_in_blocks(run):
     text = "x" + run * (10**6 // len(run))
-    encoding = train_bpe(lambda: [text, END], 1000)
+    encoding = train_bpe([text, END], 1000)
     tokens = np.concatenate(list(encode_texts(encoding, [text + END])))
     assert tokens.tolist() == encoding.encode(text + END, allowed_special={END})
-    assert np.concatenate(list(encode_texts(encoding, (text[i:i + 1000] for i in range(0, len(text), 1000))))
-                          ).tolist() == tokens[:-1].tolist()
+    parts = [text[i:i + 1000] for i in range(0, len(text), 1000)]
+    assert np.concatenate(list(encode_texts(encoding, parts))).tolist() == tokens[:-1].tolist()
     if not run.isspace():
-        parts = (text[i:i + 1000] for i in range(0, len(text), 1000))
         assert max(map(len, cut_blocks(parts, SPLIT))) < 2 * tokenizer.BLOCK, "no block is much too long"
 
 
 def test_the_end_of_a_document_is_one_token_and_its_name_in_a_text_is_text():
-    encoding = train_bpe(lambda: ["a b " * 100], 300)
+    encoding = train_bpe(["a b " * 100], 300)
     tokens = np.concatenate(list(encode_texts(encoding, ["a", " b", END, "a" + END, f"x {END} y"])))
     assert tokens.tolist() == [*encoding.encode("a b"), encoding.eot_token, *encoding.encode("a"),
                                encoding.eot_token, *encoding.encode_ordinary(f"x {END} y")]
@@ -108,67 +105,41 @@ def sources() -> str:
     return "".join(path.read_text(encoding="utf-8") for path in paths)
 
 
-def slow_bpe(pieces: list[str]) -> list[bytes]:
-    """Byte pair encoding as the textbook has it: the tokens that it made at least 10 times."""
+def slow_bpe(pieces: list[str], merges: int) -> list[bytes]:
+    """Byte pair encoding as the textbook has it: the tokens of so many merges."""
     words = [[bytes([byte]) for byte in piece.encode()] for piece in pieces]
     ids = {bytes([byte]): byte for byte in range(256)}
-    made = []
-    while True:
+    for _ in range(merges):
         counts = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
         pair = max(counts, key=lambda pair: (counts[pair], -ids[pair[0]], -ids[pair[1]]))
-        if counts[pair] < 10:
-            return made
-        token, merges = b"".join(pair), 0
         for word in words:
             for i in range(len(word) - 1):
                 if tuple(word[i:i + 2]) == pair:
-                    word[i:i + 2] = [token]
-                    merges += 1
-        ids.setdefault(token, len(ids))
-        if merges >= 10:  # in aaa, the pair aa occurs twice and is merged once
-            made.append(token)
+                    word[i:i + 2] = [b"".join(pair)]
+        ids.setdefault(b"".join(pair), len(ids))
+    return list(ids)[256:]
 
 
-def test_the_merges_are_those_of_the_textbook(monkeypatch):
-    monkeypatch.setattr(tokenizer, "MIN_COUNT", 10)
+def test_the_merges_are_those_of_the_textbook():
     text = sources()[:8000]
-    encoding = train_bpe(lambda: [text], 4096)
-    made = slow_bpe(regex.findall(SPLIT, text))
-    assert list(encoding._mergeable_ranks)[256:] == made and len(made) > 50
+    encoding = train_bpe([text], 257 + 150)
+    assert list(encoding._mergeable_ranks)[256:] == slow_bpe(regex.findall(SPLIT, text), 150)
 
 
-def test_each_token_occurs_often_enough_to_be_learnt():
-    text = sources()
-    sizes = []
-    for length in (0, 1000, 10_000, len(text), 12 * len(text)):
-        part = (text * 12)[:length]
-        encoding = train_bpe(lambda part=part: [part], 500)
-        sizes.append(encoding.n_vocab)
-        assert all(part.encode().count(token) >= MIN_COUNT for token in list(encoding._mergeable_ranks)[256:])
-    assert sizes == sorted(sizes) and sizes[0] == 257 and 257 < sizes[2] < 300 and sizes[-1] == 500
-    once = "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))
-    assert train_bpe(lambda: [once], 4096).n_vocab < 257 + 150, "no token for a character that occurs once"
-
-
-def test_any_text_decodes_to_itself_and_every_merge_can_be_made():
+def test_any_text_decodes_to_itself():
     rng = random.Random(2)
     training = [random_text(rng) for _ in range(500)]
-    encoding = train_bpe(lambda: training, 1000)
+    encoding = train_bpe(training, 1000)
     for text in [*training[:9], "unseen Wörter \U0001f600\u0000\r\n", ""]:
         assert encoding.decode(encoding.encode(text)) == text
-    ranks = encoding._mergeable_ranks
-    assert sorted(ranks.values()) == list(range(encoding.n_vocab - 1)) and encoding.n_vocab > 350
-    for token, rank in ranks.items():
-        if rank >= 256:
-            parts = last_merge(token, ranks)
-            assert len(parts) == 2 and all(ranks[part] < rank for part in parts)
+    assert sorted(encoding._mergeable_ranks.values()) == list(range(encoding.n_vocab - 1))
 
 
 def test_the_same_text_gives_the_same_tokenizer_with_any_number_of_threads(tmp_path):
     (tmp_path / "text").write_text(sources(), encoding="utf-8")
     program = ("import json, sys; from data.tokenizer import *;"
                "lines = open(sys.argv[1], encoding='utf-8').readlines();"
-               "print(json.dumps(encoding_to_json(train_bpe(lambda: lines, 2000))))")
+               "print(json.dumps(encoding_to_json(train_bpe(lines, 2000))))")
     printed = {subprocess.run([sys.executable, "-c", program, str(tmp_path / "text")], check=True, text=True,
                               capture_output=True, env=os.environ | {"RAYON_NUM_THREADS": threads},
                               cwd=Path(tokenizer.__file__).parents[1]).stdout for threads in "134"}
@@ -188,15 +159,11 @@ def test_a_named_encoding_survives_the_checkpoint_s_json():
     encoding = tiktoken.Encoding("made", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                                  special_tokens={END: 300})
     again = encoding_from_json(json.loads(json.dumps(encoding_to_json(encoding))))
-    assert (
-        again.encode("abcab" + END, allowed_special={END})
-        == encoding.encode("abcab" + END, allowed_special={END})
-        == [257, 256, 300]
-    )
+    assert again.encode("abcab" + END, allowed_special={END}) == [257, 256, 300]
 
 
 def test_the_sizes_of_tokens_add_up_to_the_text():
     text = sources() + "naïve — 日本語 🙂"
-    encoding = train_bpe(lambda: [text], 500)
+    encoding = train_bpe([text], 500)
     sizes = token_sizes(encoding)[:, encoding.encode(text + END, allowed_special={END})].sum(axis=1)
     assert sizes.tolist() == [len(text.encode()), len(text)]

@@ -20,18 +20,13 @@ from conftest import SMALL, assert_fails, assert_same_checkpoint, log
 
 import evaluate
 import train
-from data import corpus, prepare
+from data import corpora, corpus, prepare
 from data.tokenizer import END, word_encoding
 from model import GPT
 from pool import PoolOptimizer
 from runtime.checkpoint import checkpoints
 from runtime.cli import parse
 from runtime.log import RunLog, plot_run
-
-
-def use_corpora_in(folder, patch):
-    for module in (prepare, corpus):
-        patch.setattr(module, "DATA", folder)
 
 
 @pytest.mark.parametrize("options", [
@@ -234,9 +229,9 @@ def test_names_of_nanogpt_get_a_hint(capsys):
 
 
 def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
-    use_corpora_in(tmp_path / "data", monkeypatch)
-    few = prepare.FactsConfig(people=8, exposures=2)
-    monkeypatch.setitem(prepare.READY_MADE, "facts", (prepare.facts, few))
+    monkeypatch.setattr(corpus, "DATA", tmp_path / "data")
+    few = corpora.FactsConfig(people=8, exposures=2)
+    monkeypatch.setitem(corpora.CORPORA, "facts", (corpora.facts, few))
     run("--max_steps=1")
     assert (tmp_path / "data" / "facts" / "qa.jsonl").exists()
 
@@ -247,10 +242,10 @@ def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
     (["--lr=nan"], "--lr=nan must not be negative"),
     (["--beta2=1"], "--beta2=1.0 must be at least 0 and below 1"),
     (["--accum_steps=3"], "--batch_size=4 must be a multiple of 3: 1 processes times 3 parts"),
-    (["--value_blocks=3"], "--value_blocks=3 must divide"),
+    (["--value_blocks=3"], "value_blocks=3 must divide"),
     (["--value_stochastic_rounding"], "--value_stochastic_rounding is for bfloat16 values"),
     (["--n_embd=15"], "--n_embd=15 must be a multiple of"),
-    (["--mem_layers=2"], "there is no layer 2, only 0 to 1"),
+    (["--mem_layers=2"], "--mem_layers=2 must be different numbers of layers"),
     (["--mem_layers=", "--mem_on_disk"], "--mem_on_disk needs --device=cpu and a pool"),
     (["--kernel=cuda"], "--kernel: invalid choice: 'cuda'"),
     (["--out_dir="], "--out_dir= must name a folder"),
@@ -318,7 +313,7 @@ def test_what_may_change_on_resuming_does(half):
 
 
 def test_resuming_on_other_data_is_refused(half, monkeypatch, tmp_path, capsys):
-    use_corpora_in(tmp_path / "data", monkeypatch)
+    monkeypatch.setattr(corpus, "DATA", tmp_path / "data")
     prepare.main(["facts", "--people=8", "--exposures=9", "--seed=5"])
     assert_fails(lambda: half("--resume"), "have different tokenizers", capsys)
 

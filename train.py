@@ -171,22 +171,6 @@ def check_data(data: Dataset, config: TrainConfig) -> None:
             fail(f"--block_size={config.block_size} is too large: {split}.bin has only {len(tokens)} tokens")
 
 
-def find_checkpoint(config: TrainConfig, given: dict | None) -> tuple[TrainConfig, Checkpoint | None]:
-    """
-    The checkpoint to continue from or to evaluate; None for a new run. given: the options on the command
-    line; then all other options become what they are in the checkpoint.
-    """
-    def is_same(options):
-        here = dict(resume=False, out_dir=config.out_dir, vocab_size=config.vocab_size)
-        return TrainConfig(**options | here) == config
-
-    out_dir = Path(config.out_dir)
-    checkpoint = find_trained(out_dir) if config.eval_only else find_start(out_dir, config.resume, is_same)
-    if checkpoint and given is not None:
-        config = build(TrainConfig, checkpoint.options | given | {"out_dir": config.out_dir})
-    return config, checkpoint
-
-
 def check_resumed(config: TrainConfig, checkpoint: Checkpoint) -> None:
     """
     Refuses options that would change the model or the pool's optimiser. A resumed run may change all others.
@@ -252,11 +236,15 @@ def train(config: TrainConfig, given: dict | None = None) -> tuple[GPT, dict]:
     """
     Trains a model. Returns the model in evaluation mode, and the last evaluation as a dict: val_loss, recall
     (if there are questions), slots_used and kl_from_uniform (with a pool). Wrong options raise a ValueError.
-    given: see find_checkpoint.
+    given: the options on a command line. If the run is resumed, all others are then as in its checkpoint.
     """
+    out_dir = Path(config.out_dir)
     distributed.start(distributed.find_device(config.device))
-    with contextlib.nullcontext() if config.eval_only else own_folder(Path(config.out_dir)):
-        return run(*find_checkpoint(config, given))
+    with contextlib.nullcontext() if config.eval_only else own_folder(out_dir):
+        checkpoint = find_trained(out_dir) if config.eval_only else find_start(out_dir, config.resume)
+        if checkpoint and given is not None:
+            config = build(TrainConfig, checkpoint.options | given | {"out_dir": config.out_dir})
+        return run(config, checkpoint)
 
 
 def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:

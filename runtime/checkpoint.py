@@ -312,18 +312,12 @@ def find_checkpoint(out_dir: Path) -> Checkpoint | None:
     return None
 
 
-def find_start(out_dir: Path, resume: bool, is_same) -> Checkpoint | None:
-    """
-    The checkpoint to continue from; None for a new run, which needs a folder without checkpoints. torchrun
-    restarts processes without --resume: they continue only a run with is_same(its options).
-    """
-    is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    checkpoint = find_checkpoint(out_dir) if any(gather_objects(resume or is_restart)) else None
-    if checkpoint and (resume or is_same(checkpoint.options)):
-        return checkpoint
-    if existing := checkpoints(out_dir):
+def find_start(out_dir: Path, resume: bool) -> Checkpoint | None:
+    """The checkpoint to continue from; None for a new run, which needs a folder without checkpoints."""
+    checkpoint = find_checkpoint(out_dir) if resume else None
+    if checkpoint is None and (existing := checkpoints(out_dir)):
         fail(f"{existing[-1]} already exists: continue from it with --resume, or choose another --out_dir")
-    return None
+    return checkpoint
 
 
 def find_trained(out_dir: Path) -> Checkpoint:

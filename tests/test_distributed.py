@@ -519,6 +519,7 @@ def test_torchrun_restarts_a_killed_process_and_nothing_is_lost(run, together, f
         facts_folder,
         *SMALL,
         *options,
+        "--resume",
         f"--out_dir={out}",
     ]
     root = str(Path(train.__file__).parent)

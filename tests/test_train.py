@@ -287,15 +287,6 @@ def test_a_run_is_never_overwritten_nor_changed(ended, trained, capsys):
     assert log(ended.out) == log(trained)
 
 
-def test_a_restart_by_torchrun_resumes_only_its_own_run(half, monkeypatch, capsys):
-    """Guards another run in the same folder: torchrun --max-restarts also restarts what was refused."""
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    for options in (["--max_steps=3"], ["--lr=1e-4"]):
-        assert_fails(lambda options=options: half(*options), "step_000003 already exists", capsys)
-    half()
-    assert "resumed from" in capsys.readouterr().out and log(half.out)[-1]["step"] == 6
-
-
 def test_a_vocabulary_larger_than_the_corpus_s(run, capsys):
     """Guards decoding: an untrained model produces tokens that the corpus does not have."""
     run("--vocab_size=4096", "--scale_embeddings=false", "--max_steps=1")

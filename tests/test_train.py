@@ -33,7 +33,8 @@ from runtime.log import RunLog, plot_run
     ["--dropout=0.1"],
     ["--value_optimizer=adam", "--accum_steps=2", "--max_steps=4"],
     ["--mem_dtype=bfloat16", "--value_stochastic_rounding"],
-    ["--kernel=triton", "--device=auto", "--batch_size=1", "--block_size=16", "--max_steps=4"],
+    pytest.param(["--kernel=triton", "--device=auto", "--batch_size=1", "--block_size=16", "--max_steps=4"],
+                 marks=pytest.mark.slow),
     ["--mem_layers=0,1", "--mem_mode=add", "--moe_layers=0", "--moe_experts=4"],
     ["--mem_kind=peer", "--value_optimizer=sgd", "--mem_query=state"],
     ["--mem_kind=hash"]])

@@ -474,7 +474,6 @@ def test_what_cannot_be_shared_out_is_refused(facts_folder, tmp_path):
 def test_what_cannot_be_shared_out_is_refused_by_name(run, monkeypatch, capsys):
     for module in (train, checkpoint):
         monkeypatch.setattr(module, "WORLD_SIZE", 3)
-    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     assert_fails(lambda: run("--batch_size=4"), "--batch_size=4 must be a multiple of 3: 3 processes", capsys)
     assert_fails(
         lambda: run("--batch_size=6", "--mem_group_size=2"),
@@ -482,6 +481,7 @@ def test_what_cannot_be_shared_out_is_refused_by_name(run, monkeypatch, capsys):
         capsys,
     )
     assert_fails(lambda: run("--batch_size=6"), "--n_embd=16 must be a multiple of 3", capsys)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(ValueError, match="value_dim=16 must be a multiple of the 3 processes"):
         ShardedPool(9, 16)
 

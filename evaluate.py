@@ -3,6 +3,7 @@ Evaluates a model: validation loss and recall. Recall is the share of questions 
 exactly the right words. Each process works on its share of the batches and of the questions.
 """
 
+import contextlib
 import random
 from collections import Counter
 from itertools import groupby
@@ -14,16 +15,16 @@ from model import GPT, eval_mode
 from runtime.distributed import RANK, WORLD_SIZE, all_reduce_sum, gather_objects
 
 
-def evaluate(model: GPT, compiled, data: Dataset, config, all_questions: bool) -> dict:
+def evaluate(model: GPT, compiled, data: Dataset, seed: int, batches: int, batch_size: int, parts: int = 1,
+             count: int | None = None) -> dict:
     """
     Measures loss, recall, and which share of the slots training has used since the last call. compiled: the
-    model or its compiled version, used for the loss. config: a train.TrainConfig.
+    model, or torch.compile(model), for the loss. count: how many questions to ask; None: all.
     """
-    measured = {"val_loss": validation_loss(compiled, data.val, config, model.wte.weight.device)}
+    measured = {"val_loss": validation_loss(compiled, data.val, seed, batches, batch_size, parts)}
     if questions := data.questions:
-        if not all_questions:
-            count = min(config.eval_questions, len(questions))
-            questions = random.Random(config.seed).sample(questions, count)
+        if count is not None and count < len(questions):
+            questions = random.Random(seed).sample(questions, count)
         measured["recall"] = recall(model, data.encoding, questions)
     if model.pool is not None:
         measured["slots_used"], measured["kl_from_uniform"] = model.pool.usage.summary()
@@ -32,27 +33,36 @@ def evaluate(model: GPT, compiled, data: Dataset, config, all_questions: bool) -
 
 
 @torch.no_grad()
-def validation_loss(model, tokens, config, device) -> float:
+def validation_loss(model: GPT, tokens, seed: int, batches: int, batch_size: int, parts: int = 1) -> float:
     """
-    The mean loss over config.eval_batches batches of `tokens`. model: a GPT, compiled or not. config: a
-    train.TrainConfig.
+    The mean loss over batches of `tokens`, which `seed` draws. model: a GPT, compiled or not. batch_size: in
+    all processes together. parts: compute each batch in so many parts, one after the other.
     """
-    losses = []
+    losses, device = [], model.wte.weight.device
     with eval_mode(model):
-        for i in range(config.eval_batches):
-            key = config.seed, 1, i  # seed of the batch; 0: training, 1: evaluation
-            x, y = draw_batch(tokens, config.batch_size, config.block_size, *key)
-            for part_x, part_y in zip(x.chunk(config.accum_steps), y.chunk(config.accum_steps), strict=True):
-                losses.append(model(part_x.to(device), part_y.to(device))[1].item())
+        for i in range(batches):
+            key = seed, 1, i  # seed of the batch; 0: training, 1: evaluation
+            x, y = draw_batch(tokens, batch_size, model.config.block_size, *key)
+            for part_x, part_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                losses.append(model(part_x.to(device), part_y.to(device))[1])
+    losses = torch.stack(losses).tolist()  # waits for the device only here
     return all_reduce_sum(torch.tensor(sum(losses) / len(losses), device=device)).item() / WORLD_SIZE
+
+
+@contextlib.contextmanager
+def record_reads(pool):
+    """Yields a list. In the `with` block, it gets (indices, weights), (N, bag) each, for each read."""
+    reads = []
+    with pool.register_forward_pre_hook(lambda pool, read: reads.append(tuple(x.detach() for x in read))):
+        yield reads
 
 
 def answer(model: GPT, encoding, questions: list[dict], max_new_tokens: int | None = None,
            batch_size: int = 64) -> list[list[int]]:
     """
     The tokens of the model's greedy answer to each question, with the newline that ends it. Each process
-    answers its share of the questions, and returns the answers of all processes. max_new_tokens: longer
-    answers are cut; None: as many as the longest right answer needs.
+    answers its share of the questions, and returns all answers. max_new_tokens: longer answers are cut; None:
+    as many as the longest right answer needs.
     """
     device, newline = model.wte.weight.device, encoding.encode("\n")[0]
     prompts = [encoding.encode(question["prompt"], disallowed_special=()) for question in questions]
@@ -85,17 +95,16 @@ def exposure_bin(question: dict) -> str:
 
 
 def recall(model: GPT, encoding, questions: list[dict]) -> dict:
-    """
-    The share of questions answered with exactly the right words: {"all": ..., "held_out": ..., "by_exposure":
-    {"8": ...}}. "held_out": questions about things that the training text states but never asks about. "all":
-    all other questions. "by_exposure": the questions of "all" in bins, see exposure_bin.
-    """
+    """The share of questions that the model answers with exactly the right words, as `shares` returns it."""
     answers = [decode_answer(encoding, tokens) for tokens in answer(model, encoding, questions)]
     return shares(questions, answers)
 
 
 def shares(questions: list[dict], answers: list[str]) -> dict:
-    """The share of right answers, as `recall` returns it."""
+    """
+    The share of right answers: {"all": 0.5, "held_out": 0.2, "by_exposure": {"8": 0.4}}. held_out: questions
+    that the training text answers but never asks. all: the others. by_exposure: these in bins.
+    """
     right, by_exposure = {"all": [], "held_out": []}, {}
     for question, text in zip(questions, answers, strict=True):
         right["held_out" if question.get("held_out") else "all"].append(is_right(question, text))
@@ -108,8 +117,8 @@ def shares(questions: list[dict], answers: list[str]) -> dict:
 
 def commonest_answers(questions: list[dict]) -> list[str]:
     """
-    A guess for each question: the answer that most questions of the same kind have. What guesses get right,
-    a model can get right without knowing any fact. "kind" in qa.jsonl names the kind of a question.
+    A guess for each question: the answer that most questions of the same "kind" have. What guesses get right,
+    a model can get right without knowing any fact.
     """
     counts = {}
     for question in questions:

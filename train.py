@@ -16,52 +16,52 @@ The first four are not Memory+ as published. The previous token also takes part 
 --mem_query, and query_sources in model.py.
 
 Ctrl-C saves a checkpoint and ends. A run leaves log.jsonl, loss.png and its checkpoints in --out_dir.
-From Python: model, measured = train(TrainConfig(max_steps=500)); model, encoding, config = load("out/facts").
+From Python: model, measured = train(TrainConfig(max_steps=500)); model, encoding, _ = load("out/facts").
 """
 
 import contextlib
+import functools
 import math
 import os
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
-
-if __name__ == "__main__":  # before the imports that take seconds
-    from runtime.cli import exit_on_ctrl_c
-    exit_on_ctrl_c()
 
 import torch
 
 from data import corpus
 from data.corpora import CORPORA, make_corpus
 from data.corpus import Dataset, check_length, draw_batch, load_dataset
-from data.tokenizer import encoding_from_json
 from evaluate import evaluate
 from kernel import resolve_kernel
 from model import GPT, GPTConfig
+from pool import ValuePool
 from runtime import distributed
-from runtime.build import check_same_model, find_start, find_trained, make_model, own_folder
-from runtime.checkpoint import find_checkpoint, load_optimizers, read_meta, save_checkpoint, step_of
-from runtime.cli import at_least, build, command, fail, parse
-from runtime.distributed import (
-    LOCAL_RANK,
-    RANK,
-    WORLD_SIZE,
-    all_reduce_sum,
-    columns_group,
-    data_parallel,
-    gather_objects,
+from runtime.checkpoint import (
+    Checkpoint,
+    find_start,
+    find_trained,
+    load,  # noqa: F401, for those who import train
+    own_folder,
+    parts_of,
+    pool_on_disk,
+    save_checkpoint,
 )
+from runtime.cli import at_least, build, command, fail, parse
+from runtime.distributed import RANK, WORLD_SIZE, ShardedPool, all_reduce_sum, columns_group, data_parallel
 from runtime.log import RunLog, one_line_errors, print_measured, print_once, print_start, stop_signals
 
 
 @dataclass
 class TrainConfig(GPTConfig):
+    # --- model
+    scale_embeddings: bool = True  # multiply embeddings by sqrt(n_embd), as the output of blocks is larger
+
     # --- memory
-    mem_layers: tuple[int, ...] = (0, 2)  # blocks with a memory layer, counted from 0; empty: a dense GPT
+    mem_layers: tuple[int, ...] = (0, 1)  # blocks with a memory layer, counted from 0; empty: a dense GPT
+    mem_query: Literal["state", "shifted", "tokens"] = "tokens"  # source of queries; see GPT.query_sources
     mem_group_size: int = 0  # processes that split the pool's columns between them; 0: all of them
-    mem_file: str = ""  # a file for the pool's values, if they are larger than memory; CPU only
+    mem_on_disk: bool = False  # keep the pool's values in a file in out_dir, not in memory; CPU only
 
     # --- files
     dataset: str = "facts"  # corpus: the name of a folder under data/
@@ -98,43 +98,31 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.out_dir, self.mem_file = map(os.path.expanduser, (self.out_dir, self.mem_file))
+        self.out_dir = os.path.expanduser(self.out_dir)
         at_least(1, self, "batch_size", "accum_steps", "max_steps", "log_interval", "eval_interval",
                  "eval_batches", "eval_questions", "keep", "value_blocks")
         at_least(0, self, "mem_group_size", "lr", "value_lr", "warmup_steps", "min_lr", "weight_decay",
                  "grad_clip", "seed")
-        if self.seed >= 2**32:
-            raise ValueError(f"seed={self.seed} must be below 2**32")
+        if not self.out_dir:
+            raise ValueError("out_dir= must name a folder")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        if self.batch_size % self.accum_steps:
-            raise ValueError(f"accum_steps={self.accum_steps} must divide batch_size={self.batch_size}")
-        if self.mem_layers and self.value_optimizer == "rowwise" and self.n_embd % self.value_blocks:
-            raise ValueError(f"value_blocks={self.value_blocks} must divide n_embd={self.n_embd}")
-        if self.value_stochastic_rounding and self.mem_dtype != "bfloat16":
-            raise ValueError("value_stochastic_rounding needs --mem_dtype=bfloat16")
 
 
-# Not as published: queries see the previous token too, so a slot can stand for a first and a last name
-TWO_TOKENS = dict(scale_embeddings=True, mem_layers=(0, 1), mem_query="tokens")
 PRESETS = {
-    "facts": TWO_TOKENS,
-    "facts-2000": TWO_TOKENS | dict(dataset="facts-2000", out_dir="out/facts-2000", max_steps=3000, lr=3e-3,
-                                    eval_interval=500),
-    "airports": TWO_TOKENS | dict(dataset="airports", out_dir="out/airports", max_steps=2000, lr=3e-3,
-                                  eval_interval=500),
+    "facts": {},  # the defaults above. Queries see the previous token: a slot can stand for a whole name
+    "facts-2000": dict(dataset="facts-2000", out_dir="out/facts-2000", max_steps=3000, lr=3e-3,
+                       eval_interval=500),
+    "airports": dict(dataset="airports", out_dir="out/airports", max_steps=2000, lr=3e-3, eval_interval=500),
     "stdlib": dict(dataset="stdlib", out_dir="out/stdlib", block_size=256, n_layer=4, n_embd=128,
-                   mem_layers=(1, 3), mem_num_keys=256, mem_query="shifted", scale_embeddings=True,
-                   batch_size=8, max_steps=2000, lr=2e-3, eval_interval=500),
-    "paper": dict(out_dir="out/paper"),  # the defaults above: Memory+ as published
+                   mem_layers=(1, 3), mem_num_keys=256, mem_query="shifted", batch_size=8, max_steps=2000,
+                   lr=2e-3, eval_interval=500),
+    "paper": dict(scale_embeddings=False, mem_layers=(0, 2), mem_query="state", out_dir="out/paper"),
 }
-NANOGPT_OPTIONS = {  # what to do instead
+NANOGPT_OPTIONS = {  # what to do instead; docs/nanogpt.md has more
     "learning_rate": "use --lr",
-    "decay_lr": "use --min_lr=1, a share of --lr",
     "max_iters": "use --max_steps",
-    "lr_decay_iters": "the learning rate falls until --max_steps",
-    "warmup_iters": "use --warmup_steps",
     "gradient_accumulation_steps": "use --accum_steps, which divides --batch_size",
     "eval_iters": "use --eval_batches",
     "always_save_checkpoint": "each evaluation saves one; --keep_best also keeps the best",
@@ -146,28 +134,35 @@ NANOGPT_OPTIONS = {  # what to do instead
 
 # --- set-up -------------------------------------------------------------------------------------------------
 
-def find_device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        fail("--device=cuda: torch finds no CUDA device; use --device=cpu, or install a CUDA build of torch")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def check_fit(config: TrainConfig, device: str) -> None:
-    """Checks the options against the device and the number of processes, which TrainConfig does not know."""
-    build(resolve_kernel, dict(kernel=config.kernel, device=device))  # fails if the kernel cannot run there
-    if config.mem_file and device != "cpu":
-        fail("--mem_file needs --device=cpu: a GPU holds the pool in its own memory")
-    if config.mem_file and not config.mem_layers:
-        fail("--mem_file needs a pool: choose blocks for it with --mem_layers")
+def check_options(config: TrainConfig, device: str) -> None:
+    """What TrainConfig does not know: sizes that fit each other, the device, the number of processes."""
+    build(resolve_kernel, dict(kernel=config.kernel, device=device))
     parts = WORLD_SIZE * config.accum_steps
     if config.batch_size % parts:
         fail(f"--batch_size={config.batch_size} must be a multiple of {parts}: {WORLD_SIZE} processes times "
              f"{config.accum_steps} parts (--accum_steps)")
+    group_size = config.mem_group_size or WORLD_SIZE
+    if WORLD_SIZE % group_size:
+        fail(f"--mem_group_size={group_size} must divide the number of processes, {WORLD_SIZE}")
+    if config.mem_layers and config.n_embd % group_size:
+        fail(f"--n_embd={config.n_embd} must be a multiple of {group_size}, the processes that share the "
+             "pool's columns")
+    if config.mem_on_disk and not (device == "cpu" and config.mem_layers):
+        fail("--mem_on_disk needs --device=cpu and a pool: a GPU holds the pool in its own memory")
+    with torch.device("meta"):  # the model and its optimisers check their sizes, and take no memory here
+        config = replace(config, vocab_size=config.vocab_size or 1, mem_on_disk=False)
+        make_optimizers(config, make_model(config, None), None)
 
 
-def check_data(data: Dataset, config: TrainConfig, checkpoint: Path | None) -> None:
-    if checkpoint and read_meta(checkpoint)["encoding"] != data.encoding_json:
-        fail(f"{config.dataset} and {checkpoint} have different tokenizers: choose another --out_dir")
+def make_missing(name: str) -> None:
+    """Makes a corpus in CORPORA if it is missing. Machines that do not share a disk make their own copy."""
+    for has_turn in (RANK == 0, distributed.LOCAL_RANK == 0):
+        if has_turn and name in CORPORA and not (corpus.DATA / name / "meta.json").exists():
+            make_corpus(name)
+        distributed.gather_objects(None)  # waits for all processes
+
+
+def check_data(data: Dataset, config: TrainConfig) -> None:
     if 0 < config.vocab_size < (needed := data.encoding.n_vocab):
         fail(f"--vocab_size={config.vocab_size} is too small: {config.dataset} has {needed} tokens")
     check_length(data.questions, data.encoding, config.block_size)
@@ -176,7 +171,41 @@ def check_data(data: Dataset, config: TrainConfig, checkpoint: Path | None) -> N
             fail(f"--block_size={config.block_size} is too large: {split}.bin has only {len(tokens)} tokens")
 
 
-def make_optimizers(config: TrainConfig, model: GPT, checkpoint: Path | None) -> list[torch.optim.Optimizer]:
+def check_resumed(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """
+    Refuses options that would change the model or the pool's optimiser. A resumed run may change all others.
+    Says how far the learning rate then jumps.
+    """
+    stored = TrainConfig(**checkpoint.options)
+    fixed = {field.name for field in fields(GPTConfig)} - {"dropout", "kernel"}
+    for name in sorted(fixed | {"value_optimizer", "value_blocks"}):
+        if getattr(config, name) != getattr(stored, name):
+            fail(f"--{name}={getattr(config, name)}: the model in {config.out_dir} has "
+                 f"{getattr(stored, name)}, which cannot change; choose another --out_dir")
+    old, new = (c.lr * schedule(checkpoint.step, c) for c in (stored, config))
+    if abs(new - old) > 0.01 * old and checkpoint.step < config.max_steps and not config.eval_only:
+        print_once(f"the learning rate continues at {new:.1e} instead of {old:.1e}: it follows --max_steps, "
+                   "--lr, --min_lr and --warmup_steps, and you have changed one of them")
+
+
+def make_model(config: TrainConfig, checkpoint: Checkpoint | None) -> GPT:
+    """
+    A new model, or the model in the checkpoint. Each process has its columns of the pool. The weights are the
+    same for any number of processes.
+    """
+    pool_class, file = ValuePool, None
+    if WORLD_SIZE > 1:
+        pool_class = functools.partial(ShardedPool, group_size=config.mem_group_size)
+    if config.mem_on_disk and not config.eval_only:
+        file = Path(config.out_dir) / f".pool_{RANK}of{WORLD_SIZE}"
+    if checkpoint:
+        return checkpoint.load_model(pool_class, file, dropout=config.dropout, kernel=config.kernel)
+    torch.manual_seed(config.seed)
+    pool_class = functools.partial(pool_on_disk, pool_class, file) if file else pool_class
+    return build(GPT, dict(config=config, pool_class=pool_class))
+
+
+def make_optimizers(config: TrainConfig, model: GPT, checkpoint: Checkpoint | None) -> list:
     # for stochastic rounding: each process rounds its columns with random numbers of its own
     seed = config.seed * 1_000_003 + columns_group(model.pool).rank * 0x5BD1E995
     optimizers = build(model.optimizers, dict(
@@ -184,7 +213,7 @@ def make_optimizers(config: TrainConfig, model: GPT, checkpoint: Path | None) ->
         value_lr=config.value_lr, kind=config.value_optimizer, value_blocks=config.value_blocks,
         stochastic_rounding=config.value_stochastic_rounding, seed=seed))
     if checkpoint:
-        load_optimizers(checkpoint, model, optimizers)
+        checkpoint.load_optimizers(model, optimizers)
     return optimizers
 
 
@@ -198,102 +227,93 @@ def schedule(step: int, config: TrainConfig) -> float:
     return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def check_learning_rate(config: TrainConfig, stored: TrainConfig, step: int) -> None:
-    """Changed options may make the learning rate jump where the run resumes. Then this prints how far."""
-    old, new = (c.lr * schedule(step, c) for c in (stored, config))
-    if abs(new - old) > 0.01 * old and step < config.max_steps:
-        print_once(f"the learning rate continues at {new:.1e} instead of {old:.1e}: it follows --max_steps, "
-                   "--lr, --min_lr and --warmup_steps, and you have changed one of them")
-
-
 def check_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         fail(f"the loss is {loss} at step {step}: training has diverged; lower --lr or --value_lr")
 
 
-def train(config: TrainConfig, checkpoint: Path | None = None) -> tuple[GPT, dict]:
+def train(config: TrainConfig, given: dict | None = None) -> tuple[GPT, dict]:
     """
     Trains a model. Returns the model in evaluation mode, and the last evaluation as a dict: val_loss, recall
     (if there are questions), slots_used and kl_from_uniform (with a pool). Wrong options raise a ValueError.
-
-    checkpoint: continue from this one. config.resume: continue from the newest one in config.out_dir.
-    config.eval_only: evaluate the checkpoint, and do not train.
+    given: the options on a command line. If the run is resumed, all others are then as in its checkpoint.
     """
-    distributed.start(find_device(config.device))
-    with own_folder(config):
+    out_dir = Path(config.out_dir)
+    distributed.start(distributed.find_device(config.device))
+    with contextlib.nullcontext() if config.eval_only else own_folder(out_dir):
+        checkpoint = find_trained(out_dir) if config.eval_only else find_start(out_dir, config.resume)
+        if checkpoint and given is not None:
+            config = build(TrainConfig, checkpoint.options | given | {"out_dir": config.out_dir})
         return run(config, checkpoint)
 
 
-def run(config: TrainConfig, checkpoint: Path | None) -> tuple[GPT, dict]:
+def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
     """What `train` does, in a folder that no other run uses."""
-    device = find_device(config.device)
-    check_fit(config, device)
-    name = config.dataset
-    for has_turn in (RANK == 0, LOCAL_RANK == 0):  # machines that do not share a disk make their own copy
-        if has_turn and name in CORPORA and not (corpus.DATA / name / "meta.json").exists():
-            make_corpus(name)
-        gather_objects(None)  # waits for all processes
-    data = load_dataset(name)
-    checkpoint = find_start(config, checkpoint)
-    check_data(data, config, checkpoint)
-    config = replace(config, vocab_size=config.vocab_size or data.encoding.n_vocab,
-                     mem_file="" if config.eval_only else config.mem_file)
+    device = distributed.find_device(config.device)
+    check_options(config, device)
+    make_missing(config.dataset)
+    data = load_dataset(config.dataset)
+    check_data(data, config)
+    config = replace(config, vocab_size=config.vocab_size or data.encoding.n_vocab)
+    start, measured = 0, {}
     if checkpoint:
-        check_same_model(config, stored_config(checkpoint))
-    start, measured = (step_of(checkpoint), read_meta(checkpoint)["measured"]) if checkpoint else (0, {})
+        checkpoint.check_corpus(data)
+        check_resumed(config, checkpoint)
+        start, measured = checkpoint.step, checkpoint.measured
 
     # the plain model, neither compiled nor in DDP, is for saving and for questions
     model = make_model(config, checkpoint).to(device).train()
     compiled = torch.compile(model) if config.compile else model
-    autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+    autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    evaluate_model = functools.partial(evaluate, model, compiled, data, config.seed, config.eval_batches,
+                                       config.batch_size, config.accum_steps)
     if config.eval_only:
         with autocast:
-            measured = evaluate(model, compiled, data, config, all_questions=True)
+            measured = evaluate_model()
         print_measured(checkpoint, data, measured)
         return model.eval(), measured
     optimizers = make_optimizers(config, model, checkpoint)
     # init_sync=False: the weights are already equal
     parallel = data_parallel(compiled, init_sync=False, gradient_as_bucket_view=True)
-    print_start(config, device, data, model, checkpoint)
-    if checkpoint:
-        check_learning_rate(config, stored_config(checkpoint), start)
+    log = RunLog(config.out_dir, config.max_steps, config.batch_size * config.block_size, model, optimizers,
+                 start)
+    print_start(config.dataset, len(data.train), device, model, log, checkpoint)
 
-    with RunLog(config, start, model, optimizers, data.note) as log, stop_signals() as signals:
+    with stop_signals() as signals:
         stopping = False
         for step in range(start, config.max_steps + 1):
             last_step = step == config.max_steps
             is_due = last_step or step % config.eval_interval == 0
-
-            if is_due and (step > start or not checkpoint):  # the checkpoint's step is evaluated already
-                with autocast:
-                    measured = evaluate(model, compiled, data, config, all_questions=last_step)
-                check_finite(measured["val_loss"], step)  # fails before a good checkpoint is replaced
-                log.log_evaluation(step, measured)
-            if (is_due or stopping) and step > start:
-                meta = {"config": asdict(config), "encoding": data.encoding_json, "measured": measured}
-                if is_due:
-                    meta["val_loss"] = measured["val_loss"]  # of these weights; `measured` may be older
-                save_checkpoint(Path(config.out_dir), step, model, optimizers, meta, config.keep,
-                                config.keep_best)
+            with log.pause():
+                if is_due and (step > start or not checkpoint):  # the checkpoint's step is evaluated already
+                    with autocast:
+                        measured = evaluate_model(count=None if last_step else config.eval_questions)
+                    check_finite(measured["val_loss"], step)  # fails before a good checkpoint is replaced
+                    log.log_evaluation(step, measured)
+                if (is_due or stopping) and step > start:
+                    meta = {"config": asdict(config), "encoding": data.encoding_json, "measured": measured}
+                    if is_due:
+                        meta["val_loss"] = measured["val_loss"]  # of these weights; `measured` may be older
+                    save_checkpoint(Path(config.out_dir), step, parts_of(model, optimizers), meta,
+                                    config.keep, config.keep_best)
             if last_step or stopping:
                 break
 
-            # --- the timed part of a step
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start_time = time.perf_counter()
+            # --- a step: a GPU gets its work here, and nothing waits until it is done
             torch.manual_seed(config.seed * 1_000_003 + step * WORLD_SIZE + RANK)  # for dropout
             key = config.seed, 0, step  # seed of the batch; 0: training, 1: evaluation
             batch = draw_batch(data.train, config.batch_size, config.block_size, *key)
-            x, y = (part.to(device).chunk(config.accum_steps) for part in batch)
-            totals = torch.zeros(2, device=device)  # the loss, and the number of signals to stop
+            if device == "cuda":
+                batch = [part.pin_memory() for part in batch]  # the copy of pinned memory needs no waiting
+            x, y = (part.to(device, non_blocking=True).chunk(config.accum_steps) for part in batch)
+            loss = torch.zeros((), device=device)
             for i in range(config.accum_steps):
                 is_last_part = i + 1 == config.accum_steps  # then DDP averages the gradients
                 with contextlib.nullcontext() if is_last_part or WORLD_SIZE == 1 else parallel.no_sync():
                     with autocast:
-                        _, loss, _ = parallel(x[i], y[i])
-                    (loss / config.accum_steps).backward()
-                totals[0] += loss.detach() / config.accum_steps
+                        part_loss = parallel(x[i], y[i])[1] / config.accum_steps
+                    part_loss.backward()
+                loss += part_loss.detach()
             if config.grad_clip:
                 torch.nn.utils.clip_grad_norm_(model.dense_parameters(), config.grad_clip)
             for optimizer, lr in zip(optimizers, (config.lr, config.value_lr), strict=False):
@@ -301,65 +321,30 @@ def run(config: TrainConfig, checkpoint: Path | None) -> tuple[GPT, dict]:
                     group["lr"] = lr * schedule(step, config)
                 optimizer.step()
                 optimizer.zero_grad()
-            totals[1] = len(signals)
-            loss, stopping = all_reduce_sum(totals).tolist()  # waits for the device
-            seconds = time.perf_counter() - start_time
-            # --- end of the timed part
 
-            loss /= WORLD_SIZE
-            check_finite(loss, step)
-            log.log_step(step + 1, loss, config.lr * schedule(step, config), seconds)
+            # --- only here the device is waited for, and processes hear of each other's signals to stop
+            done = step + 1
+            is_logged = done % config.log_interval == 0 or done == config.max_steps
+            if is_logged or done % config.eval_interval == 0 or (signals and WORLD_SIZE == 1):
+                totals = torch.stack((loss, loss.new_tensor(len(signals))))
+                loss, stopping = all_reduce_sum(totals).tolist()
+                check_finite(loss / WORLD_SIZE, step)
+                if is_logged:
+                    log.log_step(done, loss / WORLD_SIZE, config.lr * schedule(step, config))
 
         if stopping and step < config.max_steps:
             print_once(f"stopped after step {step} and saved in {config.out_dir}; continue with --resume")
-        elif start < config.max_steps:
-            log.print_end(device, measured)
         else:
-            log.draw_missing_figure()
+            log.end(device, data.note, measured, config.keep_best)
     return model.eval(), measured
-
-
-# --- the command line, and using a model --------------------------------------------------------------------
-
-def stored_config(checkpoint: Path) -> TrainConfig:
-    try:
-        return TrainConfig(**read_meta(checkpoint)["config"])
-    except (TypeError, ValueError) as error:
-        fail(f"the checkpoint comes from another version of nanoPKM: {error}")
-
-
-def load(out_dir: Path | str):
-    """
-    Loads the newest checkpoint of a run, or the checkpoint whose folder is given. Returns the model (on the
-    CPU, in evaluation mode), the encoding and the config.
-    """
-    checkpoint = find_trained(Path(out_dir).expanduser())
-    # drop the options that depend on the machine, so that any machine can load the model
-    config = replace(stored_config(checkpoint), kernel="auto", mem_file="", mem_group_size=0)
-    encoding = encoding_from_json(read_meta(checkpoint)["encoding"])
-    print_once(f"loaded {checkpoint}")
-    return make_model(config, checkpoint).eval(), encoding, config
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    preset, options = parse(TrainConfig, argv, PRESETS, __doc__, NANOGPT_OPTIONS)
-    config = build(TrainConfig, preset | options)
+    preset, given = parse(TrainConfig, argv, PRESETS, __doc__, NANOGPT_OPTIONS)
+    config = build(TrainConfig, preset | given)
     with one_line_errors(config.out_dir):
-        distributed.start(find_device(config.device))
-        with own_folder(config):
-            # torchrun restarts processes without --resume: they continue only a run with the same options
-            is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-            resume = any(gather_objects(config.resume or config.eval_only or is_restart))
-            checkpoint = find_checkpoint(Path(config.out_dir)) if resume else None
-            if checkpoint:
-                stored = stored_config(checkpoint)
-                is_same_run = config == replace(stored, resume=False, vocab_size=config.vocab_size)
-                if config.resume or config.eval_only or is_same_run:
-                    config = build(TrainConfig, asdict(stored) | options | {"out_dir": config.out_dir})
-                else:
-                    checkpoint, resume = None, False  # a new run, which is refused in this folder
-            run(replace(config, resume=resume), checkpoint)
+        train(config, given)
 
 
 if __name__ == "__main__":

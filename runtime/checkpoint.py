@@ -1,10 +1,13 @@
 """
-A checkpoint is a folder OUT/step_000500 with
+A run's folder OUT, and the checkpoints in it. A checkpoint is a folder OUT/step_000500 with
 
     model.pt          all parameters except the pool's values
     optimizer.pt      AdamW's state
     pool_0of2.pt ...  values and optimiser state of the pool; one file per block of columns
     meta.json         format, step, options, encoding, loss, and the SHA-256 of each file and of itself
+
+    checkpoint = find_trained(Path("out/facts"))      # the newest, with its files checked
+    model = checkpoint.load_model()
 
 A checkpoint is written under another name, and renamed once all of it is on the disk. So the last good
 checkpoint survives if a process is killed or the disk is full. The SHA-256 shows whether a file is damaged.
@@ -12,21 +15,27 @@ A run may continue with another number of processes. All of them must see the sa
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+from filelock import FileLock, Timeout
 
-from model import GPT
-from runtime.cli import fail
+from data.tokenizer import encoding_from_json
+from model import GPT, GPTConfig
+from pool import ValuePool
+from runtime.cli import UserError, fail, one_line
 from runtime.distributed import RANK, WORLD_SIZE, Group, columns_group, gather_objects, replicas_group
 
 FORMAT = 5  # add 1 when the files change
+OF_THE_MACHINE = dict(kernel="auto", mem_group_size=0, mem_on_disk=False)  # any machine can load the model
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
@@ -44,24 +53,49 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+@contextlib.contextmanager
+def own_folder(out_dir: Path):
+    """
+    Makes out_dir. In the `with` block, no other run may write there: the first process locks the file .lock.
+    The lock ends with the process, even if that is killed. Called by all processes.
+    """
+    if is_checkpoint(out_dir):
+        fail(f"--out_dir={out_dir} has the name of a checkpoint: name the folder of the run, such as "
+             f"{out_dir.parent}")
+    lock, problem, is_new = FileLock(out_dir / ".lock", timeout=0), None, not out_dir.exists()
+    if RANK == 0:
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            problem = (f"another run is training in {out_dir}: choose another --out_dir, or wait. Many "
+                       "processes train together if torchrun starts them")
+        except OSError as error:
+            problem = f"--out_dir={out_dir}: {error.strerror}"
+    if problem := gather_objects(problem)[0]:
+        fail(problem)
+    try:
+        yield
+    finally:
+        if RANK == 0 and is_new and [path.name for path in out_dir.iterdir()] == [".lock"]:
+            shutil.rmtree(out_dir)  # a mistake leaves nothing
+        lock.release()
+
+
 # --- writing ------------------------------------------------------------------------------------------------
 
-def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta: dict, keep: int,
+def save_checkpoint(out_dir: Path, step: int, parts: dict[str, dict], meta: dict, keep: int,
                     keep_best: bool = False) -> None:
     """
     Writes out_dir/step_N and keeps the newest `keep` checkpoints; with keep_best, also the best one (see
-    best_checkpoint). meta goes into meta.json. Called by all processes. optimizers: as GPT.optimizers returns
-    them.
+    best_checkpoint). parts: the files of this process, from parts_of. meta goes into meta.json. Called by all
+    processes.
     """
     folder, temporary = out_dir / f"step_{step:06d}", out_dir / ".saving_checkpoint"
 
     def make_folder():
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True, exist_ok=True)
-
-    def write_parts():
-        parts = parts_of_process(model, optimizers)
-        return {name: write_part(temporary / name, part) for name, part in parts.items()}
 
     def finish():
         contents = {"format": FORMAT, "step": step, "files": files} | meta
@@ -84,13 +118,27 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta
     try:
         together(make_folder if RANK == 0 else None)
         files = {}
-        for digests in together(write_parts):
+        for digests in together(lambda: {name: write_part(temporary / name, parts[name]) for name in parts}):
             files |= digests
         together(finish if RANK == 0 else None)
     except OSError as error:
         if RANK == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         cannot_go_on(out_dir, f"cannot write checkpoint {folder}: {error.strerror}")
+
+
+def parts_of(model: GPT, optimizers: list) -> dict[str, dict]:
+    """The files of a checkpoint that this process writes: {name: contents}."""
+    parts = {}
+    if RANK == 0:
+        state = {name: part for name, part in model.state_dict().items() if name != "pool.values"}
+        parts = {"model.pt": state, "optimizer.pt": optimizers[0].state_dict()}
+    if model.pool is not None and replicas_group(model.pool).rank == 0:
+        # several processes may have the same columns: only the first of them writes
+        group, values = columns_group(model.pool), model.pool.values
+        state = optimizers[1].state.get(values, {})
+        parts[f"pool_{group.rank}of{group.size}.pt"] = {"values": values.detach(), **state}
+    return parts
 
 
 def remove(folder: Path) -> None:
@@ -113,7 +161,7 @@ def best_checkpoint(folders: list[Path]) -> Path | None:
     losses = {}
     for folder in folders:
         with contextlib.suppress(OSError, ValueError, KeyError):  # damaged, or not evaluated: saved by Ctrl-C
-            losses[folder] = read_meta(folder)["val_loss"]
+            losses[folder] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["val_loss"]
     return min(losses, key=losses.get, default=None)
 
 
@@ -129,20 +177,6 @@ def together(function) -> list:
         if problem:
             raise OSError(*problem)
     return [result for result, _ in outcomes]
-
-
-def parts_of_process(model: GPT, optimizers: list) -> dict[str, dict]:
-    """The files that this process writes: {name: contents}."""
-    parts = {}
-    if RANK == 0:
-        state = {name: part for name, part in model.state_dict().items() if name != "pool.values"}
-        parts = {"model.pt": state, "optimizer.pt": optimizers[0].state_dict()}
-    if model.pool is not None and replicas_group(model.pool).rank == 0:
-        # several processes may have the same columns: only the first of them writes
-        group, values = columns_group(model.pool), model.pool.values
-        state = optimizers[1].state.get(values, {})
-        parts[f"pool_{group.rank}of{group.size}.pt"] = {"values": values.detach(), **state}
-    return parts
 
 
 def write_part(path: Path, part: dict) -> str:
@@ -172,61 +206,150 @@ def sync_folder(folder: Path) -> None:
 
 # --- reading ------------------------------------------------------------------------------------------------
 
-def find_checkpoint(out_dir: Path) -> Path | None:
+class Checkpoint:
+    """
+    A checkpoint whose meta.json is undamaged. meta: what meta.json has. options: those of the run, {name:
+    value}. measured: its last evaluation.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.step = folder, step_of(folder)
+        self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if self.meta.pop("sha256", None) not in (None, digest_of(self.meta)):
+            raise ValueError("it has changed since it was written")
+        if self.meta["format"] != FORMAT:
+            fail(f"{folder} has the format {self.meta['format']}, and this version of nanoPKM reads "
+                 f"{FORMAT}: choose another --out_dir")
+        self.options = {name: tuple(value) if isinstance(value, list) else value
+                        for name, value in self.meta["config"].items() if name != "mem_file"}  # of older runs
+        self.measured, self.encoding_json = self.meta["measured"], self.meta["encoding"]
+
+    def __str__(self):
+        return str(self.folder)
+
+    @functools.cached_property
+    def encoding(self):
+        return encoding_from_json(self.encoding_json)
+
+    def check_corpus(self, data) -> None:
+        """data: a Dataset, which must have the tokenizer that the model was trained with."""
+        if self.encoding_json != data.encoding_json:
+            fail(f"{self.options['dataset']} and {self} have different tokenizers: choose another --out_dir")
+
+    def load_part(self, name: str) -> dict:
+        return torch.load(self.folder / name, map_location="cpu", weights_only=True, mmap=True)
+
+    def pool_columns(self, group: Group) -> dict[str, torch.Tensor]:
+        """This process's columns of the pool: values and optimiser state, {name: tensor}."""
+        number = sum(name.startswith("pool_") for name in self.meta["files"])
+        parts = [self.load_part(f"pool_{i}of{number}.pt") for i in range(number)]
+        return {name: take_columns([part[name] for part in parts], group) if part.dim() else part
+                for name, part in parts[0].items()}  # a count has no columns: every file has the same
+
+    def load_model(self, pool_class=ValuePool, values_file: Path | None = None, **changes) -> GPT:
+        """
+        The model on the CPU, in training mode. Its parameters are memory-mapped files, so a pool is never in
+        memory twice. values_file: copy the pool's values to this file (see on_disk). changes: options of the
+        model that are not as in the checkpoint, such as dropout=0.1.
+        """
+        options = self.options | OF_THE_MACHINE | changes
+        names = {field.name for field in fields(GPTConfig)} & options.keys()  # the others are training's
+        with torch.device("meta"):  # tensors without memory
+            model = GPT(GPTConfig(**{name: options[name] for name in names}), pool_class)
+        state = self.load_part("model.pt")
+        if model.pool is not None:
+            state["pool.values"] = stored = self.pool_columns(columns_group(model.pool))["values"]
+            if values_file:
+                state["pool.values"] = on_disk(stored, values_file).copy_(stored)
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def load_optimizers(self, model: GPT, optimizers: list) -> None:
+        stored = [self.load_part("optimizer.pt")["state"]]
+        if model.pool is not None:
+            pool_state = self.pool_columns(columns_group(model.pool))
+            del pool_state["values"]
+            stored.append({0: pool_state} if pool_state else {})  # 0: the index of the only parameter
+        for optimizer, state in zip(optimizers, stored, strict=True):
+            # learning rate, betas, weight decay and the like come from the options, not from the checkpoint
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def read_checkpoint(folder: Path) -> tuple[Checkpoint | None, str | None]:
+    """A checkpoint, and None; or None, and what is damaged. Each process checks its share of the files."""
+    try:
+        checkpoint = Checkpoint(folder)
+        for name, digest in list(checkpoint.meta["files"].items())[RANK::WORLD_SIZE]:
+            with open(folder / name, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != digest:
+                    return None, f"{name} has changed since it was written"
+        return checkpoint, None
+    except UserError:  # another format
+        raise
+    except FileNotFoundError as error:
+        return None, f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return None, one_line(error)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f"meta.json: {error}"
+
+
+def find_checkpoint(out_dir: Path) -> Checkpoint | None:
     """
     The newest undamaged checkpoint; None if there are no checkpoints; an error if all are damaged. Called by
     all processes.
     """
     folders = gather_objects(checkpoints(out_dir))[0]
     for folder in reversed(folders):
-        problem = next(filter(None, gather_objects(damage(folder))), None)
-        if problem is None:
-            return folder
+        checkpoint, problem = read_checkpoint(folder)
+        if not any(problems := gather_objects(problem)):
+            return checkpoint
         if RANK == 0:
-            print(f"checkpoint {folder} is damaged and skipped: {problem}", flush=True)
+            print(f"checkpoint {folder} is damaged and skipped: {next(filter(None, problems))}", flush=True)
     if folders:
         fail(f"all checkpoints in {out_dir} are damaged: choose another --out_dir")
     return None
 
 
-def read_meta(folder: Path) -> dict:
-    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+def find_start(out_dir: Path, resume: bool) -> Checkpoint | None:
+    """The checkpoint to continue from; None for a new run, which needs a folder without checkpoints."""
+    checkpoint = find_checkpoint(out_dir) if resume else None
+    if checkpoint is None and (existing := checkpoints(out_dir)):
+        fail(f"{existing[-1]} already exists: continue from it with --resume, or choose another --out_dir")
+    return checkpoint
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Each process checks its share of the files."""
-    try:
-        meta = read_meta(folder)
-        stored_format, digest = meta["format"], meta.pop("sha256", None)  # other formats may have no digest
-        if digest != digest_of(meta) and (digest or stored_format == FORMAT):
-            return "meta.json has changed since it was written"
-        if stored_format == FORMAT:
-            for name, digest in list(meta["files"].items())[RANK::WORLD_SIZE]:
-                with open(folder / name, "rb") as f:
-                    if hashlib.file_digest(f, "sha256").hexdigest() != digest:
-                        return f"{name} has changed since it was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except OSError as error:
-        return str(error)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"meta.json: {error}"
-    if stored_format != FORMAT:  # outside the try, as fail raises a ValueError
-        fail(f"{folder} has the format {stored_format}, and this version of nanoPKM reads {FORMAT}: "
-             "choose another --out_dir")
-    return None
+def find_trained(out_dir: Path) -> Checkpoint:
+    """The newest checkpoint, which must exist. out_dir: the folder of a run, or one checkpoint in it."""
+    return find_checkpoint(out_dir) or fail(
+        f"no checkpoint in {out_dir}: train a model with python train.py, or name another --out_dir")
 
 
-def load_part(folder: Path, name: str) -> dict:
-    return torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+def newest_run(out_dir: Path) -> Path:
+    """out_dir itself if it is a run or a checkpoint. Else the run in it that has the newest checkpoint."""
+    if checkpoints(out_dir):
+        return out_dir
+    if is_checkpoint(out_dir) and (others := checkpoints(out_dir.parent)):
+        fail(f"no checkpoint {out_dir}: there are {', '.join(path.name for path in others)}")
+    runs = {path.parent for path in out_dir.glob("**/step_*")}
+    newest = [existing[-1] for run in runs if (existing := checkpoints(run))]
+    if len(newest) > 1:
+        print(f"--out_dir chooses one of {len(newest)} runs in {out_dir}; this is the newest:")
+    return max(newest, key=lambda folder: folder.stat().st_mtime).parent if newest else out_dir
 
 
-def load_pool(folder: Path, group: Group) -> dict[str, torch.Tensor]:
-    """Loads this process's columns of the pool: values and optimiser state, {name: tensor}."""
-    number = sum(name.startswith("pool_") for name in read_meta(folder)["files"])
-    parts = [load_part(folder, f"pool_{i}of{number}.pt") for i in range(number)]
-    return {name: take_columns([part[name] for part in parts], group) if part.dim() else part
-            for name, part in parts[0].items()}  # a count has no columns: every file has the same
+def load(out_dir: Path | str | Checkpoint):
+    """
+    Loads the newest checkpoint of a run, or the checkpoint that is given. Returns the model (on the CPU, in
+    evaluation mode), the encoding, and the options of the run as a dict.
+    """
+    if WORLD_SIZE > 1:
+        fail("only train.py runs on many processes: start this program without torchrun")
+    is_found = isinstance(out_dir, Checkpoint)
+    checkpoint = out_dir if is_found else find_trained(Path(out_dir).expanduser())
+    print(f"loaded {checkpoint}", flush=True)
+    return checkpoint.load_model().eval(), checkpoint.encoding, checkpoint.options | OF_THE_MACHINE
 
 
 def take_columns(parts: list[torch.Tensor], group: Group) -> torch.Tensor:
@@ -241,12 +364,26 @@ def take_columns(parts: list[torch.Tensor], group: Group) -> torch.Tensor:
     return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
-def load_optimizers(folder: Path, model: GPT, optimizers: list) -> None:
-    stored = [load_part(folder, "optimizer.pt")["state"]]
-    if model.pool is not None:
-        pool_state = load_pool(folder, columns_group(model.pool))
-        del pool_state["values"]
-        stored.append({0: pool_state} if pool_state else {})  # 0: the index of the only parameter
-    for optimizer, state in zip(optimizers, stored, strict=True):
-        # learning rate, betas, weight decay and the like come from the options, not from the checkpoint
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+# --- a pool in a file ---------------------------------------------------------------------------------------
+
+def on_disk(like: torch.Tensor, path: Path) -> torch.Tensor:
+    """
+    An empty tensor with the shape and dtype of `like`, stored in a file, so it may be larger than memory. The
+    file loses its name at once: no other run can use it, and it goes when the process ends or is killed.
+    """
+    with open(path, "wb") as f:
+        if hasattr(os, "posix_fallocate"):  # fails now if the disk is full; macOS has no such call
+            os.posix_fallocate(f.fileno(), 0, like.nbytes)
+        else:
+            os.truncate(f.fileno(), like.nbytes)
+    values = torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
+    path.unlink()
+    return values
+
+
+def pool_on_disk(pool_class, path: Path, *arguments, **options) -> ValuePool:
+    """pool_class(*arguments, **options), with its values in a file."""
+    pool = pool_class(*arguments, **options, device="meta")
+    pool.values = torch.nn.Parameter(on_disk(pool.values, path))
+    pool.reset_parameters()
+    return pool

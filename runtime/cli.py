@@ -19,15 +19,18 @@ exceptions are bugs and keep their traceback.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
+import json
+import math
 import os
 import re
-import signal
 import sys
 import typing
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -42,6 +45,20 @@ def fail(message, alone: bool = False) -> typing.NoReturn:
     raise UserError(message, alone) from None
 
 
+def one_line(error: BaseException) -> str | None:
+    """An OSError or a lack of memory as one line, such as "notes.txt: Permission denied". Else None."""
+    text = " ".join(str(error).split("\n\n")[0].split())  # torch adds advice after an empty line
+    if isinstance(error, OSError):
+        what = error.strerror or text
+        return f"{error.filename}: {what}" if error.filename else what
+    if isinstance(error, MemoryError):
+        return f"out of memory: {text}".removesuffix(": ")
+    # torch says so in a RuntimeError: "CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"
+    if isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", text):
+        return f"out of memory: {text}"
+    return None
+
+
 def command(main):
     """
     Decorates the main function of a script. A mistake becomes one line on stderr and exit status 2. If all
@@ -51,9 +68,6 @@ def command(main):
     def run(*arguments, **options):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # prints "?" for what the terminal cannot show
-        is_script = signal.getsignal(signal.SIGINT) is _exit_at_once
-        if is_script:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # main may have to clean up
         is_first = os.environ.get("LOCAL_RANK", "0") in ("", "0") or not os.environ.get("MASTER_ADDR")
         try:
             try:
@@ -61,21 +75,16 @@ def command(main):
             finally:
                 if sys.stdout:
                     sys.stdout.flush()  # here, because an error at exit would be a traceback
-                if is_script:
-                    signal.signal(signal.SIGINT, _exit_at_once)
         except KeyboardInterrupt:
             line, status, is_printed = "\ninterrupted", 130, is_first
         except UserError as error:
             line, status, is_printed = f"error: {error}", 2, is_first or error.alone
         except BrokenPipeError:  # as in `python sample.py | head`: nobody reads the output
             line, status, is_printed = "", 141, False
-        except OSError as error:
-            where = error.filename or "cannot write"
-            line, status, is_printed = f"error: {where}: {error.strerror or error}", 2, True
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+        except Exception as error:
+            if not (problem := one_line(error)):
                 raise
-            line, status, is_printed = f"error: out of memory: {first_part(error)}", 2, True
+            line, status, is_printed = f"error: {problem}", 2, True
         try:
             if sys.stdout:
                 sys.stdout.flush()
@@ -87,34 +96,30 @@ def command(main):
     return run
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("can't allocate memory", "out of memory"))
-
-
-def first_part(error: Exception) -> str:
-    """The message in one line. PyTorch adds advice after an empty line."""
-    return " ".join(str(error).split("\n\n")[0].split())
-
-
 def python_command() -> str:
     """What to type for this Python: a path if it is in the current folder, such as .venv/bin/python."""
     path = os.path.relpath(sys.executable)
     return "python" if path.startswith("..") else path
 
 
-def exit_on_ctrl_c() -> None:
-    """
-    For the top of a script: before and after its main function, Ctrl-C ends the program with one line.
-    Otherwise, Ctrl-C in a slow import such as torch is a traceback, or is lost in an `except` there.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job may ignore Ctrl-C
-        signal.signal(signal.SIGINT, _exit_at_once)
+def read_lines(path: Path | str) -> list[str]:
+    """The lines of a text file, which must be UTF-8, with or without a byte order mark."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        fail(f"{path} is not UTF-8: convert it first")
 
 
-def _exit_at_once(number, frame):
-    os.write(2, b"\ninterrupted\n")
-    os._exit(130)
+def read_json_lines(path: Path | str) -> list[dict]:
+    """
+    The JSON objects in a file, one per line; [] if there is no file. A killed program may have cut a line
+    short: a line that is no JSON object is left out.
+    """
+    objects = []
+    for line in Path(path).read_bytes().splitlines() if Path(path).exists() else []:
+        with contextlib.suppress(ValueError):  # not JSON, or not UTF-8
+            objects.append(json.loads(line))
+    return [x for x in objects if isinstance(x, dict)]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,9 +141,19 @@ def _option(kind, name: str) -> dict:
     if origin is typing.Literal:
         return dict(choices=arguments)
     if origin is tuple:
-        # `parse` converts the items. --input=a --input=b: both
+        # _as_tuple converts the items. --input=a --input=b: both
         return dict(nargs="*", metavar=name.upper(), action="extend" if arguments[0] is str else "store")
     return dict(type=kind, metavar=kind.__name__.upper())
+
+
+def _as_tuple(name: str, texts: list[str], element) -> tuple:
+    """For tuple[int, ...]: ["0,3"] and ["0", "3"] -> (0, 3). For tuple[str, ...], commas mean nothing."""
+    texts = texts if element is str else ",".join(texts).split(",")
+    try:
+        return tuple(element(text) for text in texts if text)
+    except ValueError:
+        fail(f"--{name}: {','.join(texts)!r} must be {element.__name__}s with commas between them; none at "
+             f"all: --{name}=")
 
 
 def first_word(argv: list[str] | None, words, doc: str, kind: str) -> tuple[str, list[str]]:
@@ -153,15 +168,15 @@ def first_word(argv: list[str] | None, words, doc: str, kind: str) -> tuple[str,
 
 
 def _help_of(cls) -> dict[str, tuple[str, str]]:
-    """{field: (its group, its comment)}, from the source of a dataclass and of the classes it extends."""
+    """{field: (its group, its comment or "")}, from the source of a dataclass and of those it extends."""
     fields = {}
     for base in reversed(cls.__mro__[:-1]):
         group = "options"
         for line in inspect.getsource(base).splitlines():
             if match := re.match(r"    # --- (.+)", line):
                 group = match[1]
-            elif match := re.match(r"    (\w+):.*?  # (.*)", line):
-                name, comment = match.groups()
+            elif match := re.match(r"    (\w+):.*?(?:  # (.*))?$", line):
+                name, comment = match.groups(default="")
                 fields[name] = fields.get(name, (group,))[0], comment
     return fields
 
@@ -189,13 +204,11 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
                            help="a set of defaults, shown below (default: %(default)s)")
         preset = presets[preset_parser.parse_known_args(argv)[0].preset]
     defaults = {field.name: field.default for field in dataclasses.fields(cls)} | preset
-    kinds, groups = typing.get_type_hints(cls), {}
-    helps = _help_of(cls)
+    kinds, helps, groups = typing.get_type_hints(cls), _help_of(cls), {}
     for name, kind in kinds.items():
-        group, comment = helps[name]
-        default = defaults[name]
+        (group, comment), default = helps[name], defaults[name]
         default = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        text = f"{comment} (default: {default if default != '' else f'empty, as in --{name}='})"
+        text = f"{comment} (default: {default if default != '' else f'empty, as in --{name}='})".lstrip()
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         groups[group].add_argument(f"--{name}", help=text.replace("%", "%%"), **_option(kind, name))
@@ -205,33 +218,22 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
         name = unknown[0].split("=")[0]
         if not name.startswith("-"):
             fail(f"{name} is not an option: every option has the form --name=value")
-        if instead := (hints or {}).get(name.removeprefix("--")):
-            fail(f"unknown option {name}: {instead}")
-        known = [f"--{field}" for field in (*kinds, "preset", "help")]
-        similar = difflib.get_close_matches(name, known, n=1)
+        similar = difflib.get_close_matches(name, [f"--{field}" for field in (*kinds, "preset", "help")], n=1)
         hint = f"did you mean {similar[0]}?" if similar else "--help lists all options"
-        fail(f"unknown option {name}: {hint}")
+        fail(f"unknown option {name}: {(hints or {}).get(name.removeprefix('--'), hint)}")
     options = vars(options)
     options.pop("preset", None)
-    for name, value in options.items():
-        if isinstance(value, list):
-            element = typing.get_args(kinds[name])[0]
-            separate = (lambda text: [text]) if element is str else (lambda text: text.split(","))
-            items = [item for text in value for item in separate(text) if item]
-            try:
-                options[name] = tuple(element(item) for item in items)
-            except ValueError:
-                fail(f"--{name}: {','.join(value)!r} must be {element.__name__}s with commas between them; "
-                     f"none at all: --{name}=")
-    return preset, options
+    return preset, {name: _as_tuple(name, value, typing.get_args(kinds[name])[0])
+                    if isinstance(value, list) else value for name, value in options.items()}
 
 
 def at_least(low: float, config, *names: str) -> None:
-    """For __post_init__ of a dataclass: a ValueError if one of these fields is less than `low`, or nan."""
+    """For __post_init__ of a dataclass: a ValueError if a field is below `low`, nan or infinite."""
     for name in names:
-        if not getattr(config, name) >= low:
-            raise ValueError(f"{name}={getattr(config, name)} must "
-                             + (f"be at least {low}" if low else "not be negative"))
+        value = getattr(config, name)
+        if not low <= value < math.inf:
+            rule = "be finite" if value == math.inf else f"be at least {low}" if low else "not be negative"
+            raise ValueError(f"{name}={value} must {rule}")
 
 
 def check_choices(config) -> None:

@@ -30,55 +30,40 @@ from torch.nn.parallel import DistributedDataParallel
 from pool import FactoredGradient, GatherDot, GatherSum, MemoryUsage, Read, ValuePool
 from runtime.cli import fail
 
-
-def read_ranks() -> tuple[int, int, int] | None:
-    """
-    RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them in the environment. (0, 1, 0) for a process that is
-    alone. None if these variables name other processes, but not how to connect to them.
-    """
-    texts = [os.environ.get(name) or default for name, default in
-             (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
-    if texts == ["0", "1", "0"]:
-        return 0, 1, 0
-    needed = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
-    if not all(needed) or not all(text.isdecimal() for text in texts):
-        return None
-    rank, world_size, local_rank = map(int, texts)
-    return (rank, world_size, local_rank) if max(rank, local_rank) < world_size else None
-
-
-RANK, WORLD_SIZE, LOCAL_RANK = read_ranks() or (0, 1, 0)  # `start` refuses None
+# torchrun sets these in the environment
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
+RANK, LOCAL_RANK = (int(os.environ.get(name) or 0) if WORLD_SIZE > 1 else 0
+                    for name in ("RANK", "LOCAL_RANK"))
 
 
 # --- processes ----------------------------------------------------------------------------------------------
 
+def find_device(name: str) -> str:
+    """auto, cpu or cuda -> cpu or cuda"""
+    if name == "cuda" and not torch.cuda.is_available():
+        fail("--device=cuda: torch finds no CUDA device; use --device=cpu, or install a CUDA build of torch")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def start(device: str) -> None:
     """Connects the processes that torchrun started: by NCCL for tensors on a GPU, by gloo for all others."""
-    if dist.is_initialized():
-        return
-    if read_ranks() is None:  # otherwise each process might train a model of its own, in the same folder
-        names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
-        values = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
-        fail(f"the environment has {values}, which cannot connect processes: start with torchrun, or unset "
-             "these variables to run one process", alone=True)
-    if WORLD_SIZE == 1:
+    if dist.is_initialized() or WORLD_SIZE == 1:
         return
     if device == "cuda":
         if LOCAL_RANK >= torch.cuda.device_count():
             fail(f"process {RANK} has no GPU: this machine has {torch.cuda.device_count()}", alone=True)
         torch.cuda.set_device(LOCAL_RANK)
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     try:
         store = next(dist.rendezvous("env://"))[0]
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             # a restart on one machine may get the old store, with the addresses of dead processes: a new
             # prefix hides them. On several machines the store is new, and restart counts may differ
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store, rank=RANK,
+                                world_size=WORLD_SIZE)
     except (RuntimeError, ValueError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        fail(f"process {RANK} cannot connect to the others at {place}: {str(error).splitlines()[0]}",
-             alone=True)
+        fail(f"process {RANK} of {WORLD_SIZE} cannot connect to the others ({str(error).splitlines()[0]}): "
+             "start them with torchrun, or unset WORLD_SIZE to run one process", alone=True)
     atexit.register(disconnect)
 
 

@@ -1,5 +1,6 @@
 """
-Prints the progress of a run, and writes log.jsonl and loss.png to its folder.
+Prints the progress of a run, and writes log.jsonl and loss.png to its folder. Here is also what else a run
+needs around its loop: signals that stop it, and errors as one line.
 """
 
 import contextlib
@@ -17,11 +18,10 @@ import torch
 import torch.distributed as dist
 
 from kernel import resolve_kernel
-from runtime.checkpoint import best_checkpoint, cannot_go_on, checkpoints, step_of
-from runtime.cli import fail, first_part, is_out_of_memory, python_command
+from runtime.checkpoint import Checkpoint, best_checkpoint, cannot_go_on, checkpoints
+from runtime.cli import fail, one_line, python_command, read_json_lines
 from runtime.distributed import RANK, WORLD_SIZE
 
-BUSY_CHECK_SECONDS = 10
 LABELS = {"all": "asked about in training", "held_out": "never asked about in training"}
 
 
@@ -45,15 +45,6 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def cpu_wait() -> float:
-    """Seconds that threads of this process wanted to run, but found no free core. Linux only: otherwise 0."""
-    total = 0
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError):  # the thread has just ended
-            total += int(path.read_text().split()[1])
-    return total / 1e9
-
-
 @contextlib.contextmanager
 def stop_signals():
     """
@@ -65,17 +56,17 @@ def stop_signals():
         yield received
         return
 
-    # torchrun sends its processes a second SIGINT after one Ctrl-C
-    second_stops_at_once = "TORCHELASTIC_RUN_ID" not in os.environ
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # it sends a second SIGINT after one Ctrl-C
 
     def on_signal(number, frame):
-        if second_stops_at_once and number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
         if not received and RANK == 0 and sys.stdout:  # None: closed by `>&-`
             with contextlib.suppress(OSError):
-                os.write(1, b"\nstopping: this step is finished and saved first"
-                         + b" (Ctrl-C again: stops at once)\n" * second_stops_at_once)
+                until = "this step" if WORLD_SIZE == 1 else "all until the next line of the log"
+                again = " (Ctrl-C again: stops at once)" * (not by_torchrun)
+                os.write(1, f"\nstopping: {until} is finished and saved first{again}".encode())
         received.append(number)
+        if number == signal.SIGINT and not by_torchrun:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     old_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -92,20 +83,18 @@ def one_line_errors(out_dir: str):
         yield
     except BrokenPipeError:  # as in `python train.py | head`
         raise
-    except OSError as error:  # such as a full disk
-        where = error.filename or "cannot write"
-        cannot_go_on(Path(out_dir), f"{where}: {error.strerror or error}", alone=True)
-    except (MemoryError, RuntimeError) as error:
-        text = first_part(error)
+    except (OSError, MemoryError, RuntimeError) as error:
         # another process has ended, and prints the reason
-        if WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in text):
+        if WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             print(f"process {RANK} ends because another process has ended", file=sys.stderr)
             os._exit(1)
-        if is_out_of_memory(error):
-            problem = f"out of memory ({text}): try --accum_steps, a smaller --batch_size, or a smaller model"
-        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        problem = one_line(error)
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            text = " ".join(str(error).split("\n\n")[0].split())
             problem = f"--compile does not work here ({text}): leave it out, or --compile=false"
-        else:
+        elif problem and not isinstance(error, OSError):
+            problem += ": try --accum_steps, a smaller --batch_size, a smaller model, or --mem_on_disk"
+        if problem is None:
             raise
         cannot_go_on(Path(out_dir), problem, alone=True)
 
@@ -114,60 +103,41 @@ def one_line_errors(out_dir: str):
 
 class RunLog:
     """
-    Prints a line every log_interval steps, and writes out_dir/log.jsonl. Only the first process prints and
-    writes, but all must call it: slot use is counted over all processes. A `with` block closes the file.
+    Prints the lines of a run, and writes out_dir/log.jsonl. Only the first process prints and writes, but all
+    must call it: slot use is counted over all processes.
 
-    config: train.TrainConfig. start: the step of the checkpoint that the run resumed from, or 0. note: a
-    sentence about the corpus, printed at the end of the run.
+    tokens_per_step: in all processes together. start: the step of the checkpoint that the run resumed from,
+    or 0.
     """
 
-    def __init__(self, config, start: int, model, optimizers: list, note: str = ""):
-        self.config, self.start, self.pool, self.note = config, start, model.pool, note
-        self.pool_optimizers = optimizers[1:]
-        self.skipped_steps = self.count_skipped_steps()
-        self.began = time.perf_counter()
-        self.seconds, self.steps = 0.0, 0  # since the last printed line
-        # idle threads of OpenMP do not sleep, so training suffers if other programs use the CPU
-        has_idle_threads = torch.get_num_threads() > 1 and os.environ.get("OMP_WAIT_POLICY", "") != "PASSIVE"
-        is_on_cpu = model.wte.weight.device.type == "cpu"
-        self.checked, self.waited = self.began if is_on_cpu and has_idle_threads else math.inf, cpu_wait()
-        self.step_width = len(str(config.max_steps))
-        path = Path(config.out_dir) / "log.jsonl"
-        if start and RANK == 0:
-            trim_log(path, start)
-        self.path = path if RANK == 0 else Path(os.devnull)
-        self.file = open(self.path, "a" if start else "w", buffering=1)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        with contextlib.suppress(OSError):  # `write` has raised it already
-            self.file.close()
+    def __init__(self, out_dir: str, max_steps: int, tokens_per_step: int, model, optimizers: list,
+                 start: int = 0):
+        self.out_dir, self.max_steps, self.tokens_per_step = Path(out_dir), max_steps, tokens_per_step
+        self.start, self.pool, self.pool_optimizers = start, model.pool, optimizers[1:]
+        self.path = self.out_dir / "log.jsonl"
+        lines = [line for line in read_json_lines(self.path) if start and line["step"] <= start]
+        self.skipped_told = max((line.get("skipped_steps", 0) for line in lines), default=0)
+        if RANK == 0:  # a resumed run writes the later lines again
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            os.replace(temporary, self.path)
+        self.began = self.since = time.perf_counter()
+        self.done = start  # when the last line was printed; self.since is its time, moved on by pauses
 
     def write(self, **line) -> None:
-        try:
-            self.file.write(json.dumps(line) + "\n")
-        except OSError as error:  # such as a full disk
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        if RANK == 0:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(line) + "\n")
 
-    def count_skipped_steps(self) -> int:
-        return sum(optimizer.skipped_steps for optimizer in self.pool_optimizers)
+    @contextlib.contextmanager
+    def pause(self):
+        """The time in this `with` block is not time of training."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
 
     def print_line(self, step: int, text: str) -> None:
-        print_once(f"step {step:{self.step_width}}/{self.config.max_steps}  {text}")
-
-    def check_cpu(self) -> None:
-        """Prints a line, once, if other programs use the CPU."""
-        now = time.perf_counter()
-        if now < self.checked + BUSY_CHECK_SECONDS:
-            return
-        waited = cpu_wait()
-        if waited - self.waited > 0.3 * (now - self.checked):
-            print_once("other programs use the CPU, which may make training several times slower. Start with "
-                       "OMP_WAIT_POLICY=PASSIVE python train.py ... to lose less")
-            now = math.inf
-        self.checked, self.waited = now, waited
+        print_once(f"step {step:{len(str(self.max_steps))}}/{self.max_steps}  {text}")
 
     def log_evaluation(self, step: int, measured: dict) -> None:
         text = f"validation loss {measured['val_loss']:.3f}"
@@ -176,52 +146,46 @@ class RunLog:
         self.print_line(step, text)
         self.write(step=step, seconds=time.perf_counter() - self.began, **measured)
 
-    def log_step(self, done: int, loss: float, lr: float, seconds: float) -> None:
-        """After each step. done: steps done so far. seconds: the time of this step."""
-        config = self.config
-        self.check_cpu()
-        self.seconds, self.steps = self.seconds + seconds, self.steps + 1
-        if done % config.log_interval and done < config.max_steps:
-            return
-        speed = config.batch_size * config.block_size * self.steps / self.seconds
-        self.seconds, self.steps = 0.0, 0
+    def log_step(self, done: int, loss: float, lr: float) -> None:
+        """done: steps done so far. loss: of the last of them. The device must have finished them."""
+        now = time.perf_counter()
+        speed = self.tokens_per_step * (done - self.done) / (now - self.since)
+        self.since, self.done = now, done
         line = {"step": done, "loss": loss, "lr": lr, "tokens_per_second": speed}
         slots = ""
         if self.pool is not None:
             # slot use since the last evaluation
             line["slots_used"], line["kl_from_uniform"] = self.pool.usage.summary()
             slots = f"  slot use {evenness(line):.2f}"
-        skipped_before, self.skipped_steps = self.skipped_steps, self.count_skipped_steps()
-        if self.skipped_steps > skipped_before:
-            line["skipped_steps"] = self.skipped_steps
-            new = self.skipped_steps - skipped_before
+        skipped = sum(optimizer.skipped_steps for optimizer in self.pool_optimizers)
+        if (new := skipped - self.skipped_told) > 0:
+            line["skipped_steps"] = self.skipped_told = skipped
             print_once(f"the pool skipped {new} {'step' if new == 1 else 'steps'}: its gradient was not "
-                       f"finite ({self.skipped_steps} so far); a lower --lr or --value_lr may help")
+                       f"finite ({skipped} so far); a lower --lr or --value_lr may help")
         self.write(**line)
-        left = (time.perf_counter() - self.began) / (done - self.start) * (config.max_steps - done)
+        left = (now - self.began) / (done - self.start) * (self.max_steps - done)
         self.print_line(done, f"loss {loss:.3f}{slots}  {speed / 1000:.1f}k tokens/s  {duration(left)} left")
 
-    def draw_missing_figure(self) -> None:
-        if RANK == 0 and not (Path(self.config.out_dir) / "loss.png").exists():
-            draw_run(Path(self.config.out_dir), self.note)
-
-    def print_end(self, device: str, measured: dict) -> None:
+    def end(self, device: str, note: str, measured: dict, keep_best: bool) -> None:
         """Prints the results, draws the figure, and prints the time and the memory that the run took."""
         if RANK > 0:
             return
-        out_dir = self.config.out_dir
+        if self.start >= self.max_steps:  # this run had ended before: only its figure may be missing
+            if not (self.out_dir / "loss.png").exists():
+                draw_run(self.out_dir, note)
+            return
         if "recall" in measured:
             print_recall(measured["recall"])
-        if self.note:
-            print(self.note)
-        draw_run(Path(out_dir), self.note)
-        best = best_checkpoint(checkpoints(Path(out_dir))) if self.config.keep_best else None
+        if note:
+            print(note)
+        draw_run(self.out_dir, note)
+        best = best_checkpoint(checkpoints(self.out_dir)) if keep_best else None
         pool_bytes = 0 if self.pool is None else self.pool.values.nbytes
         elapsed = duration(time.perf_counter() - self.began)
         print(f"{elapsed} {'since the run was resumed' if self.start else 'in all'}; "
               f"peak memory {peak_memory(device) / 2**30:.3f} GiB; the pool has {pool_bytes / 2**30:.3f} GiB")
-        print(f"the log, the figure loss.png and the checkpoints are in {out_dir}. Ask the model:\n"
-              f"    {python_command()} sample.py --out_dir={best or out_dir}", flush=True)
+        print(f"the log, the figure loss.png and the checkpoints are in {self.out_dir}. Ask the model:\n"
+              f"    {python_command()} sample.py --out_dir={best or self.out_dir}", flush=True)
 
 
 def evenness(measured: dict) -> float:
@@ -232,37 +196,25 @@ def evenness(measured: dict) -> float:
     return math.exp(-measured["kl_from_uniform"]) if measured["slots_used"] else math.nan
 
 
-def trim_log(path: Path, step: int) -> None:
-    """Removes lines after `step`, which the resumed run writes again, and a line that was cut short."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
-
-
 # --- the first and the last lines ---------------------------------------------------------------------------
 
-def print_start(config, device: str, data, model, checkpoint: Path | None) -> None:
-    counts = model.count_parameters()
+def print_start(dataset: str, train_tokens: int, device: str, model, log: RunLog,
+                checkpoint: Checkpoint | None) -> None:
+    config, counts = model.config, model.count_parameters()
     where = f"memory layers in {','.join(map(str, config.mem_layers))}" if config.mem_layers else "no memory"
-    print_once(f"{config.dataset}: {len(data.train):,} tokens to train on; {config.max_steps:,} steps with "
-               f"{config.batch_size * config.block_size:,} tokens each, on {device}"
+    print_once(f"{dataset}: {train_tokens:,} tokens to train on; {log.max_steps:,} steps with "
+               f"{log.tokens_per_step:,} tokens each, on {device}"
                + (f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""))
     print_once(f"GPT with {config.n_layer} blocks, {where}; kernel: {resolve_kernel(config.kernel, device)}")
     print_once(f"{counts['dense']:,} dense parameters, {counts['memory']:,} in the pool; a token uses "
-               f"{counts['active']:,} of them, and {config.macs_per_token():,} multiply-adds")
+               f"{counts['active']:,} of them, and {model.macs_per_token():,} multiply-adds")
     if checkpoint:
-        print_once(f"resumed from {checkpoint}" if step_of(checkpoint) < config.max_steps else
+        print_once(f"resumed from {checkpoint}" if log.start < log.max_steps else
                    f"{checkpoint} is the end of this run. To ask it: {python_command()} sample.py --out_dir="
-                   f"{config.out_dir}. To train longer, choose a larger --max_steps")
+                   f"{log.out_dir}. To train longer, choose a larger --max_steps")
 
 
-def print_measured(checkpoint: Path, data, measured: dict) -> None:
+def print_measured(checkpoint: Checkpoint, data, measured: dict) -> None:
     """What --eval_only prints. data: the Dataset."""
     loss = measured["val_loss"]
     text = f"{checkpoint}: validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}"
@@ -297,64 +249,44 @@ def draw_run(out_dir: Path, note: str = "") -> None:
         print_once(f"loss.png was not drawn: {' '.join(str(error).split())}")
 
 
-def import_matplotlib():
-    """
-    Imports matplotlib, also if MPLBACKEND names a backend that is not installed: a notebook sets it for all
-    programs that it starts. A figure in a file needs no backend.
-    """
-    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
-    try:
-        import matplotlib
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    if backend:
-        with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend  # as matplotlib does itself
-    return matplotlib
-
-
 def plot_run(out_dir: Path, note: str = "") -> None:
     """
     Draws loss, recall and slot use over the steps of a run: out_dir/log.jsonl -> out_dir/loss.png. note: a
     sentence below the figure.
     """
-    matplotlib = import_matplotlib()  # only here, because it takes time and memory
+    import matplotlib  # only here, because it takes time and memory
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in open(out_dir / "log.jsonl", encoding="utf-8")]
+    lines = read_json_lines(out_dir / "log.jsonl")
     trained = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if "val_loss" in line]
     if not evaluated:
         fail(f"{out_dir / 'log.jsonl'} has no evaluation yet")
-    has_recall, has_memory = "recall" in evaluated[-1], "slots_used" in evaluated[-1]
-    panels = 1 + has_recall + has_memory
+    steps, last = [line["step"] for line in evaluated], evaluated[-1]
+    # panels: (y axis, curves), and each curve: (label, style, x, y)
+    panels = [("loss (nats per token)", [
+        ("training", "-", [line["step"] for line in trained], [line["loss"] for line in trained]),
+        ("validation", "o-", steps, [line["val_loss"] for line in evaluated])])]
+    if "recall" in last:
+        panels.append(("recall (exact match)", [
+            (LABELS[name], style, steps, [line.get("recall", {}).get(name) for line in evaluated])
+            for name, style in (("all", "o-"), ("held_out", "s--")) if name in last["recall"]]))
+    if "slots_used" in last:  # [1:], because nothing was read before step 0
+        panels.append(("slot use (1: all slots alike)", [
+            ("", "o-", steps[1:], [evenness(line) for line in evaluated[1:]])]))
     style = {"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3,
              "legend.frameon": False}
     with matplotlib.rc_context(style):  # leaves pyplot and the user's settings as they are
-        figure = Figure(figsize=(4.5 * panels, 3.5), layout="constrained")
-        axes = iter(figure.subplots(1, panels, squeeze=False)[0])
-
-        axis = next(axes)
-        steps = [line["step"] for line in evaluated]
-        axis.plot([line["step"] for line in trained], [line["loss"] for line in trained], label="training")
-        axis.plot(steps, [line["val_loss"] for line in evaluated], "o-", label="validation")
-        axis.set(xlabel="step", ylabel="loss (nats per token)")
-        axis.legend()
-        if has_recall:
-            axis = next(axes)
-            for name, marker in (("all", "o-"), ("held_out", "s--")):
-                if name in evaluated[-1]["recall"]:
-                    shares = [line.get("recall", {}).get(name) for line in evaluated]
-                    axis.plot(steps, shares, marker, label=LABELS[name])
-            axis.set(xlabel="step", ylabel="recall (exact match)", ylim=(0, 1.02))
-            if "held_out" in evaluated[-1]["recall"]:
+        figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (ylabel, curves) in zip(axes, panels, strict=True):
+            for label, marker, x, y in curves:
+                axis.plot(x, y, marker, label=label)
+            axis.set(xlabel="step", ylabel=ylabel)
+            if "loss" not in ylabel:
+                axis.set_ylim(0, 1.02)
+            if len(curves) > 1:
                 axis.legend()
-        if has_memory:
-            axis = next(axes)
-            # [1:], because nothing was read before step 0
-            axis.plot(steps[1:], [evenness(line) for line in evaluated[1:]], "o-")
-            axis.set(xlabel="step", ylabel="slot use (1: all slots alike)", ylim=(0, 1.02))
         figure.supxlabel(note, fontsize="small")
         temporary = out_dir / ".loss.png"
         figure.savefig(temporary, dpi=120)

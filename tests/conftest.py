@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -58,6 +59,30 @@ def run(facts_folder, tmp_path, monkeypatch):
 
     run.out = tmp_path / "out"
     return run
+
+
+@pytest.fixture(scope="session")
+def trained(facts_folder, tmp_path_factory):
+    """The folder of a run that was trained once: 6 steps, checkpoints at 3 and 6."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "DATA", facts_folder)
+        train.main([*SMALL, f"--out_dir={folder}"])
+    return folder
+
+
+@pytest.fixture
+def ended(run, trained):
+    """As run, and run.out is a copy of the run that has ended."""
+    shutil.copytree(trained, run.out)
+    return run
+
+
+@pytest.fixture
+def half(ended):
+    """As run, and run.out is the run as it was after step 3."""
+    shutil.rmtree(ended.out / "step_000006")
+    return ended
 
 
 def log(out: Path) -> list[dict]:

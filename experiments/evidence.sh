@@ -52,7 +52,7 @@ stage() {  # stage UNTIL EXPERIMENT STEPS_OF_A_FULL_RUN: short runs first, then 
 }
 
 # make the second corpus while the first models train
-[ -e data/code/meta.json ] || "$python" data/prepare.py code > "$folder/prepare.txt" 2>&1 &
+[ -e data/code/meta.json ] || "$python" -m data.prepare code > "$folder/prepare.txt" 2>&1 &
 stage $((SECONDS + (end - SECONDS) * 3 / 5)) facts-large 4600
 wait
 stage $end code 1600

@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     edited = ("erase", "teach")
     word, rest = first_word(argv, (*EXPERIMENTS, *edited, "table", "summary"), __doc__, "an experiment")
     if word in edited:
-        return facts_edited.run(word, rest)
+        return facts_edited.run_all(word, rest)
     experiment = EXPERIMENTS.get(word)
     _, options = parse(CompareConfig, rest, description=__doc__)
     if experiment is None and options.keys() - {"results"}:

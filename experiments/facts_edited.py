@@ -253,7 +253,7 @@ def runs_of(word: str, config: EditedConfig) -> list[dict]:
     return runs
 
 
-def run(word: str, argv: list[str]) -> None:
+def run_all(word: str, argv: list[str]) -> None:
     """Does all runs of erase or teach that have no line yet, and prints the table."""
     config = build(EditedConfig, parse(EditedConfig, argv, description=__doc__)[1])
     path, runs = rows_path(word, config.results), runs_of(word, config)

@@ -1,5 +1,7 @@
-"""experiments/compare.py: a small experiment from the plan to the table, the tables and figures of made-up runs,
-and the measurements of edited models."""
+"""
+experiments/: a small experiment from the plan to the table, the tables and figures of made-up runs, and what
+is measured of edited models.
+"""
 
 import itertools
 import json
@@ -39,7 +41,7 @@ ONE_RUN = ["facts", "--models=memory+", "--lrs=6e-3", "--seeds=1"]
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A copy of the project whose experiment `facts` has two tiny models and tiny data. Yields its lines' path."""
+    """A copy of the project whose experiment `facts` has two tiny models and tiny data -> its lines' path."""
     for pattern in ("*.py", "data/*.py", "runtime/*.py", "experiments/*.py"):
         for path in results.ROOT.glob(pattern):
             copy = tmp_path / path.relative_to(results.ROOT)
@@ -85,7 +87,8 @@ def made_up(model="dense", lr=1e-3, seed=1, recall=0.5, often=0.5, experiment="f
 def test_an_experiment_from_its_plan_to_its_table(tiny, tmp_path, capsys, monkeypatch):
     compare.main(["facts", "--lrs=6e-3", "--seeds=2"])
     rows = read_json_lines(tiny)
-    assert {(row["model"], row["seed"]) for row in rows} == {(m, s) for m in ("dense", "memory+") for s in (1, 2)}
+    runs = {(row["model"], row["seed"]) for row in rows}
+    assert len(rows) == 4 and runs == set(itertools.product(("dense", "memory+"), (1, 2)))
     for row in rows:
         assert [point["step"] for point in row["curve"]] == [0, 2, 4]
         assert [point["tokens"] for point in row["curve"]] == [0, 256, 512]
@@ -215,20 +218,12 @@ def test_runs_of_another_corpus_are_not_mixed_with_ours(tiny, tmp_path, capsys):
     assert_fails(lambda: compare.main(["facts"]), "was made with other options", capsys)
 
 
-def test_an_experiment_may_have_its_own_defaults_of_learning_rates_and_seeds(tiny, monkeypatch):
-    configs = []
-    monkeypatch.setattr(compare, "run_all", lambda name, experiment, config: configs.append(config))
-    EXPERIMENTS["facts"].defaults = models.ONE_RUN
-    compare.main(["facts"])
-    compare.main(["facts", "--seeds=2"])
-    assert [(config.lrs, config.seeds) for config in configs] == [((2e-3,), 1), ((2e-3,), 2)]
-
-
 def test_the_best_learning_rate_is_chosen_after_all_are_tried():
     config = CompareConfig(lrs=(1e-3, 3e-3), seeds=3)
     assert next_runs(config, ["dense"], []) == [("dense", 1e-3, 1), ("dense", 3e-3, 1)]
     rows = [made_up(lr=3e-3, recall=0.6)]
-    assert next_runs(config, ["dense", "moe"], rows) == [("dense", 1e-3, 1), ("moe", 1e-3, 1), ("moe", 3e-3, 1)]
+    assert next_runs(config, ["dense", "moe"], rows) == [("dense", 1e-3, 1), ("moe", 1e-3, 1),
+                                                         ("moe", 3e-3, 1)]
     # the best is the highest: is there a better one beyond? There is not
     rows.append(made_up(lr=1e-3, recall=0.5))
     assert next_runs(config, ["dense"], rows) == [("dense", 6e-3, 1)]
@@ -265,9 +260,10 @@ def test_a_model_is_what_its_line_says(experiment):
     The options with which a model is trained are those of its line, whatever the presets and defaults of
     train.py are. All lines count: a change of an option's name or default would make them worthless.
     """
-    for name, options in EXPERIMENTS[experiment].models.items():
-        assert {"mem_query", "mem_layers", "scale_embeddings"} <= (EXPERIMENTS[experiment].options | options).keys()
-        config = EXPERIMENTS[experiment].config(name, out_dir="x")
+    plan = EXPERIMENTS[experiment]
+    for name, options in plan.models.items():
+        assert {"mem_query", "mem_layers", "scale_embeddings"} <= (plan.options | options).keys()
+        config = plan.config(name, out_dir="x")
         preset, given = parse(TrainConfig, train_command(config)[2:], PRESETS)
         assert build(TrainConfig, preset | given) == config
     path = RESULTS / f"{experiment}.jsonl"
@@ -318,7 +314,7 @@ def test_the_tables_of_the_finished_runs(capsys):
         assert f"\n{name}" in printed
     page = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
     for name, table in re.findall(r"<!-- (\w+) table -->\n(.*?)<!-- end -->", page, re.DOTALL):
-        assert table in printed, f"the table of {name} in experiments/README.md is not what the command prints"
+        assert table in printed, f"the command prints another table of {name} than experiments/README.md has"
 
 
 def test_diverged_runs_are_counted_in_the_table(tmp_path, capsys):
@@ -399,7 +395,7 @@ def test_evidence_runs_what_fits_and_keeps_the_logs_of_the_rest(tmp_path):
         folder.mkdir(parents=True)
         (folder / "log.jsonl").write_text("a line\n")
         (folder / "printed.txt").write_text("printed\n")
-    write_rows(tmp_path / "row", made_up(tokens_per_second=1000.0))  # 100 tokens per step: 10 steps per second
+    write_rows(tmp_path / "row", made_up(tokens_per_second=1000.0))  # with 100 tokens per step: 10 steps/s
     python = tmp_path / "python"
     python.write_text(f"""#!/bin/bash
 echo "$*" >> {tmp_path}/commands
@@ -437,14 +433,15 @@ def test_erase_and_teach_measure_and_resume(trained, run, capsys, tmp_path, monk
     """One line per finished run; the same command adds nothing. The figures can be drawn from the lines."""
     monkeypatch.setattr(facts_edited, "trained_model", lambda *_: (*load(run.out)[:2], *trained[2:]))
     monkeypatch.setattr(facts_edited, "SIZES", (4, 16))
-    monkeypatch.setattr(facts_edited, "LRS", {name: lrs[:1] for name, lrs in facts_edited.LRS.items()})
+    monkeypatch.setattr(facts_edited, "LRS", {"sparse": (30.0,), "lora": (1e-3,), "full, shuffled": (1e-4,)})
     monkeypatch.setattr(facts_edited, "STEPS", 1)
     monkeypatch.setattr(facts_edited, "ASKED", 20)
     lines = {}
-    for word, count in (("erase", 2), ("teach", 12)):
+    for word, count in (("erase", 1), ("teach", 6)):
         path = tmp_path / f"{word}.jsonl"
         for _ in range(2):
-            compare.main([word, "--models=tokens", "--seeds=2", "--people=1", f"--results={tmp_path}"])
+            seeds = 1 if word == "erase" else 2
+            compare.main([word, "--models=tokens", f"--seeds={seeds}", "--people=1", f"--results={tmp_path}"])
             lines[word] = read_json_lines(path)
             assert len(lines[word]) == count
         assert "| tokens |" in capsys.readouterr().out

@@ -11,10 +11,9 @@ numbers.
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from model import GPT, GPTConfig
-from runtime.cli import build, command, parse
+from experiments.models import costs
+from model import GPTConfig
+from runtime.cli import at_least, build, command, parse
 
 
 @dataclass
@@ -40,13 +39,9 @@ class PlanConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("gpus", "tokens", "value_blocks", "flops", "bandwidth", "link", "gpu_memory"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be more than 0")
-        if self.mem_kind == "peer":
-            raise ValueError("mem_kind=peer has no plan: a plan assumes one row per slot, and peer has two")
-        if not self.mem_layers:
-            raise ValueError("mem_layers must have at least one layer, as in --mem_layers=4,12,20")
+        at_least(1, self, "gpus", "tokens", "value_blocks", "flops", "bandwidth", "link", "gpu_memory")
+        if self.mem_kind == "peer" or not self.mem_layers:
+            raise ValueError("mem_kind and mem_layers must give a pool with one row per slot")
         self.mem_group_size = self.mem_group_size or self.gpus
         for name in ("gpus", "n_embd", "value_blocks"):
             if getattr(self, name) % self.mem_group_size:
@@ -70,47 +65,31 @@ def bytes_sent(c: PlanConfig) -> dict[str, float]:
             "reads, to replicas": (c.gpus // G - 1) * (G * bag * (4 + 4) + V * 4)}
 
 
-def memory_needed(c: PlanConfig, counts: dict, slots: int) -> tuple[dict, dict]:
-    """{part: bytes per GPU} without activations, and {optimiser: {part: bytes per GPU}}, which is added."""
+def plan(c: PlanConfig) -> dict[str, float]:
+    """Prints the plan. Returns {optimiser: bytes per GPU}."""
+    macs, counts = costs(c)
     G, bag, V, layers = c.mem_group_size, c.mem_heads * c.mem_knn, c.n_embd, len(c.mem_layers)
-    size = {"float32": 4, "bfloat16": 2}[c.mem_dtype]
-    parts = {
-        "dense: weights, gradients, AdamW": counts["dense"] * 16,
-        "values": counts["memory"] * size / G,
-        "slot use": slots * 4,
-    }
+    size, slots = {"float32": 4, "bfloat16": 2}[c.mem_dtype], counts["memory"] // V
+    print(f"{counts['dense'] / 1e9:.2f}B dense parameters; a pool of {slots:,} slots x {V:,} = "
+          f"{counts['memory'] / 1e9:.1f}B ({c.mem_dtype}), read by {layers} layers, {bag} slots per token;\n"
+          f"{c.gpus} GPUs, {G} share a pool, {c.tokens:,} tokens per GPU and step\n")
+
+    parts = {"dense: weights, gradients, AdamW": counts["dense"] * 16,
+             "values": counts["memory"] * size / G, "slot use": slots * 4}
     reads = {  # instead of a dense gradient
         "reads of a step": layers * c.tokens * (c.gpus // G) * (G * bag * (4 + 4) + V * 4),
         # for each row that a token reads: index and weight twice, token three times, and the sort's order
-        "sorting them": layers * c.tokens * c.gpus * bag * (2 * (4 + 4) + 3 * 8 + 8),
-    }
-    return parts, {
-        "rowwise": {"state": slots * c.value_blocks * 4 / G} | reads,
-        "adam": {"state": counts["memory"] * 8 / G} | reads,
-        "adam and a dense gradient": {"state": counts["memory"] * 8 / G,
-                                      "gradient": counts["memory"] * size / G},
-    }
-
-
-def plan(c: PlanConfig) -> dict[str, float]:
-    """Prints the plan. Returns {optimiser: bytes per GPU}."""
-    with torch.device("meta"):
-        counts = GPT(c).count_parameters()
-    bag, V, layers = c.mem_heads * c.mem_knn, c.n_embd, len(c.mem_layers)
-    slots = counts["memory"] // V
-    print(f"{counts['dense'] / 1e9:.2f}B dense parameters; a pool of {slots:,} slots x {V:,} = "
-          f"{counts['memory'] / 1e9:.1f}B ({c.mem_dtype}), read by {layers} layers, {bag} slots per token;\n"
-          f"{c.gpus} GPUs, {c.mem_group_size} share a pool, {c.tokens:,} tokens per GPU and step\n")
-
-    parts, parts_of_optimizer = memory_needed(c, counts, slots)
+        "sorting them": layers * c.tokens * c.gpus * bag * (2 * (4 + 4) + 3 * 8 + 8)}
+    adam, dense_gradient = {"state": counts["memory"] * 8 / G}, {"gradient": counts["memory"] * size / G}
+    totals = {}
     print("GB per GPU (a tenth of its memory is left for activations):")
     for name, part in parts.items():
         print(f"  {name:34}{part / 1e9:9.2f}")
-    totals = {}
-    for name, extra in parts_of_optimizer.items():
+    for name, extra in {"rowwise": {"state": slots * c.value_blocks * 4 / G} | reads, "adam": adam | reads,
+                        "adam and a dense gradient": adam | dense_gradient}.items():
         totals[name] = sum(parts.values()) + sum(extra.values())
         verdict = "fits" if totals[name] < 0.9 * c.gpu_memory else f"does not fit {c.gpu_memory / 1e9:.0f} GB"
-        text = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in extra.items())
+        text = ", ".join(f"{part} {amount / 1e9:.2f}" for part, amount in extra.items())
         print(f"  + {name}: {text}; in all {totals[name] / 1e9:.1f}: {verdict}")
 
     traffic = bytes_sent(c)
@@ -119,11 +98,10 @@ def plan(c: PlanConfig) -> dict[str, float]:
         print(f"  {name:34}{part:12,.0f}")
     # 4: a row is loaded for the sum and for the dot product, and loaded and stored by the update. A row that
     # is read twice in a step counts twice
-    pool_bytes = 4 * layers * bag * V * {"float32": 4, "bfloat16": 2}[c.mem_dtype]
+    pool_bytes = 4 * layers * bag * V * size
     sent_bytes = layers * sum(traffic.values()) + 2 * 4 * counts["dense"] / c.tokens  # + dense gradients
-    work = {"matrix products": (6 * c.macs_per_token(), "FLOPs", c.flops),
-            "the pool's rows": (pool_bytes, "bytes", c.bandwidth),
-            "traffic": (sent_bytes, "bytes", c.link)}
+    work = {"matrix products": (6 * macs, "FLOPs", c.flops),
+            "the pool's rows": (pool_bytes, "bytes", c.bandwidth), "traffic": (sent_bytes, "bytes", c.link)}
     print("\nper token of training, forward and backward:")
     for name, (amount, unit, speed) in work.items():
         print(f"  {name:16}{amount:18,.0f} {unit:5} {1e6 * amount / speed:8.2f} us at {speed:.3g} per second")
@@ -134,7 +112,7 @@ def plan(c: PlanConfig) -> dict[str, float]:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    plan(build(PlanConfig, parse(PlanConfig, argv, description=__doc__)[1]))
+    build(plan, dict(c=build(PlanConfig, parse(PlanConfig, argv, description=__doc__)[1])))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 Draws figures from files of results, and writes each figure next to its file.
 
-    python -m experiments.plots experiments/results/facts.jsonl   facts.png and facts_more.png
+    python -m experiments.plots experiments/results/facts.jsonl   facts.png
     python -m experiments.plots experiments/results/step.jsonl    step.png
     python -m experiments.plots FOLDER/facts-large.jsonl          facts-large.png; code.jsonl: code.png
     python -m experiments.plots experiments/results/erase.jsonl   erase.png; teach.jsonl: teach.png
@@ -9,17 +9,16 @@ Draws figures from files of results, and writes each figure next to its file.
 The files come from experiments.compare, step.jsonl from experiments.speed step --json=FILE.
 """
 
-import json
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from experiments.compare import SUMMARY, best_runs, read_rows
-from experiments.editing import BASES, LRS, erase_shares, read_lines
+from experiments.models import EDITED, EXPERIMENTS, SUMMARY
+from experiments.results import best_runs, erase_shares, read_json_lines, read_rows
 from runtime.cli import command, fail
-from runtime.log import evenness, import_matplotlib
+from runtime.log import import_matplotlib
 
 matplotlib = import_matplotlib()
 from matplotlib.figure import Figure  # noqa: E402
@@ -87,13 +86,9 @@ def label_ends(axis, ends: list[tuple]) -> None:
                       arrowprops=leader)
 
 
-def final_recalls(runs: dict) -> dict:
-    return {model: [row["curve"][-1]["recall"] for row in rows] for model, rows in runs.items()}
-
-
 def draw_facts(runs: dict) -> Figure:
     """Recall against how often a fact was told in the training text."""
-    recalls = final_recalls(runs)
+    recalls = {model: [row["curve"][-1]["recall"] for row in rows] for model, rows in runs.items()}
     best_first = sorted(runs, key=lambda model: -np.mean([recall["all"] for recall in recalls[model]]))
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axis = figure.subplots()
@@ -110,61 +105,10 @@ def draw_facts(runs: dict) -> Figure:
     return figure
 
 
-def draw_facts_more(runs: dict) -> Figure:
-    """Recall against tokens and against the number of slots; slot use against tokens."""
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    axes = figure.subplots(1, 3)
-    draw_curves(axes[0], runs)
-    draw_sizes(axes[1], runs)
-    draw_slot_use(axes[2], runs)
-    return figure
-
-
-def draw_curves(axis, runs: dict) -> None:
-    ends = []
-    for model, rows in runs.items():
-        points = [point["tokens"] / 1e6 for point in rows[0]["curve"]]
-        curves = [[point["recall"]["all"] for point in row["curve"]] for row in rows]
-        ends.append(draw(axis, model, points, curves))
-    axis.set(xlabel="million tokens", ylabel="recall", ylim=(-0.02, 1.02))
-    label_ends(axis, ends)
-
-
-def draw_sizes(axis, runs: dict) -> None:
-    recalls = {model: [recall["all"] for recall in rows] for model, rows in final_recalls(runs).items()}
-    slots = {model: runs[model][0]["options"]["mem_num_keys"]**2
-             for model in ("shifted", "shifted-4x", "shifted-16x") if model in runs}
-    axis.plot(list(slots.values()), [np.mean(recalls[model]) for model in slots], color="0.6", zorder=0)
-    for model, x in slots.items():
-        draw(axis, model, [x], [[recall] for recall in recalls[model]])
-    for model in ("dense", "dense-2x"):
-        if model in runs and slots:
-            axis.axhline(np.mean(recalls[model]), color=STYLES[model][0], linestyle=STYLES[model][2],
-                         label=model)
-            axis.legend()
-    axis.set(xscale="log", xlabel="slots, with mem_query=shifted", ylabel="recall", ylim=(-0.02, 1.02),
-             xticks=list(slots.values()))
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.xaxis.set_minor_locator(NullLocator())
-
-
-def draw_slot_use(axis, runs: dict) -> None:
-    ends = []
-    for model, rows in runs.items():
-        if "kl_from_uniform" in rows[0]["curve"][-1]:
-            points = [point["tokens"] / 1e6 for point in rows[0]["curve"][1:]]
-            ends.append(draw(axis, model, points,
-                             [[evenness(point) for point in row["curve"][1:]] for row in rows]))
-    axis.set(xlabel="million tokens", ylabel="slot use (1: all slots alike)", ylim=(0, 1.02))
-    if ends:
-        label_ends(axis, ends)
-
-
 # --- facts-large and code -----------------------------------------------------------------------------------
 
-def runs_of_one_length(path: Path) -> dict[str, list[dict]]:
+def runs_of_one_length(rows: list[dict]) -> dict[str, list[dict]]:
     """The runs of each model. Where runs have different lengths: the length that most models have."""
-    rows = [row for row in map(json.loads, open(path, encoding="utf-8")) if row["curve"]]
     models = Counter(steps for _, steps in {(row["model"], row["options"]["max_steps"]) for row in rows})
     steps = max(models, key=lambda steps: (models[steps], steps))
     runs = defaultdict(list)
@@ -179,19 +123,17 @@ def draw_large(runs: dict) -> Figure:
     facts-large: recall against tokens, seconds of training and the number of slots. code: validation loss
     against tokens. Runs that shared a GPU took longer than a run alone.
     """
-    def is_size(model):  # memory+ with another number of slots
-        return model.startswith("memory+") and model != "memory+"
-
     def value(point):
         return point["recall"]["all"] if has_recall else point["val_loss"]
 
     has_recall = "recall" in next(iter(runs.values()))[0]["curve"][-1]
+    sizes = [model for model in runs if model.startswith("memory+")]  # memory+ and other numbers of slots
     figure = Figure(figsize=(15 if has_recall else 7, 4.2), layout="constrained")
     axes = figure.subplots(1, 3 if has_recall else 1, squeeze=False)[0]
     for axis, name in zip(axes, ("million tokens", "seconds of training"), strict=False):
         ends = []
         for model, rows in runs.items():
-            if not is_size(model):
+            if model == "memory+" or model not in sizes:
                 unit = 1e6 if axis is axes[0] else rows[0]["tokens_per_second"]
                 curves = [[value(point) for point in row["curve"][1:]] for row in rows]  # [1:]: not step 0
                 x = [point["tokens"] / unit for point in rows[0]["curve"][1:]]
@@ -199,16 +141,12 @@ def draw_large(runs: dict) -> Figure:
         axis.set(xlabel=name, ylabel="recall" if has_recall else "validation loss (nats per token)")
         label_ends(axis, ends)
     if has_recall:
-        final = {model: [value(row["curve"][-1]) for row in rows] for model, rows in runs.items()}
-        slots = {model: runs[model][0]["options"]["mem_num_keys"]**2
-                 for model in runs if is_size(model) or model == "memory+"}
-        slots = dict(sorted(slots.items(), key=lambda item: item[1]))
-        axes[2].plot(list(slots.values()), [np.mean(final[model]) for model in slots], "s-", color="#0072B2",
-                     label="memory+")
-        for model in runs.keys() - slots.keys():
-            axes[2].axhline(np.mean(final[model]), color=STYLES[model][0], linestyle=STYLES[model][2],
-                            label=model)
-        axes[2].set(xscale="log", xlabel="slots", ylabel="recall", xticks=list(slots.values()))
+        final = {model: np.mean([value(row["curve"][-1]) for row in rows]) for model, rows in runs.items()}
+        slots = sorted((runs[model][0]["options"]["mem_num_keys"]**2, final[model]) for model in sizes)
+        axes[2].plot(*zip(*slots, strict=True), "s-", color="#0072B2", label="memory+")
+        for model in runs.keys() - sizes:
+            axes[2].axhline(final[model], color=STYLES[model][0], linestyle=STYLES[model][2], label=model)
+        axes[2].set(xscale="log", xlabel="slots", ylabel="recall", xticks=[size for size, _ in slots])
         axes[2].xaxis.set_major_formatter("{x:,.0f}")
         axes[2].xaxis.set_minor_locator(NullLocator())
         axes[2].legend()
@@ -221,21 +159,23 @@ def draw_erase(rows: list[dict]) -> Figure:
     """Recall against the number of emptied slots: a person's facts, one fact, and facts told often."""
     figure = Figure(figsize=(15, 4), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
-    sizes = ("0", *map(str, rows[0]["run"]["sizes"]))
-    for base, colour in zip(BASES, COLOURS, strict=False):
-        of_base = [row for row in rows if row["run"]["model"] == base]
-        for label, line in (("these", "-"), ("others", ":")) if of_base else ():
-            axes[0].plot(sizes, np.mean(erase_shares(of_base, "person", label), 0), line, marker="o",
-                         color=colour, label=f"{base}: " + ("the person" if label == "these" else "others"))
-    first = [row for row in rows if row["run"]["model"] == next(iter(BASES))]
+    sizes, bases = ("0", *map(str, rows[0]["run"]["sizes"])), by_model(rows)
+    first, of_first = next(iter(bases.items()))
+
+    def line(axis, rows, mode, label, name, told=None, **look):
+        axis.plot(sizes, np.mean(erase_shares(rows, mode, label, told), 0), marker="o", label=name, **look)
+
+    for (base, of_base), colour in zip(bases.items(), COLOURS, strict=False):
+        line(axes[0], of_base, "person", "these", f"{base}: the person", color=colour)
+        line(axes[0], of_base, "person", "others", f"{base}: others", color=colour, linestyle=":")
     for label, name in (("these", "this fact"), ("other words", "this fact, in other words"),
                         ("person's others", "the person's other facts"), ("others", "other people")):
-        axes[1].plot(sizes, np.mean(erase_shares(first, "one fact", label), 0), marker="o", label=name)
-    for told in sorted({point["told"] for row in first for point in row["points"]}):
+        line(axes[1], of_first, "one fact", label, name)
+    for told in sorted({point["told"] for row in of_first for point in row["points"]}):
         name = f"told {told} to {2 * told - 1} times" if told < 128 else "told more often"
-        axes[2].plot(sizes, np.mean(erase_shares(first, "person", "these", told), 0), marker="o", label=name)
-    for axis, title in zip(axes, ("erasing a person", f"erasing one fact ({next(iter(BASES))})",
-                                  f"erasing a person ({next(iter(BASES))})"), strict=True):
+        line(axes[2], of_first, "person", "these", name, told)
+    for axis, title in zip(axes, ("erasing a person", f"erasing one fact ({first})",
+                                  f"erasing a person ({first})"), strict=True):
         axis.set(title=title, xlabel="slots emptied", ylim=(-0.02, 1.02))
         axis.legend(fontsize=8)
     axes[0].set_ylabel("recall")
@@ -244,19 +184,17 @@ def draw_erase(rows: list[dict]) -> Figure:
 
 def draw_teach(rows: list[dict]) -> Figure:
     """What is forgotten against what is learnt. A line joins the learning rates of one method."""
-    bases = [base for base in BASES if any(row["run"]["model"] == base for row in rows)]
+    bases = by_model(rows)
     figure = Figure(figsize=(4 * len(bases) + 1.5, 6), layout="constrained")
     axes = figure.subplots(2, len(bases), sharex=True, sharey="row", squeeze=False)
-    for column, base in zip(axes.T, bases, strict=True):
-        for (method, lrs), marker in zip(LRS.items(), "osv^Pd", strict=True):
-            runs = [[row for row in rows if (row["run"]["model"], row["run"]["method"], row["run"]["lr"])
-                     == (base, method, lr)] for lr in lrs]
-            runs = [group for group in runs if group]
-            new = [np.mean([row["after"]["new"] for row in group]) for group in runs]
-            column[0].plot(new, [np.mean([row["after"]["old"] for row in group]) for group in runs],
-                           marker=marker, label=method)
-            column[1].plot(new, [np.mean([row["after"]["loss"] - row["before"]["loss"] for row in group])
-                                 for group in runs], marker=marker, label=method)
+    for column, (base, of_base) in zip(axes.T, bases.items(), strict=True):
+        for (method, of_method), marker in zip(group_by(of_base, "method").items(), "osv^Pd", strict=False):
+            means = [np.mean([(row["after"]["new"], row["after"]["old"],
+                               row["after"]["loss"] - row["before"]["loss"]) for row in group], 0)
+                     for _, group in sorted(group_by(of_method, "lr").items())]
+            new, old, rise = zip(*means, strict=True)
+            column[0].plot(new, old, marker=marker, label=method)
+            column[1].plot(new, rise, marker=marker, label=method)
         column[0].set(title=base, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         column[1].set(xlabel="recall of the new facts")
     axes[0, 0].set_ylabel("recall of old facts")
@@ -265,29 +203,37 @@ def draw_teach(rows: list[dict]) -> Figure:
     return figure
 
 
+def by_model(rows: list[dict]) -> dict[str, list[dict]]:
+    groups = group_by(rows, "model")
+    return {base: groups[base] for base in EDITED if base in groups}
+
+
+def group_by(rows: list[dict], name: str) -> dict[str, list[dict]]:
+    """{value: the lines whose run has this value}, in the order of the lines."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["run"][name]].append(row)
+    return groups
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
-def figures(path: Path) -> dict[Path, Figure]:
-    """The figures for a file of results: {path of the figure: figure}."""
+def draw_file(path: Path) -> Figure:
+    """The figure for a file of results."""
     if path.name == "facts.jsonl":
-        runs = best_runs(read_rows(path))
+        runs = best_runs(read_rows(path, EXPERIMENTS["facts"]))
         if not runs:
             fail(f"{path} has no finished run of experiments.compare with the present options")
-        main_runs = {model: rows for model, rows in runs.items() if model in SUMMARY}
-        return {path.with_suffix(".png"): draw_facts(main_runs or runs),
-                path.with_name("facts_more.png"): draw_facts_more(runs)}
-    if path.name in ("erase.jsonl", "teach.jsonl") and (rows := read_lines(path)):
-        return {path.with_suffix(".png"): (draw_erase if path.stem == "erase" else draw_teach)(rows)}
-    try:
-        if path.name in ("facts-large.jsonl", "code.jsonl"):
-            return {path.with_suffix(".png"): draw_large(runs_of_one_length(path))}
-        rows = [row for row in map(json.loads, open(path, encoding="utf-8")) if row["bench"] == "step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        rows = []
-    if not rows:
-        fail(f"{path} must be a facts.jsonl, erase.jsonl or the like of experiments.compare, or a file that "
-             "python -m experiments.speed step --json=FILE wrote")
-    return {path.with_suffix(".png"): draw_step(rows)}
+        return draw_facts({model: rows for model, rows in runs.items() if model in SUMMARY} or runs)
+    rows = read_json_lines(path)
+    if path.name in ("facts-large.jsonl", "code.jsonl") and (rows := [row for row in rows if row["curve"]]):
+        return draw_large(runs_of_one_length(rows))
+    if path.name in ("erase.jsonl", "teach.jsonl") and rows:
+        return (draw_erase if path.stem == "erase" else draw_teach)(rows)
+    if rows := [row for row in rows if row.get("bench") == "step"]:
+        return draw_step(rows)
+    fail(f"{path} must be a facts.jsonl, erase.jsonl or the like of experiments.compare, or a file that "
+         "python -m experiments.speed step --json=FILE wrote")
 
 
 @command
@@ -297,9 +243,9 @@ def main(argv: list[str] | None = None) -> None:
         return print(__doc__.strip())
     if len(argv) != 1:
         fail("name a file of results: python -m experiments.plots experiments/results/facts.jsonl")
+    path = Path(argv[0])
     with matplotlib.rc_context(LOOK):
-        for path, figure in figures(Path(argv[0])).items():
-            figure.savefig(path, dpi=120)
+        draw_file(path).savefig(path.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

@@ -3,36 +3,29 @@ How fast is nanoPKM? Each number is the median of several measurements. Function
 alternately, so noise affects all of them.
 
     python -m experiments.speed step        a training step of a pool, with nanoPKM and with plain PyTorch
-    python -m experiments.speed search      the search for the best slots, and its parts
     python -m experiments.speed model       a training step of the models of experiments.compare; a profile of
                                             what memory+ adds to dense. --compile: compiled steps, too
-    python -m experiments.speed gpt2        a training step at the size of GPT-2 small, with memory and dense
+    python -m experiments.speed model --models=dense --n_embd=768 ...   dense and memory+, in another size
     python -m experiments.speed operations  the operations on the pool, compared with a copy
-    python -m experiments.speed kernels     registers and loads of the Triton kernels, compiled without a GPU
     python -m experiments.speed step --help     the options; --json=FILE saves the results
 """
 
 import itertools
 import json
-import math
-import os
-import statistics
-import time
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
 import kernel
-from experiments.compare import MODELS, train_options
-from experiments.compile_kernels import compile_kernel, gpu_targets, kernel_sources
-from memory import product_key_search, pruned_pairs
+from experiments.models import EXPERIMENTS, MODELS, costs
 from model import GPT
 from pool import PoolOptimizer, ValuePool
-from runtime.cli import at_least, build, command, fail, first_word, parse
+from runtime.cli import at_least, build, check_choices, command, fail, first_word, parse
 from train import TrainConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,6 +39,7 @@ class SpeedConfig:
     repeats: int = 9  # measurements of each function, after one to warm up
 
     def __post_init__(self):
+        check_choices(self)
         at_least(1, self, "repeats")
 
 
@@ -55,20 +49,13 @@ class StepConfig(SpeedConfig):
     tokens: tuple[int, ...] = (512, 2048)  # tokens per step
     reads: tuple[str, ...] = ("uniform", "zipf")  # the distribution of the rows that are read: uniform, zipf
     peers_up_to: int = 1_048_576  # largest pool for plain PyTorch, which needs up to 4 times its memory
-    value_dim: int = 256  # columns of a row
+    value_dim: int = 256  # columns of a row, a multiple of 8
     bag: int = 128  # rows that a token reads
     dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the values, weights and gradients
 
     def __post_init__(self):
         super().__post_init__()
         at_least(1, self, "value_dim", "bag")
-        if any(rows < 1 or math.isqrt(rows) ** 2 != rows for rows in self.rows):
-            raise ValueError(f"rows={','.join(map(str, self.rows))} must be squares: a pool has num_keys**2 "
-                             "rows")
-        if any(tokens < 1 for tokens in self.tokens):
-            raise ValueError(f"tokens={','.join(map(str, self.tokens))} must be at least 1")
-        if self.value_dim % 8:
-            raise ValueError(f"value_dim={self.value_dim} must be a multiple of 8")
         if unknown := set(self.reads) - {"uniform", "zipf"}:
             raise ValueError(f"reads={','.join(unknown)} must be uniform or zipf")
 
@@ -78,8 +65,21 @@ class ModelConfig(SpeedConfig):
     models: tuple[str, ...] = ()  # models of experiments.compare; none: all
     compile: bool = False  # measure each model a second time, with torch.compile
 
+    # --- size; 0: as in experiments.compare facts. With another size, all models cost as much as memory+
+    vocab_size: int = 754  # tokens in the vocabulary
+    block_size: int = 0  # longest context, in tokens
+    batch_size: int = 0  # sequences per step
+    n_layer: int = 0  # Transformer blocks
+    n_head: int = 0  # attention heads
+    n_embd: int = 0  # width of the model
+    mem_layers: tuple[int, ...] = ()  # blocks with a memory layer, in models that have any
+    mem_num_keys: int = 0  # half-keys for each half of a query
+    mem_key_dim: int = 0  # width of a query, both halves together
+    mem_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the pool's values
+
     def __post_init__(self):
         super().__post_init__()
+        self.models = tuple(name for names in self.models for name in names.split(","))
         if unknown := set(self.models) - MODELS.keys():
             raise ValueError(f"models={','.join(unknown)} must be among {','.join(MODELS)}")
 
@@ -90,19 +90,14 @@ def measure(functions: dict, repeats: int) -> dict:
     for i, (name, function) in itertools.product(range(repeats + 1), functions.items()):
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        t0 = time.perf_counter()
+        t0 = perf_counter()
         for _ in range(CALLS):
             function()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         if i > 0:
-            times[name].append((time.perf_counter() - t0) / CALLS)
+            times[name].append((perf_counter() - t0) / CALLS)
     return {name: sorted(seconds) for name, seconds in times.items()}
-
-
-def ratio(times: dict, a: str, b: str) -> float:
-    """The median time of a, divided by that of b."""
-    return statistics.median(times[a]) / statistics.median(times[b])
 
 
 def device_name() -> str:
@@ -110,7 +105,7 @@ def device_name() -> str:
 
 
 def median_and_range(times: list[float]) -> str:
-    return f"{1e3 * statistics.median(times):8.2f} ms ({1e3 * times[0]:.2f} to {1e3 * times[-1]:.2f})"
+    return f"{1e3 * median(times):8.2f} ms ({1e3 * times[0]:.2f} to {1e3 * times[-1]:.2f})"
 
 
 def copy_bandwidth(repeats: int) -> float:
@@ -118,7 +113,15 @@ def copy_bandwidth(repeats: int) -> float:
     size = 2**28 if DEVICE == "cuda" else 2**26  # much larger than a cache
     source, target = torch.ones(size, device=DEVICE), torch.empty(size, device=DEVICE)
     times = measure({"copy": lambda: target.copy_(source)}, repeats)["copy"]
-    return 2 * source.nbytes / statistics.median(times)
+    return 2 * source.nbytes / median(times)
+
+
+def draw_indices(reads: str, num_values: int, N: int, bag: int) -> torch.Tensor:
+    if reads == "uniform":
+        return torch.randint(num_values, (N, bag), device=DEVICE)
+    # zipf: rank r has a probability proportional to 1/r. The multiplication spreads the ranks over the pool
+    ranks = (num_values ** torch.rand(N, bag, device=DEVICE, dtype=torch.float64)).long() - 1
+    return (ranks.clamp(max=num_values - 1) * 2_654_435_761) % num_values
 
 
 # --- step ---------------------------------------------------------------------------------------------------
@@ -158,14 +161,6 @@ def peer_step(kind: str, num_values: int, indices, weights, dy):
 PEERS = ("embedding_bag, AdamW", "embedding_bag, SparseAdam", "indexing, AdamW")
 
 
-def draw_indices(reads: str, num_values: int, N: int, bag: int) -> torch.Tensor:
-    if reads == "uniform":
-        return torch.randint(num_values, (N, bag), device=DEVICE)
-    # zipf: rank r has a probability proportional to 1/r. The multiplication spreads the ranks over the pool
-    ranks = (num_values ** torch.rand(N, bag, device=DEVICE, dtype=torch.float64)).long() - 1
-    return (ranks.clamp(max=num_values - 1) * 2_654_435_761) % num_values
-
-
 def measure_step(config: StepConfig) -> list[dict]:
     V, bag, dtype, table = config.value_dim, config.bag, getattr(torch, config.dtype), []
     bandwidth = copy_bandwidth(config.repeats)
@@ -184,11 +179,10 @@ def measure_step(config: StepConfig) -> list[dict]:
         del steps  # the next pools need the memory
         touched = len(indices.unique())
         print(f"\n{num_values:,} rows, {N:,} tokens, {reads} reads: {touched:,} rows touched")
-        fastest = min((times[name] for name in peers if name in times), key=statistics.median, default=None)
+        fastest = min((median(times[name]) for name in peers if name in times), default=None)
         for name, seconds in times.items():
             row = dict(bench="step", method=name, rows=num_values, tokens=N, reads=reads, touched=touched,
-                       V=V, dtype=config.dtype, device=device_name(), times=seconds,
-                       seconds=statistics.median(seconds))
+                       V=V, dtype=config.dtype, device=device_name(), times=seconds, seconds=median(seconds))
             line = f"  {name:26}{median_and_range(seconds)}"
             if name in ("rowwise", "adam"):
                 # a read loads a row in both passes. The update loads and stores touched rows and moments
@@ -197,44 +191,13 @@ def measure_step(config: StepConfig) -> list[dict]:
                 row |= dict(bytes=moved, seconds_at_copy_bandwidth=moved / bandwidth)
                 line += f"; {moved / 1e6:,.0f} MB must move, {1e3 * moved / bandwidth:.1f} ms at copy speed"
                 if fastest:
-                    row["times_faster_than_peers"] = statistics.median(fastest) / row["seconds"]
+                    row["times_faster_than_peers"] = fastest / row["seconds"]
                     line += f"; {row['times_faster_than_peers']:.1f} times as fast as plain PyTorch"
-                    if PEERS[0] in times:
-                        line += f", {ratio(times, PEERS[0], name):.1f} times as fast as {PEERS[0]}"
+                if PEERS[0] in times:
+                    line += f", {median(times[PEERS[0]]) / row['seconds']:.1f} times as fast as {PEERS[0]}"
             print(line)
             table.append(row)
     return table
-
-
-# --- search -------------------------------------------------------------------------------------------------
-
-def measure_search(config: SpeedConfig) -> list[dict]:
-    table = []
-    for N, H, S, K, D in ((2048, 4, 128, 16, 32), (2048, 4, 1024, 32, 256)):
-        times = measure(search_functions(N, H, S, K, D), config.repeats)
-        print(f"\n{N:,} tokens, {H} heads, {S} half-keys per side, knn {K}, key_dim {D}, on {DEVICE}")
-        for name, seconds in times.items():
-            print(f"  {name:30}{median_and_range(seconds)}")
-            table.append(dict(bench="search", method=name, num_keys=S, knn=K,
-                              seconds=statistics.median(seconds)))
-        for fast, slow in (("pruned grid", "full grid"), ("top_k of the halves", "torch.topk of the halves")):
-            print(f"  {fast}: {ratio(times, slow, fast):.1f} times as fast as {slow}")
-    return table
-
-
-def search_functions(N: int, H: int, S: int, K: int, D: int) -> dict:
-    queries = torch.randn(N, H, 2, D // 2, device=DEVICE)
-    keys = torch.randn(H, 2, S, D // 2, device=DEVICE)
-    scores = torch.einsum("nhpd,hpsd->nhps", queries, keys)
-    best = scores.topk(K).values
-    ranks = torch.tensor(pruned_pairs(K), device=DEVICE).expand(N, H, -1, -1)
-    return {
-        "full grid": lambda: kernel.top_k((best[:, :, 0, :, None] + best[:, :, 1, None, :]).flatten(2), K),
-        "pruned grid": lambda: kernel.top_k(torch.add(*best.gather(-1, ranks).unbind(2)), K),
-        "torch.topk of the halves": lambda: scores.topk(K),
-        "top_k of the halves": lambda: kernel.top_k(scores, K),
-        "whole search": lambda: product_key_search(queries, keys, K),
-    }
 
 
 # --- model --------------------------------------------------------------------------------------------------
@@ -258,41 +221,48 @@ def train_step(config: TrainConfig):
     return step
 
 
-def host_waits(step) -> list[str]:
-    """Runs a step -> one message for each time that the CPU waited for the GPU."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return [str(warning.message) for warning in caught if "synchronizing" in str(warning.message)]
+def choose_configs(config: ModelConfig) -> dict[str, TrainConfig]:
+    experiment, base = EXPERIMENTS["facts"], EXPERIMENTS["facts"].config("memory+")
+    names = ("block_size", "batch_size", "n_layer", "n_head", "n_embd", "mem_layers", "mem_num_keys",
+             "mem_key_dim")
+    size = {name: getattr(config, name) for name in names if getattr(config, name)}
+    configs = {}
+    for model in dict.fromkeys(("dense", "memory+", *(config.models or MODELS))):
+        changes = size if experiment.config(model).mem_layers else size | dict(mem_layers=())
+        if "max_steps" not in MODELS[model]:  # shifted-short has the steps of shifted
+            configs[model] = experiment.config(model, vocab_size=config.vocab_size,
+                                               mem_dtype=config.mem_dtype, **changes)
+    if size:
+        width, target = 4 * (config.n_embd or base.n_embd), costs(configs["memory+"])[0]
+        for model in configs.keys() - {"memory+"}:
+            macs, twice = (costs(replace(configs[model], mlp_width=w))[0] for w in (width, 2 * width))
+            units = (target - macs) / ((twice - macs) / width)
+            configs[model].mlp_width = width + 2 * round(units / 2)  # even: moe uses two experts per token
+    return configs
 
 
 def measure_model(config: ModelConfig) -> list[dict]:
-    names = [name for name in config.models or MODELS if "max_steps" not in MODELS[name]]
-    configs = {name: TrainConfig(**train_options("facts", name), vocab_size=754)  # of facts-4000
-               for name in dict.fromkeys(["dense", "memory+", *names])}
+    configs = build(choose_configs, dict(config=config))
+    macs = {name: costs(c)[0] for name, c in configs.items()}
     if config.compile:
-        configs |= {f"{name}, compiled": replace(c, compile=True) for name, c in configs.items()}
+        compiled = {f"{name}, compiled": replace(c, compile=True) for name, c in configs.items()}
+        configs, macs = configs | compiled, macs | {f"{name}, compiled": macs[name] for name in macs}
     steps = {name: train_step(c) for name, c in configs.items()}
     times = measure(steps, 3 * config.repeats)
-    print(f"a training step of the models of experiments.compare facts, on {device_name()}:")
+    c = configs["memory+"]
+    print(f"a step of {c.batch_size * c.block_size:,} tokens, {c.n_layer} blocks, {c.n_embd} wide, "
+          f"{c.mem_num_keys**2:,} slots in memory+, on {device_name()}:")
     for name, seconds in times.items():
-        print(f"  {name:20}{median_and_range(seconds)}, {ratio(times, name, 'dense'):.2f} times dense; "
-              f"{configs[name].macs_per_token():,} multiply-adds per token")
-    if DEVICE == "cuda":
-        waits = len(host_waits(steps["memory+"]))
-        print(f"\nin a step of memory+, the CPU waits for the GPU {waits} times")
+        print(f"  {name:20}{median_and_range(seconds)}, {median(seconds) / median(times['dense']):.2f} times "
+              f"dense; {macs[name]:,} multiply-adds per token")
     profiles = {name: profile(steps[name], config.repeats) for name in ("dense", "memory+")}
-    extra = {name: ms - profiles["dense"].get(name, 0) for name, ms in profiles["memory+"].items()}
-    extra |= {name: -ms for name, ms in profiles["dense"].items() if name not in extra}
+    extra = {name: profiles["memory+"].get(name, 0) - profiles["dense"].get(name, 0)
+             for name in profiles["dense"] | profiles["memory+"]}
     print(f"\nwhat memory+ adds to a step of dense, {sum(extra.values()):.1f} ms in this profile:")
     for name in sorted(extra, key=lambda name: -abs(extra[name]))[:20]:
         print(f"  {name[:60]:60}{extra[name]:8.2f} ms")
-    return [dict(bench="model", method=name, device=device_name(), macs=configs[name].macs_per_token(),
-                 seconds=statistics.median(seconds)) for name, seconds in times.items()]
+    return [dict(bench="model", method=name, device=device_name(), macs=macs[name], seconds=median(seconds))
+            for name, seconds in times.items()]
 
 
 def profile(step, repeats: int) -> dict[str, float]:
@@ -303,63 +273,6 @@ def profile(step, repeats: int) -> dict[str, float]:
             step()
     time_of = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
     return {event.key: getattr(event, time_of) / 1e3 / repeats for event in profiler.key_averages()}
-
-
-def measure_gpt2(config: SpeedConfig) -> list[dict]:
-    """Memory+ in 3 of 12 blocks against the dense GPT with as many multiply-adds; on a CPU, a toy size."""
-    size = dict(vocab_size=50_304, block_size=1024, batch_size=16, n_layer=12, n_head=12, n_embd=768)
-    memory = dict(mem_layers=(3, 6, 9), mem_num_keys=1024, mem_key_dim=256, mem_dtype="bfloat16")
-    if DEVICE == "cpu":
-        size |= dict(vocab_size=512, block_size=64, batch_size=2, n_head=4, n_embd=64)
-        memory |= dict(mem_num_keys=32, mem_key_dim=32)
-    plus = TrainConfig(**size, **memory)
-    dense = TrainConfig(**size, mem_layers=(), mlp_width=4 * plus.n_embd)
-    per_unit = 2 * dense.n_embd * dense.n_layer  # multiply-adds of one hidden unit in each block
-    dense.mlp_width += round((plus.macs_per_token() - dense.macs_per_token()) / per_unit)
-    configs = {"dense": dense, "memory+": plus}
-    times = measure({name: train_step(c) for name, c in configs.items()}, config.repeats)
-    print(f"a training step with {plus.batch_size * plus.block_size:,} tokens, {plus.n_layer} blocks, "
-          f"{plus.n_embd} wide, {plus.mem_num_keys**2:,} slots, on {DEVICE}:")
-    for name, seconds in times.items():
-        print(f"  {name:10}{median_and_range(seconds)}, {ratio(times, name, 'dense'):.2f} times dense; "
-              f"{configs[name].macs_per_token():,} multiply-adds per token")
-    return [dict(bench="gpt2", method=name, seconds=statistics.median(seconds),
-                 macs=configs[name].macs_per_token()) for name, seconds in times.items()]
-
-
-# --- kernels ------------------------------------------------------------------------------------------------
-
-H100_BANDWIDTH = 3.35e12  # bytes per second
-BAG = 128  # rows that a token reads
-
-
-def measure_kernels(config: SpeedConfig) -> list[dict]:
-    """Compiles all kernels for all GPUs of gpu_targets, and prints what each kernel needs."""
-    if kernel.triton is None or os.environ.get("TRITON_INTERPRET") == "1":
-        fail("'kernels' needs the package triton, and TRITON_INTERPRET must not be set")
-    table = []
-    print("kernel     values    V  target  registers  spilled  shared  wide loads  warps  programs  "
-          "occupancy  in flight")
-    for dtype, V in (("fp32", 256), ("fp32", 1024), ("bf16", 256), ("bf16", 1024)):
-        for name, function, constants in kernel_sources(V, dtype):
-            for target_name, target in gpu_targets().items():
-                row = dict(bench="kernels", kernel=name, dtype=dtype, V=V, target=target_name)
-                row |= compile_kernel(function, dtype, constants, target)
-                tile = constants.get("ROWS", 1) * V * (2 if dtype == "bf16" and "gather" in name else 4)
-                # bytes that a multiprocessor loads at once: a tile for each program that fits on it
-                in_flight = f"{row['programs'] * tile / 1024:.0f} KB" if "programs" in row else "-"
-                occupancy = f"{row['occupancy']:.0%}" if "occupancy" in row else "-"
-                print(f"{name:10} {dtype:6} {V:5}  {target_name:6} {row['registers']:10} "
-                      f"{row['spilled_bytes']:8} {row['shared']:7} {row['wide_loads']:11} "
-                      f"{row['num_warps']:6} {row.get('programs', '-'):>9} {occupancy:>10} {in_flight:>10}")
-                table.append(row)
-    V = 1024
-    print(f"\nbytes that must move per token (float32, V={V}, bag={BAG}, no row read twice), and the time "
-          "that an H100 needs to move them:")
-    for name, rows_moved in (("gather_sum", 1), ("gather_dot", 1), ("rowwise update", 2), ("adam update", 6)):
-        moved = 4 * V * BAG * rows_moved
-        print(f"  {name:16} {moved / 1e6:6.2f} MB  {1e9 * moved / H100_BANDWIDTH:6.0f} ns")
-    return table
 
 
 # --- operations ---------------------------------------------------------------------------------------------
@@ -375,11 +288,11 @@ def measure_operations(config: SpeedConfig) -> list[dict]:
 def measure_three_operations(config: SpeedConfig, num_values: int, V: int, dtype: torch.dtype,
                              reads: str) -> list[dict]:
     """Bytes per second of each operation on this device, also in percent of the speed of a copy."""
-    N, table = 4096, []
+    N, bag, table = 4096, 128, []
     bandwidth = copy_bandwidth(config.repeats)
     values = torch.empty(num_values, V, device=DEVICE, dtype=dtype).normal_()
-    indices = draw_indices(reads, num_values, N, BAG).int()
-    weights, dy = torch.rand(N, BAG, device=DEVICE), torch.randn(N, V, device=DEVICE, dtype=dtype)
+    indices = draw_indices(reads, num_values, N, bag).int()
+    weights, dy = torch.rand(N, bag, device=DEVICE), torch.randn(N, V, device=DEVICE, dtype=dtype)
     state = {"v": torch.zeros(num_values, 8, device=DEVICE), "step": torch.ones((), dtype=int, device=DEVICE)}
     seed = 1 if dtype == torch.bfloat16 else None
     times = measure({
@@ -390,28 +303,25 @@ def measure_three_operations(config: SpeedConfig, num_values: int, V: int, dtype
         "index_select": lambda: values.index_select(0, indices.view(-1)),
     }, config.repeats)
     touched = len(indices.unique())
-    print(f"\n{reads} reads of {num_values:,} rows x {V}, {str(dtype)[6:]}, {N:,} tokens x {BAG} rows, "
+    print(f"\n{reads} reads of {num_values:,} rows x {V}, {str(dtype)[6:]}, {N:,} tokens x {bag} rows, "
           f"{touched:,} rows touched, on {device_name()}, where a copy moves {bandwidth / 1e9:,.0f} GB/s:")
     for name, seconds in times.items():
         # a touched row is loaded and stored; index_select also stores what it reads
-        rows_moved = {"rowwise update": 2 * touched, "index_select": 2 * N * BAG}.get(name, N * BAG)
-        speed = V * dtype.itemsize * rows_moved / statistics.median(seconds)
+        rows_moved = {"rowwise update": 2 * touched, "index_select": 2 * N * bag}.get(name, N * bag)
+        speed = V * dtype.itemsize * rows_moved / median(seconds)
         goal = f" (goal: {GOALS[name]:.0%})" if name in GOALS and reads == "uniform" else ""
         print(f"  {name:16}{median_and_range(seconds)}, {speed / 1e9:,.0f} GB/s, "
               f"{speed / bandwidth:.0%} of a copy{goal}")
         table.append(dict(bench="operations", method=name, rows=num_values, V=V, dtype=str(dtype)[6:],
                           reads=reads, touched=touched, device=device_name(), bytes_per_second=speed,
-                          share_of_copy=speed / bandwidth, seconds=statistics.median(seconds)))
+                          share_of_copy=speed / bandwidth, seconds=median(seconds)))
     return table
 
 
 MEASUREMENTS = {  # name: (function, its options)
     "step": (measure_step, StepConfig),
-    "search": (measure_search, SpeedConfig),
     "model": (measure_model, ModelConfig),
-    "gpt2": (measure_gpt2, SpeedConfig),
     "operations": (measure_operations, SpeedConfig),
-    "kernels": (measure_kernels, SpeedConfig),
 }
 
 

@@ -1,6 +1,5 @@
 import json
 import math
-import random
 import re
 import shutil
 from collections import Counter
@@ -18,8 +17,6 @@ from data import corpus, prepare
 from data.corpus import QUESTION, is_right
 from data.facts import ATTRIBUTES
 from evaluate import answer
-from experiments import compare, plots
-from experiments import editing as measuring
 from runtime.build import find_trained
 
 
@@ -232,57 +229,6 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
     editing.teach(model, encoding, told, idf)
     assert share_right(model, encoding, asked) >= 0.75, "in words that no statement has"
     assert share_right(model, encoding, data.questions) >= 0.99 * before
-
-
-def test_experiments_measure_and_resume(untrained, run, capsys, tmp_path, monkeypatch):
-    """One line per finished run; the same command adds nothing. The figures can be drawn from the lines."""
-    def trained_model(base, seed, config):
-        model, encoding, config = train.load(run.out)
-        return model, encoding, config, untrained[2]
-
-    monkeypatch.setattr(measuring, "trained_model", trained_model)
-    monkeypatch.setattr(measuring, "SIZES", (4, 16))
-    monkeypatch.setattr(measuring, "LRS", {method: lrs[:1] for method, lrs in measuring.LRS.items()})
-    monkeypatch.setattr(measuring, "STEPS", 1)
-    monkeypatch.setattr(measuring, "ASKED", 20)
-    options = ["--models=tokens", "--seeds=2", "--people=1", f"--results={tmp_path}"]
-    for experiment, runs in (("erase", 2), ("teach", 12)):
-        path = tmp_path / f"{experiment}.jsonl"
-        for _ in range(2):
-            compare.main([experiment, *options])
-            assert len(measuring.read_lines(path)) == runs
-        assert "| tokens |" in capsys.readouterr().out
-        plots.main([str(path)])
-        assert path.with_suffix(".png").stat().st_size > 10_000
-    for row in measuring.read_lines(tmp_path / "erase.jsonl"):
-        assert {point["slots"] for point in row["points"]} == {0, 4, 16} and row["points"][0]["people"] >= 1
-    for row in measuring.read_lines(tmp_path / "teach.jsonl"):
-        assert row["before"]["loss"] != row["after"]["loss"], row["run"]
-    assert_fails(lambda: compare.main(["teach", "--models=none"]), "must be one of tokens, hash", capsys)
-
-
-def test_the_other_seeds_use_the_best_learning_rate_of_the_first():
-    def row(seed, lr, new, old):
-        return {"run": {"seed": seed, "lr": lr}, "before": {"old": 0.9}, "after": {"new": new, "old": old}}
-    assert measuring.best_lr([row(1, 3, 0.8, 0.9), row(1, 10, 0.7, 0.9), row(2, 10, 1.0, 0.9)]) == 3
-    assert measuring.best_lr([row(1, 3, 0.9, 0.8), row(1, 10, 1.0, 0.7), row(1, 30, 0.5, 0.9)]) == 3
-
-
-def test_shuffled_and_in_turn_teach_each_statement_equally_often():
-    told = [[f"{person} {line}" for line in range(3)] for person in range(4)]
-    for steps in (measuring.in_turn(told), measuring.shuffled(told, random.Random(0))):
-        assert len(steps) == 4 * measuring.STEPS and {len(texts) for texts in steps} == {3}
-        assert Counter(sum(steps, [])) == Counter(measuring.STEPS * sum(told, []))
-
-
-def test_low_rank_changes_start_at_nothing(untrained):
-    model, encoding, data = untrained
-    x, y = editing.question_batch(model, encoding, data.questions[0])
-    before, count = editing.log_probability(model, x, y), sum(p.numel() for p in model.parameters())
-    added = measuring.add_low_rank(model, 500)
-    assert torch.equal(editing.log_probability(model, x, y), before)
-    size = sum(p.numel() for p in added)
-    assert size >= 500 and size == sum(p.numel() for p in model.parameters()) - count
 
 
 def test_edited_checkpoints_are_new_and_complete(run, capsys, tmp_path):

@@ -1,18 +1,91 @@
-"""A training step never waits for the GPU: neither on one, nor on a device where waiting is an error."""
+"""
+What differs on a GPU: large pools, NCCL, and a training step that never waits for the GPU. Without a GPU, a
+small pool is checked, and a device where waiting is an error stands in.
+"""
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel
 import memory
-from experiments.speed import train_step
+from experiments.speed import DEVICE, draw_indices, train_step
 from pool import PoolOptimizer, ValuePool
 from train import TrainConfig
 
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU here")
+# the largest allowed difference from float64, divided by the largest number of the result
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
+POOLS = [pytest.param(1024, 64, 64, 6, id="small"), *(
+    pytest.param(rows, 1024, 4096, 64, id=f"{rows // 2**20}M_rows", marks=(needs_gpu, pytest.mark.slow))
+    for rows in (2**20, 2**22))]  # these need 70 GB
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-@pytest.mark.parametrize("options", [dict(), dict(mem_dtype="bfloat16"), dict(mem_layers=(1,))])
+
+def assert_near(ours, exact, tolerance):
+    assert (ours.double() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_values, V, N, bag", POOLS)
+def test_the_operations_equal_float64(num_values, V, N, bag, dtype):
+    """
+    For some tokens and rows. Some rows are read much more often than others, and every token reads row 3.
+    Each operation runs twice and must give the same bits.
+    """
+    torch.manual_seed(0)
+    values = torch.empty(num_values, V, dtype=dtype, device=DEVICE).normal_()
+    indices = draw_indices("zipf", num_values, N, bag).int()
+    indices[:, 0] = 3
+    weights, dy = torch.rand(N, bag, device=DEVICE), torch.randn(N, V, device=DEVICE)
+
+    def update():
+        new, state = values.clone(), {"v": torch.zeros(num_values, 8, device=DEVICE),
+                                      "step": torch.ones((), dtype=torch.int64, device=DEVICE)}
+        kernel.scatter_update(new, [(indices, weights, dy)], state, lr=0.1)
+        return new, state["v"]
+
+    (y, dw, new, v), again = ((kernel.gather_sum(values, indices, weights),
+                               kernel.gather_dot(values, indices, dy), *update()) for _ in range(2))
+    assert all(map(torch.equal, (y, dw, new, v), again))
+
+    # Triton (on a GPU) computes sums of 16-bit values in float32, but PyTorch (on a CPU) in 16 bits
+    tolerance = TOLERANCE[torch.float32 if DEVICE == "cuda" else dtype]
+    tokens = torch.randperm(N, device=DEVICE)[:200]
+    read = values[indices[tokens]].double()  # (tokens, bag, V)
+    assert_near(y[tokens], torch.einsum("nk,nkv->nv", weights[tokens].double(), read), tolerance)
+    assert_near(dw[tokens], torch.einsum("nkv,nv->nk", read, dy[tokens].double()), tolerance)
+
+    rows, counts = indices.unique(return_counts=True)
+    most_read = rows[counts.topk(20).indices]  # Triton sums these in pieces
+    for row in torch.cat((most_read, rows[torch.randperm(len(rows), device=DEVICE)[:100]])).tolist():
+        token, j = (indices == row).nonzero(as_tuple=True)
+        g = (weights[token, j].double() @ dy[token].double()).view(8, -1)
+        mean_sq = g.square().mean(1)  # in the first step, v is this mean
+        exact = values[row].double() - 0.1 * (g / mean_sq.sqrt().unsqueeze(1)).flatten()
+        assert_near(v[row], mean_sq, TOLERANCE[torch.float32])
+        assert_near(new[row], exact, TOLERANCE[dtype])
+    changed = torch.cat([(a != b).any(1) for a, b in zip(new.split(2**18), values.split(2**18), strict=True)])
+    assert set(changed.nonzero().flatten().tolist()) <= set(rows.tolist())
+
+
+@needs_gpu
+def test_the_collectives_of_nccl_with_one_process_return_their_input():
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        x = torch.randn(4, 8, device=DEVICE)
+        reduced, gathered, exchanged = x.clone(), [torch.empty_like(x)], torch.empty_like(x)
+        dist.all_reduce(reduced)
+        dist.all_gather(gathered, x)
+        dist.all_to_all_single(exchanged, x)
+        assert all(torch.equal(x, y) for y in (reduced, *gathered, exchanged))
+    finally:
+        dist.destroy_process_group()
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", [dict(mem_query="state"), dict(mem_dtype="bfloat16"),
+                                     dict(mem_query="tokens", mem_layers=(1,))])
 def test_a_training_step_never_waits_for_the_gpu(options):
     """Its batch has one token many times, so that some rows are read very often."""
     step = train_step(TrainConfig(vocab_size=2, **options))

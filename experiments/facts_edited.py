@@ -1,5 +1,5 @@
 """
-Erasing and teaching facts, measured. Run as `python -m experiments.compare erase` or `teach`: see there.
+Erasing and teaching facts, measured: `python -m experiments.compare erase` and `teach`.
 
 erase: empties the slots of 40 people, one at a time, in a trained model. Measured for growing numbers of
 slots: the person's answers in the words of the corpus's questions and in the other words, and other people's
@@ -9,7 +9,7 @@ teach: tells a trained model three statements of each of four facts about 100 ne
 other, a few steps each. At the end the model answers questions about all of them that it has never seen, and
 old questions. The methods:
 
-    sparse    sparse memory finetuning: editing.teach, for each person
+    sparse    sparse memory finetuning: teach of edit.py, for each person
     all read  the same for all slots that the statements read
     lora      AdamW on low-rank changes of all Linear layers (Hu et al. 2021, arXiv 2106.09685). The rank is
               the smallest with which as many numbers may change as in the rows of the sparse method
@@ -22,32 +22,36 @@ Seed 1 has runs with all learning rates. The other seeds have runs with the one 
 """
 
 import contextlib
-import json
 import random
 import subprocess
-import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 
 import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
 
-import editing
+import edit
 from data.corpus import QUESTION, decode_answer, is_right, load_dataset
 from data.facts import ATTRIBUTES
 from edit import NAME
 from evaluate import answer, exposure_bin, validation_loss
-from experiments.compare import ROOT, append_row, mean_and_deviation, print_markdown
-from runtime.checkpoint import checkpoints
+from experiments.models import EDITED, train_command
+from experiments.results import (
+    ROOT,
+    append_row,
+    erase_shares,
+    mean_and_deviation,
+    print_markdown,
+    read_json_lines,
+    rows_path,
+)
+from runtime.checkpoint import load
 from runtime.cli import at_least, build, parse
-from train import load
+from train import TrainConfig
 
-BASES = {"tokens": dict(mem_query="tokens"), "hash": dict(mem_kind="hash"),  # the preset of train.py, with
-         "shifted": dict(mem_query="shifted"), "state": dict(mem_query="state")}  # one option changed
 SIZES = (4, 16, 64, 128, 256)  # numbers of slots to empty
 LRS = {"sparse": (30.0, 100.0, 300.0, 1000.0), "all read": (10.0, 30.0, 100.0),
        "full": (3e-5, 1e-4, 3e-4, 1e-3), "lora": (1e-4, 3e-4, 1e-3, 3e-3),
@@ -57,8 +61,8 @@ STEPS, SLOTS = 20, 128  # of teach, for each person
 
 
 @dataclass
-class EditingConfig:
-    models: tuple[str, ...] = ("tokens", "hash", "shifted", "state")  # how slots are chosen
+class EditedConfig:
+    models: tuple[str, ...] = tuple(EDITED)  # how slots are chosen
     people: int = 0  # people to erase, or new people to teach; 0: 40 to erase, 100 to teach
     seeds: int = 3  # trained models of each kind
     results: str = "experiments/results"  # folder for the lines of finished runs, relative to the repository
@@ -68,19 +72,18 @@ class EditingConfig:
         at_least(1, self, "seeds")
         at_least(0, self, "people")
         self.models = tuple(name for names in self.models for name in names.split(","))
-        if unknown := set(self.models) - BASES.keys():
-            raise ValueError(f"models={','.join(unknown)} must be one of {', '.join(BASES)}")
+        if unknown := set(self.models) - EDITED.keys():
+            raise ValueError(f"models={','.join(unknown)} must be one of {', '.join(EDITED)}")
 
 
-def trained_model(model: str, seed: int, config: EditingConfig):
+def trained_model(base: str, seed: int, out: str):
     """Trains the model, unless it is there, and loads it: model, encoding, its TrainConfig, corpus."""
-    folder = ROOT / config.out / f"{model}_{seed}"
-    options = BASES[model] | dict(seed=seed, eval_interval=700, keep=1, out_dir=folder, resume=True)
-    if not any(path.name == "step_000700" for path in checkpoints(folder)):
-        words = [f"--{name}={value}" for name, value in options.items()]
-        subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    loaded = load(folder)
-    return *loaded, load_dataset(loaded[2].dataset)
+    folder = ROOT / out / f"{base}_{seed}"
+    config = TrainConfig(**EDITED[base], seed=seed, out_dir=str(folder))
+    if not (folder / f"step_{config.max_steps:06d}").exists():
+        subprocess.run(train_command(config), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    model, encoding, _ = load(folder)
+    return model, encoding, config, load_dataset(config.dataset)
 
 
 def share_right(model, encoding, questions: list[dict]) -> float:
@@ -114,39 +117,30 @@ def people_in(questions: list[dict], count: int, rng) -> list[list[dict]]:
             for about in rng.sample(group, min(-(-count // len(bins)), len(group)))]
 
 
-def run_erase(base: str, seed: int, config: EditingConfig) -> dict:
-    model, encoding, _, data = trained_model(base, seed, config)
-    rng, values, rows = random.Random(seed), model.pool.values, []
-    idf = editing.inverse_document_frequency(model, data.train)
-    for about in people_in(data.questions, config.people, rng):
+def run_erase(run: dict, model, encoding, config: TrainConfig, data) -> dict:
+    rng, values, shares = random.Random(run["seed"]), model.pool.values, defaultdict(list)
+    idf = edit.inverse_document_frequency(model, data.train)
+    for about in people_in(data.questions, run["people"], rng):
         told = min(int(exposure_bin(about[0])), 128)
         others = rng.sample([question for question in data.questions if question not in about], 50)
-        lines = editing.lines_with(name_in(about[0]), data)
+        lines = edit.lines_with(name_in(about[0]), data)
         lines = rng.sample(lines, min(len(lines), 200))
         for mode, erased in (("person", about), ("one fact", about[:1])):
+            rest = [question for question in about if question not in erased]
             groups = {"these": erased, "other words": [q for one in erased for q in in_other_words(one)],
-                      "person's others": [q for one in about if one not in erased
-                                          for q in (one, *in_other_words(one))], "others": others}
-            groups = {label: group for label, group in groups.items() if group}
-            slots = editing.choose_slots(model, encoding, erased, lines, idf, count=max(SIZES))
+                      "person's others": [q for one in rest for q in (one, *in_other_words(one))],
+                      "others": others}
+            slots = edit.choose_slots(model, encoding, erased, lines, idf, count=max(SIZES))
             for size in (0, *SIZES):
                 kept = values[slots[:size]].clone()
-                editing.erase(model, slots[:size])
-                shares = {label: share_right(model, encoding, group) for label, group in groups.items()}
+                edit.erase(model, slots[:size])
+                shares[mode, size, told].append(
+                    {label: share_right(model, encoding, group) for label, group in groups.items() if group})
                 with torch.no_grad():
                     values[slots[:size]] = kept
-                rows.append({"mode": mode, "slots": size, "told": told} | shares)
-    return {"points": mean_points(rows)}
-
-
-def mean_points(rows: list[dict]) -> list[dict]:
-    """The mean over people, for each mode, number of slots and exposure bin."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["mode"], row["slots"], row["told"]].append(row)
-    return [dict(mode=mode, slots=slots, told=told, people=len(group)) |
-            {label: sum(row[label] for row in group) / len(group) for label in list(group[0])[3:]}
-            for (mode, slots, told), group in groups.items()]
+    return {"points": [dict(mode=mode, slots=size, told=told, people=len(group))
+                       | {label: mean(share[label] for share in group) for label in group[0]}
+                       for (mode, size, told), group in shares.items()]}
 
 
 # --- teach --------------------------------------------------------------------------------------------------
@@ -191,28 +185,6 @@ def add_low_rank(model, numbers: int) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if name.endswith((".up", ".down"))]
 
 
-def learn(model, encoding, people: list, method: str, lr: float, idf, train_config, rng) -> None:
-    values, told = model.pool.values, [statements for statements, _ in people]
-    if method in ("sparse", "all read"):
-        for statements in told:
-            slots = SLOTS if method == "sparse" else len(values)
-            editing.teach(model, encoding, statements, idf, slots, STEPS, lr)
-        return
-    if method.startswith("lora"):
-        optimizers = [torch.optim.AdamW(add_low_rank(model, SLOTS * values.size(1)), lr=lr, weight_decay=0)]
-    else:
-        value_lr = lr * train_config.value_lr / train_config.lr
-        optimizers = model.optimizers(lr, value_lr, weight_decay=0, betas=(0.9, 0.99))
-    for statements in shuffled(told, rng) if method.endswith("shuffled") else in_turn(told):
-        model(*editing.text_batch(encoding, statements))[1].backward()
-        for optimizer in optimizers:
-            params = [p for group in optimizer.param_groups for p in group["params"] if p is not values]
-            if params:
-                nn.utils.clip_grad_norm_(params, train_config.grad_clip)
-            optimizer.step()
-        model.zero_grad()
-
-
 def in_turn(told: list[list[str]]):
     """The statements of each step: STEPS times those about the first person, then the second, and so on."""
     return [statements for statements in told for _ in range(STEPS)]
@@ -227,34 +199,53 @@ def shuffled(told: list[list[str]], rng):
     return steps
 
 
-def run_teach(base: str, seed: int, method: str, lr: float, config: EditingConfig) -> dict:
-    model, encoding, train_config, data = trained_model(base, seed, config)
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    people = new_people(data.questions, config.people, rng)
+def learn(model, encoding, told: list[list[str]], method: str, lr: float, idf, config, rng) -> None:
+    """Teaches the statements about each person. config: the TrainConfig of the model."""
+    values = model.pool.values
+    if method in ("sparse", "all read"):
+        for statements in told:
+            slots = SLOTS if method == "sparse" else len(values)
+            edit.teach(model, encoding, statements, idf, slots, STEPS, lr)
+        return
+    if method.startswith("lora"):
+        optimizers = [torch.optim.AdamW(add_low_rank(model, SLOTS * values.size(1)), lr=lr, weight_decay=0)]
+    else:
+        optimizers = model.optimizers(lr, lr * config.value_lr / config.lr, weight_decay=0, betas=(0.9, 0.99))
+    dense = [p for group in optimizers[0].param_groups for p in group["params"]]
+    for statements in shuffled(told, rng) if method.endswith("shuffled") else in_turn(told):
+        model(*edit.text_batch(encoding, statements))[1].backward()
+        nn.utils.clip_grad_norm_(dense, config.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+
+
+def run_teach(run: dict, model, encoding, config: TrainConfig, data) -> dict:
+    torch.manual_seed(run["seed"])
+    rng = random.Random(run["seed"])
+    people = new_people(data.questions, run["people"], rng)
     groups = {"new": [question for _, asked in people for question in asked],
               "old": rng.sample(data.questions, min(ASKED, len(data.questions)))}
 
     def measured():
-        loss = validation_loss(model, data.val, train_config, "cpu")
         shares = {label: share_right(model, encoding, group) for label, group in groups.items()}
-        return shares | {"loss": loss}
+        return shares | {"loss": validation_loss(model, data.val, config.seed, config.eval_batches, config.batch_size)}
 
     before = measured()
-    idf = editing.inverse_document_frequency(model, data.train)
-    learn(model, encoding, people, method, lr, idf, train_config, rng)
+    idf = edit.inverse_document_frequency(model, data.train)
+    learn(model, encoding, [told for told, _ in people], run["method"], run["lr"], idf, config, rng)
     return {"before": before, "after": measured()}
 
 
 # --- all runs -----------------------------------------------------------------------------------------------
 
-def runs_of(experiment: str, config: EditingConfig) -> list[dict]:
+def runs_of(word: str, config: EditedConfig) -> list[dict]:
     """What identifies each run, the most informative first. lr None: the best learning rate of seed 1."""
-    runs = []
+    people, runs = config.people or {"erase": 40, "teach": 100}[word], []
     for seed in range(1, config.seeds + 1):
         for base in config.models:
-            run = dict(model=base, seed=seed, people=config.people)
-            if experiment == "erase":
+            run = dict(model=base, seed=seed, people=people)
+            if word == "erase":
                 runs.append(run | dict(sizes=list(SIZES)))
             else:
                 runs += [run | dict(method=method, lr=lr, steps=STEPS, slots=SLOTS)
@@ -262,26 +253,26 @@ def runs_of(experiment: str, config: EditingConfig) -> list[dict]:
     return runs
 
 
-def read_lines(path: Path) -> list[dict]:
-    rows = []
-    for line in open(path, encoding="utf-8") if path.exists() else ():
-        with contextlib.suppress(ValueError):  # ignores an incomplete line
-            rows.append(json.loads(line))
-    return rows
+def run_all(word: str, argv: list[str]) -> None:
+    """Does all runs of erase or teach that have no line yet, and prints the table."""
+    config = build(EditedConfig, parse(EditedConfig, argv, description=__doc__)[1])
+    path, runs = rows_path(word, config.results), runs_of(word, config)
+    for number, run in enumerate(runs, 1):
+        rows = read_json_lines(path)
+        if run.get("lr", 0) is None:
+            run["lr"] = best_lr([row for row in rows if row["run"] | dict(lr=None) == run | dict(seed=1)])
+        if any(row["run"] == run for row in rows):
+            continue
+        print(f"{time.strftime('%H:%M')}  run {number} of {len(runs)}: "
+              + ", ".join(f"{name} {value}" for name, value in run.items()), flush=True)
+        with contextlib.redirect_stdout(None):
+            trained = trained_model(run["model"], run["seed"], config.out)
+            row = (run_erase if word == "erase" else run_teach)(run, *trained)
+        append_row(path, {"run": run} | row)
+    print_table(word, config.results)
 
 
-def weighted(points: list[dict], label: str) -> float:
-    """The mean over people."""
-    points = [point for point in points if label in point]
-    return sum(point["people"] * point[label] for point in points) / sum(point["people"] for point in points)
-
-
-def erase_shares(rows: list[dict], mode: str, label: str, told: int | None = None) -> list[list[float]]:
-    """For each trained model a list: the share of right answers without 0, 4, 16 ... slots."""
-    return [[weighted([point for point in row["points"] if (point["mode"], point["slots"]) == (mode, size)
-                       and told in (None, point["told"])], label) for size in (0, *row["run"]["sizes"])]
-            for row in rows]
-
+# --- tables -------------------------------------------------------------------------------------------------
 
 def forgotten(row: dict) -> float:
     """How much the recall of old facts has fallen."""
@@ -299,61 +290,43 @@ def best_lr(rows: list[dict]) -> float:
     return best["run"]["lr"]
 
 
-def erase_lines(rows: list[dict]) -> list[dict]:
+def erase_lines(base: str, rows: list[dict]) -> list[dict]:
     """The table of one kind of model: recall without 0, 4, 16 ... slots."""
     lines = []
-    for mode, labels in (("person", ("these", "other words", "others")),
-                         ("one fact", ("these", "other words", "person's others", "others"))):
-        line = {"slots chosen by": rows[0]["run"]["model"], "erased": mode, "seeds": str(len(rows))}
+    for mode in ("person", "one fact"):
+        line = {"slots chosen by": base, "erased": mode, "seeds": str(len(rows))}
         for label in ("these", "other words", "person's others", "others"):
-            shares = zip(*erase_shares(rows, mode, label), strict=True) if label in labels else ()
+            has_label = (mode, label) != ("person", "person's others")
+            shares = zip(*erase_shares(rows, mode, label), strict=True) if has_label else ()
             line[label] = " / ".join(f"{mean(share):.2f}" for share in shares)
         lines.append(line)
     return lines
 
 
-def teach_lines(rows: list[dict]) -> list[dict]:
+def teach_lines(base: str, rows: list[dict]) -> list[dict]:
     """The table of one kind of model: each method at its best learning rate."""
-    lines, base = [], rows[0]["run"]["model"]
+    lines = []
     for method in LRS:
         runs = [row for row in rows if row["run"]["method"] == method]
         if runs:
             runs = [row for row in runs if row["run"]["lr"] == best_lr(runs)]
             before, after = (mean(row[when]["loss"] for row in runs) for when in ("before", "after"))
-            new, lost = [row["after"]["new"] for row in runs], [forgotten(row) for row in runs]
             lines.append({"slots chosen by": base, "method": method, "seeds": str(len(runs)),
                           "learning rate": f"{runs[0]['run']['lr']:g}",
-                          "recall of new facts": mean_and_deviation(new, ".2f"),
-                          "fall of the recall of old facts": mean_and_deviation(lost),
+                          "recall of new facts": mean_and_deviation(
+                              [row["after"]["new"] for row in runs], ".2f"),
+                          "fall of the recall of old facts": mean_and_deviation(list(map(forgotten, runs))),
                           "validation loss": f"{before:.3f} -> {after:.3f}"})
     return lines
 
 
-def print_table(experiment: str, rows: list[dict]) -> None:
-    of_models = [[row for row in rows if row["run"]["model"] == base] for base in BASES]
-    make_lines = erase_lines if experiment == "erase" else teach_lines
-    print_markdown([line for of_model in of_models if of_model for line in make_lines(of_model)])
-
-
-def main(experiment: str, argv: list[str]) -> None:
-    config = build(EditingConfig, parse(EditingConfig, argv, description=__doc__)[1])
-    config.people = config.people or {"erase": 40, "teach": 100}[experiment]
-    path = ROOT / config.results / f"{experiment}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs = runs_of(experiment, config)
-    for number, run in enumerate(runs, 1):
-        rows = read_lines(path)
-        if run.get("lr", 0) is None:
-            same = [row for row in rows if row["run"] | dict(lr=None) == run | dict(seed=1)]
-            run["lr"] = best_lr(same)
-        if any(row["run"] == run for row in rows):
-            continue
-        print(f"{time.strftime('%H:%M')}  run {number} of {len(runs)}: "
-              + ", ".join(f"{name} {value}" for name, value in run.items()), flush=True)
-        with contextlib.redirect_stdout(None):
-            if experiment == "erase":
-                row = run_erase(run["model"], run["seed"], config)
-            else:
-                row = run_teach(run["model"], run["seed"], run["method"], run["lr"], config)
-        append_row(path, {"run": run} | row)
-    print_table(experiment, read_lines(path))
+def print_table(word: str, results: str) -> None:
+    rows = read_json_lines(rows_path(word, results))
+    if not rows:
+        return print(f"{word}: no finished runs. Start: python -m experiments.compare {word}")
+    lines_of = erase_lines if word == "erase" else teach_lines
+    heading = ("recall without 0, " + ", ".join(map(str, rows[0]["run"]["sizes"])) + " slots"
+               if word == "erase" else "each method at the best learning rate of those tried")
+    print(f"\n{word}, {heading}:\n")
+    of_bases = {base: [row for row in rows if row["run"]["model"] == base] for base in EDITED}
+    print_markdown([line for base, group in of_bases.items() if group for line in lines_of(base, group)])

@@ -1,0 +1,102 @@
+"""
+The finished runs, as lines of experiments/results/NAME.jsonl: reads and appends them, chooses the runs that a
+table or a figure shows, and prints tables.
+"""
+
+import json
+import math
+from pathlib import Path
+from statistics import mean, stdev
+
+from experiments.models import Experiment, options_of
+from runtime.cli import read_json_lines
+from train import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# --- lines --------------------------------------------------------------------------------------------------
+
+def rows_path(experiment: str, results: str) -> Path:
+    return ROOT / results / f"{experiment}.jsonl"
+
+
+def append_row(path: Path, row: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_cut = path.exists() and not path.read_bytes().endswith(b"\n")  # the last line is incomplete
+    with open(path, "a", encoding="utf-8") as f:
+        f.write("\n" * is_cut + json.dumps(row) + "\n")
+
+
+def read_rows(path: Path, experiment: Experiment) -> list[dict]:
+    """
+    The lines of finished runs, in the order of the models. If the options of a model have changed, its old
+    lines are left out, so its runs are done again.
+    """
+    rows, order = {}, list(experiment.models)
+    identities = {model: experiment.identity(model) for model in order}
+    # a line that is older than an option lacks it: the run had the default
+    corpus, options = options_of(type(experiment.corpus[1])()), options_of(TrainConfig())
+    for row in read_json_lines(path):
+        identity = {"corpus": corpus | row["corpus"], "options": options | row["options"]}
+        if identity == identities.get(row["model"]):
+            rows[row["model"], row["lr"], row["seed"]] = row
+    return sorted(rows.values(), key=lambda row: order.index(row["model"]))
+
+
+# --- which runs count ---------------------------------------------------------------------------------------
+
+def score(row: dict) -> tuple:
+    """Greater is better. Recall decides. If it is equal or there are no questions, the loss decides."""
+    if not row["curve"]:  # diverged: worse than all others; the lower learning rate is better
+        return -math.inf, -row["lr"]
+    final = row["curve"][-1]
+    return final.get("recall", {}).get("all", 0), -final["val_loss"]
+
+
+def best_lr(rows: list[dict], model: str) -> float:
+    return max((row for row in rows if (row["model"], row["seed"]) == (model, 1)), key=score)["lr"]
+
+
+def best_runs(rows: list[dict]) -> dict[str, list[dict]]:
+    """For each model the runs at its best learning rate that can be compared, without those that diverged."""
+    models = dict.fromkeys(row["model"] for row in rows if row["seed"] == 1)
+    best = {model: best_lr(rows, model) for model in models}
+    runs = {model: [row for row in rows if row["model"] == model and row["lr"] == lr and row["curve"]]
+            for model, lr in best.items()}
+    runs = {model: rows for model, rows in runs.items() if rows}
+    if runs and not any("recall" in row["curve"][-1] for rows in runs.values() for row in rows):
+        # the seed also draws the validation text, so only the seeds that all models have can be compared
+        seeds = set.intersection(*({row["seed"] for row in rows} for rows in runs.values()))
+        runs = {model: [row for row in rows if row["seed"] in seeds] for model, rows in runs.items()}
+    return runs
+
+
+def erase_shares(rows: list[dict], mode: str, label: str, told: int | None = None) -> list[list[float]]:
+    """
+    Lines of erase.jsonl -> for each trained model the share of right answers without 0, 4, 16 ... slots, as a
+    mean over people. told: only people who were told so often.
+    """
+    def share(points):
+        people = sum(point["people"] for point in points)
+        return sum(point["people"] * point[label] for point in points) / people
+
+    return [[share([point for point in row["points"] if (point["mode"], point["slots"]) == (mode, size)
+                    and label in point and told in (None, point["told"])])
+             for size in (0, *row["run"]["sizes"])] for row in rows]
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+def mean_and_deviation(values, form: str = ".3f") -> str:
+    """'mean ± standard deviation', or only the value if there is one. '-' if a value is nan (not reached)."""
+    if any(map(math.isnan, values)):
+        return "-"
+    deviation = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{deviation}"
+
+
+def print_markdown(lines: list[dict]) -> None:
+    """lines: one {column: text} for each line of the table."""
+    for cells in (lines[0], ["---"] * len(lines[0]), *(line.values() for line in lines)):
+        print("| " + " | ".join(cells) + " |")

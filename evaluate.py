@@ -3,6 +3,7 @@ Evaluates a model: validation loss and recall. Recall is the share of questions 
 exactly the right words. Each process works on its share of the batches and of the questions.
 """
 
+import contextlib
 import random
 from collections import Counter
 from itertools import groupby
@@ -78,6 +79,24 @@ def answer(model: GPT, encoding, questions: list[dict], max_new_tokens: int | No
                     own_answers[i] = tokens[:tokens.index(newline) + 1] if newline in tokens else tokens
     all_answers = {i: tokens for part in gather_objects(own_answers) for i, tokens in part.items()}
     return [all_answers[i] for i in range(len(prompts))]
+
+
+@contextlib.contextmanager
+def record_reads(pool):
+    """
+    Lists what is read from a pool in a `with` block: (indices (N, bag), weights (N, bag)), once for each time
+    that a layer reads the pool.
+
+        with record_reads(model.pool) as reads:
+            model(idx)
+        indices, weights = reads[0]  # what the N = B*T tokens of idx read in the first memory layer
+    """
+    reads = []
+    hook = pool.register_forward_pre_hook(lambda pool, read: reads.append(tuple(x.detach() for x in read)))
+    try:
+        yield reads
+    finally:
+        hook.remove()
 
 
 def exposure_bin(question: dict) -> str:

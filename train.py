@@ -41,7 +41,7 @@ from kernel import resolve_kernel
 from model import GPT, GPTConfig
 from runtime import distributed
 from runtime.build import check_same_model, find_start, find_trained, make_model, own_folder
-from runtime.checkpoint import find_checkpoint, load_optimizers, read_meta, save_checkpoint, step_of
+from runtime.checkpoint import find_checkpoint, load_optimizers, parts_of, read_meta, save_checkpoint, step_of
 from runtime.cli import at_least, build, command, fail, parse
 from runtime.distributed import RANK, WORLD_SIZE, all_reduce_sum, columns_group, data_parallel, gather_objects
 from runtime.log import RunLog, one_line_errors, print_measured, print_once, print_start, stop_signals
@@ -259,7 +259,7 @@ def run(config: TrainConfig, checkpoint: Path | None) -> tuple[GPT, dict]:
                 meta = {"config": asdict(config), "encoding": data.encoding_json, "measured": measured}
                 if is_due:
                     meta["val_loss"] = measured["val_loss"]  # of these weights; `measured` may be older
-                save_checkpoint(Path(config.out_dir), step, model, optimizers, meta, config.keep,
+                save_checkpoint(Path(config.out_dir), step, parts_of(model, optimizers), meta, config.keep,
                                 config.keep_best)
             if last_step or stopping:
                 break

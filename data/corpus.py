@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from data.prepare import DATA, END, READY_MADE
+from data.questions import *  # noqa: F403
 from data.questions import read_questions
-from data.tokenizer import encoding_from_json
+from data.tokenizer import encoding_from_json, encoding_to_json
 from runtime.cli import fail
 from runtime.distributed import LOCAL_RANK, RANK, WORLD_SIZE, gather_objects
 
@@ -55,6 +56,15 @@ def load_dataset(name: str) -> Dataset:
     sizes = gather_objects((data.encoding_json, len(data.train), len(data.val), len(data.questions)))
     if any(size != sizes[0] for size in sizes):
         fail(f"{name} differs between machines: copy data/{name} from one to the others")
+    return data
+
+
+def load_dataset_of(name: str, encoding) -> Dataset:
+    """The corpus of a trained model. Fails if it was made again, with other tokens than `encoding`."""
+    data = load_dataset(name)
+    if encoding_to_json(encoding) != data.encoding_json:
+        fail(f"data/{name} and this model have different tokenizers: make the corpus again as it was, or "
+             "choose another --out_dir")
     return data
 
 

@@ -3,6 +3,7 @@ Questions about a corpus: reads data/NAME/qa.jsonl, checks it, and says which an
 """
 
 import codecs
+import difflib
 import json
 import re
 import string
@@ -122,3 +123,46 @@ def normalize_answer(text: str) -> str:
 
 def is_right(question: dict, text: str) -> bool:
     return normalize_answer(text) in map(normalize_answer, accepted_answers(question))
+
+
+# --- finding questions --------------------------------------------------------------------------------------
+
+def find_question(text: str, questions: list[dict]) -> dict:
+    """
+    The question of the corpus that `text` asks, with or without "Question: ... Answer:" around it, in any
+    case and punctuation. If the corpus does not have it: a question without an answer.
+    """
+    try:
+        check_text("question", text)
+    except ValueError as error:
+        fail(f"--question={text!r} {error}")
+    known = {normalize_answer(question["prompt"]): question for question in questions}
+    wrapped = QUESTION.format(text.strip())
+    for prompt in (text, wrapped):
+        if found := known.get(normalize_answer(prompt)):
+            return found
+    beginning, end = QUESTION.split("{}")
+    has_form = not questions or any(question["prompt"].startswith(beginning) for question in questions)
+    return {"prompt": wrapped if has_form and not text.rstrip().endswith(end.strip()) else text.rstrip(" "),
+            "answers": []}
+
+
+def name_pattern(name: str) -> re.Pattern:
+    if not name.strip():
+        fail("--ask= must be a name")
+    return re.compile(rf"(?<!\w){re.escape(name.strip())}(?!\w)", re.IGNORECASE)
+
+
+def questions_about(name: str, questions: list[dict]) -> list[dict]:
+    """The questions that contain the name. If there are none, fails and says which names are similar."""
+    about = name_pattern(name)
+    found = [question for question in questions if about.search(question["prompt"])]
+    if not found:
+        count = len(re.findall(r"\w+", name))  # similar names have as many words
+        words = [re.findall(r"\w+", question["prompt"]) for question in questions]
+        names = {" ".join(w[i:i + count]) for w in words for i in range(len(w) - count + 1)}
+        lower = {name.lower(): name for name in names}
+        similar = [lower[match] for match in difflib.get_close_matches(name.lower(), lower)]
+        fail(f"--ask={name}: no question of the corpus contains this name"
+             + (f"; similar: {', '.join(similar)}" if similar else ""))
+    return found

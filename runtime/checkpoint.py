@@ -44,14 +44,32 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+def newest_run(out_dir: Path) -> Path:
+    """
+    out_dir: the folder of a run, one checkpoint of a run, or a folder with many runs. Returns the folder of
+    the newest run there, or the checkpoint.
+    """
+    if checkpoints(out_dir):
+        return out_dir
+    if is_checkpoint(out_dir) and (others := checkpoints(out_dir.parent)):
+        fail(f"no checkpoint {out_dir}: there are {', '.join(path.name for path in others)}")
+    runs = {path.parent for path in out_dir.glob("**/step_*")}
+    newest = [existing[-1] for run in runs if (existing := checkpoints(run))]
+    if not newest:
+        fail(f"no checkpoint in {out_dir}: train a model with python train.py, or name another --out_dir")
+    if len(newest) > 1:
+        print(f"--out_dir chooses one of {len(newest)} runs in {out_dir}; this is the newest:")
+    return max(newest, key=lambda folder: folder.stat().st_mtime).parent
+
+
 # --- writing ------------------------------------------------------------------------------------------------
 
-def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta: dict, keep: int,
+def save_checkpoint(out_dir: Path, step: int, parts: dict[str, dict], meta: dict, keep: int,
                     keep_best: bool = False) -> None:
     """
     Writes out_dir/step_N and keeps the newest `keep` checkpoints; with keep_best, also the best one (see
-    best_checkpoint). meta goes into meta.json. Called by all processes. optimizers: as GPT.optimizers returns
-    them.
+    best_checkpoint). parts: the files of this process, {name: contents}, as parts_of makes them. meta goes
+    into meta.json. Called by all processes.
     """
     folder, temporary = out_dir / f"step_{step:06d}", out_dir / ".saving_checkpoint"
 
@@ -60,7 +78,6 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, optimizers: list, meta
         temporary.mkdir(parents=True, exist_ok=True)
 
     def write_parts():
-        parts = parts_of_process(model, optimizers)
         return {name: write_part(temporary / name, part) for name, part in parts.items()}
 
     def finish():
@@ -131,8 +148,8 @@ def together(function) -> list:
     return [result for result, _ in outcomes]
 
 
-def parts_of_process(model: GPT, optimizers: list) -> dict[str, dict]:
-    """The files that this process writes: {name: contents}."""
+def parts_of(model: GPT, optimizers: list) -> dict[str, dict]:
+    """The files that this process writes: {name: contents}. optimizers: as GPT.optimizers returns them."""
     parts = {}
     if RANK == 0:
         state = {name: part for name, part in model.state_dict().items() if name != "pool.values"}

@@ -117,6 +117,17 @@ def _exit_at_once(number, frame):
     os._exit(130)
 
 
+def read_lines(path) -> list[str]:
+    """The lines of a text file, in UTF-8 with or without a BOM."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return f.read().split("\n")
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        fail(f"{path}: not UTF-8 ({error.reason} near byte {error.start}); convert it first")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(re.sub(r"^argument (--\w+): ", r"\1: ", message))

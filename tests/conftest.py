@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernel.py imports Triton
 
-import sample  # noqa: E402
 import train  # noqa: E402
 from data import corpus, prepare  # noqa: E402
 
@@ -52,7 +52,7 @@ def facts_folder(tmp_path_factory):
 @pytest.fixture
 def run(facts_folder, tmp_path, monkeypatch):
     """run(options) trains a small model on a small corpus, in the folder run.out."""
-    for module in (prepare, corpus, sample):
+    for module in (prepare, corpus):
         monkeypatch.setattr(module, "DATA", facts_folder)
 
     def run(*options, out=tmp_path / "out"):
@@ -60,6 +60,33 @@ def run(facts_folder, tmp_path, monkeypatch):
 
     run.out = tmp_path / "out"
     return run
+
+
+@pytest.fixture(scope="session")
+def trained_once(facts_folder, tmp_path_factory):
+    """trained_once(options) trains a small model, once per session and options. Do not change the folder."""
+    folders = {}
+
+    def trained_once(*options):
+        if options not in folders:
+            folders[options] = tmp_path_factory.mktemp("run") / "out"
+            with pytest.MonkeyPatch.context() as patch:
+                for module in (prepare, corpus):
+                    patch.setattr(module, "DATA", facts_folder)
+                train.main([*SMALL, f"--out_dir={folders[options]}", *options])
+        return folders[options]
+    return trained_once
+
+
+@pytest.fixture
+def trained(trained_once, facts_folder, tmp_path, monkeypatch):
+    """trained(options) copies a small trained model to tmp_path / "out", and returns this folder."""
+    for module in (prepare, corpus):
+        monkeypatch.setattr(module, "DATA", facts_folder)
+
+    def trained(*options, out=tmp_path / "out"):
+        return shutil.copytree(trained_once(*options), out)
+    return trained
 
 
 def log(out: Path) -> list[dict]:

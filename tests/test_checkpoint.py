@@ -142,7 +142,7 @@ def test_columns_are_taken_from_any_number_of_files(parts, size):
 SAVER = """
 import sys, torch
 from pathlib import Path
-from runtime.checkpoint import save_checkpoint
+from runtime.checkpoint import parts_of, save_checkpoint
 from model import GPT, GPTConfig
 model = GPT(GPTConfig(vocab_size=64, n_layer=1, mem_layers=(0,), mem_num_keys=16))
 optimizers = model.optimizers(1e-3, 1e-2, 0.1, (0.9, 0.99))
@@ -150,7 +150,7 @@ print("ready", flush=True)
 for step in range(1, 100_000):
     for p in model.parameters():
         p.data.fill_(step)
-    save_checkpoint(Path(sys.argv[1]), step, model, optimizers, {}, keep=2)
+    save_checkpoint(Path(sys.argv[1]), step, parts_of(model, optimizers), {}, keep=2)
 """
 
 

@@ -36,7 +36,7 @@ import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
 
-import editing
+import edit as editing
 from data.corpus import decode_answer, load_dataset
 from data.facts import ATTRIBUTES
 from data.questions import QUESTION, is_right

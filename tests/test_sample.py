@@ -242,6 +242,6 @@ def test_a_name_without_questions_gives_similar_names():
     for name in ("Mule Tujutxn", "mule  tujutone"):
         with pytest.raises(ValueError, match=f"--ask={name}: no question .* name; similar: Mule Tujuton$"):
             corpus.questions_about(name, questions)
-    for name, message in (("99", "contains this name$"), ("Tuju", "contains this name"), (" ", "must be a name")):
+    for name, message in (("99", "contains this name$"), ("Tuju", "this name"), (" ", "be a name")):
         with pytest.raises(ValueError, match=message):
             corpus.questions_about(name, questions)

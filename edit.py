@@ -41,7 +41,7 @@ GONE = 0.1  # an answer is erased once one of its tokens is less than so many ti
 SEARCHED = 10_000_000  # tokens of the training text in which lines_with looks for a name
 
 
-# --- what is read -------------------------------------------------------------------------------------------
+# --- what is read, and by whom ------------------------------------------------------------------------------
 
 def make_batch(encoding, prompts: list[str], answers: list[str]):
     """x, y (B, T) for the model. y has the tokens of each answer, and -1 elsewhere."""
@@ -107,8 +107,6 @@ def losses_without(model: GPT, x, y, parts: list):
             without.append(log_probability(model, x.expand(rows, -1), y.expand(rows, -1)))
     return log_probability(model, x, y) - torch.cat(without)
 
-
-# --- whose slots they are -----------------------------------------------------------------------------------
 
 def inverse_document_frequency(model: GPT, tokens, count: int = 1000):
     """(num_values,): log((count + 1) / (df + 1)). df of `count` pieces of the corpus read the slot."""
@@ -177,8 +175,8 @@ def choose_slots(model: GPT, encoding, questions: list[dict], texts: list[str], 
     The slots to erase, so that the model forgets the answers to these questions.
 
     Candidates are the slots with the highest TF-IDF for the texts, which are about the same person or thing.
-    Of these, take the 4 slots whose absence costs the answers most. Then measure again without them, and take
-    4 more, 8 more, 16 more ... until all answers are gone, or until there are `count` slots if it is given.
+    Of these, take the 4 slots whose absence costs the answers most. Measure again without them, and take 4
+    more, 8 more, 16 more ... until all answers are gone, or, if `count` is given, until there are so many.
     """
     batches = [question_batch(model, encoding, question) for question in questions]
     texts = texts + [f"{question['prompt']} {accepted_answers(question)[0]}" for question in questions]
@@ -197,10 +195,11 @@ def choose_slots(model: GPT, encoding, questions: list[dict], texts: list[str], 
 
 
 @torch.no_grad()
-def erase(model: GPT, slots) -> None:
-    """Empties slots: their rows become 0. slots: a tensor or a list of numbers."""
+def erase(model: GPT, slots):
+    """Empties slots: their rows become 0. slots: a tensor or a list of numbers. Returns them."""
     values = model.pool.values
     values[torch.as_tensor(slots, dtype=torch.int64, device=values.device)] = 0
+    return slots
 
 
 def keep_reads(gradient, slots) -> None:
@@ -237,31 +236,25 @@ NAME = re.compile(r"(?<=[a-z,] )[A-Z]\w*(?: [A-Z]\w*)*")  # capitalised words in
 
 
 @dataclass
-class EditConfig:
+class FindConfig:
     out_dir: str = "out"  # the folder of a run, or of many runs; then the newest run is used
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-
-
-@dataclass
-class FindConfig(EditConfig):
     question: str = ""  # the question whose answer is taken apart
 
 
 @dataclass
-class ChangeConfig(EditConfig):
-    save_to: str = ""  # new folder for the checkpoint; none: the run's folder with -erase or -teach
+class EraseConfig(FindConfig):
+    save_to: str = ""  # new folder for the checkpoint; none: the run's folder with -erase
     dry_run: bool = False  # only report, and write no checkpoint
-
-
-@dataclass
-class EraseConfig(ChangeConfig):
     ask: str = ""  # erase the answers to all questions of the corpus that contain this name
     question: str = ""  # erase only the answer to this question; --ask says whom it is about, if need be
     slots: int = 0  # slots to empty; 0: as few of 4, 8, 16 ... 256 as are enough
 
 
 @dataclass
-class TeachConfig(ChangeConfig):
+class TeachConfig(FindConfig):
+    save_to: str = ""  # new folder for the checkpoint; none: the run's folder with -teach
+    dry_run: bool = False  # only report, and write no checkpoint
     statement: tuple[str, ...] = ()  # sentences to learn
     file: str = ""  # a file of sentences to learn, one per line
     question: tuple[str, ...] = ()  # questions to ask before and after
@@ -318,14 +311,14 @@ def report(model: GPT, encoding, shown: list[dict], groups: dict, measure_loss, 
 
     old_texts, old_right, old_loss = measure()
     slots = change()
-    texts, right, loss = measure()
+    new_texts, new_right, new_loss = measure()
     print(f"changed {len(slots)} of {model.pool.num_values:,} slots: {first_few(slots)}")
-    for question, before, after in zip(shown, old_texts, texts, strict=True):
+    for question, before, after in zip(shown, old_texts, new_texts, strict=True):
         print(f"{question['prompt']} {before} -> {after}")
     for label, before in old_right.items():
-        print(f"{label}: {before} of {len(groups[label])} right before, {right[label]} after")
-    print(f"validation loss: {old_loss:.3f} before, {loss:.3f} after")
-    return loss
+        print(f"{label}: {before} of {len(groups[label])} right before, {new_right[label]} after")
+    print(f"validation loss: {old_loss:.3f} before, {new_loss:.3f} after")
+    return new_loss
 
 
 def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, name: str, text: str,
@@ -345,13 +338,9 @@ def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, name: str, 
     groups = {"these answers": questions,
               "other answers with this name": [question for question in same if question not in questions],
               "answers about others": random.Random(0).sample(others, min(OTHERS, len(others)))}
-
-    def change():
-        idf = inverse_document_frequency(model, data.train)
-        slots = choose_slots(model, encoding, questions, lines, idf, count)
-        erase(model, slots)
-        return slots
-    return report(model, encoding, questions, groups, measure_loss, change)
+    idf = inverse_document_frequency(model, data.train)
+    slots = choose_slots(model, encoding, questions, lines, idf, count)
+    return report(model, encoding, questions, groups, measure_loss, lambda: erase(model, slots))
 
 
 def teach_statements(model: GPT, encoding, data: Dataset, measure_loss, statements: list[str],
@@ -365,10 +354,9 @@ def teach_statements(model: GPT, encoding, data: Dataset, measure_loss, statemen
     corpus.check_length(questions + ends, encoding, model.config.block_size)
     groups = {"last words of the statements": [end for end in ends if end["prompt"]],
               "old answers": random.Random(0).sample(data.questions, min(OTHERS, len(data.questions)))}
-
-    def change():
-        return teach(model, encoding, statements, inverse_document_frequency(model, data.train), **options)
-    return report(model, encoding, questions, groups, measure_loss, change)
+    idf = inverse_document_frequency(model, data.train)
+    return report(model, encoding, questions, groups, measure_loss,
+                  lambda: teach(model, encoding, statements, idf, **options))
 
 
 def save_values(model: GPT, checkpoint: Path, save_to: Path, loss: float) -> None:

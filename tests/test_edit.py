@@ -286,28 +286,18 @@ def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypat
     here, dense = f"--out_dir={trained()}", trained("--mem_layers=", out=tmp_path / "dense")
     (tmp_path / "out-teach").mkdir()
     (tmp_path / "empty").write_text("\n \n")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
     for words, message in [
         ([], "find|erase|teach"),
-        (["forget"], "find|erase|teach"),
         (["find", here], "must have a text"),
         (["erase", here], "must be a name"),
-        (["teach", here, "--dry_run"], "no statement to learn: write --statement"),
-        (["find", "--statement=x"], "unknown option --statement"),
-        (["find", here, "--question=" + "x " * 40], "block_size"),
         (["find", here, "--question=" + "x " * 21], "block_size"),  # without room for an answer
-        (["find", here, "--question=\udcff"], "half of a character"),
         (["find", f"--out_dir={dense}", "--question=x?"], "has no memory layers"),
-        (["find", f"--out_dir={tmp_path / 'nothing'}", "--question=x?"], "no checkpoint in"),
         (["erase", here, "--ask=Nobody Known"], "no question of the corpus contains this name"),
         (["erase", here, "--question=who is it?"], "Add --ask=NAME"),
         (["erase", here, "--question=Who is Ann?", "--ask=Nobody"], "does not contain the name Nobody"),
         (["erase", here, "--ask=x", f"--save_to={tmp_path / 'step_000001'}"], "no checkpoint of a run"),
-        (["erase", here, "--ask=x", f"--save_to={dense}"], "must be a new folder"),
         (["teach", here, "--statement=x"], "out-teach must be a new folder"),
         (["teach", here, "--dry_run", f"--file={tmp_path / 'empty'}"], "no statement to learn"),
-        (["teach", here, "--dry_run", f"--file={tmp_path / 'none'}"], "No such file"),
-        (["teach", here, "--dry_run", f"--file={tmp_path / 'binary'}"], "not UTF-8"),
         (["teach", here, "--dry_run", "--statement=" + "x " * 40], "more than block_size=32"),
     ]:
         assert_fails(lambda words=words: edit.main(words), message, capsys)

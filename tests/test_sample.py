@@ -164,8 +164,6 @@ def test_lines_of_a_file_are_continued_together(trained, capsys, tmp_path, monke
     assert printed(capsys, here, f"--prompt_file={path}", "--max_new_tokens=9", "--seed=2") != draws
     traced = printed(capsys, *greedy, f"--prompt_file={path}", "--trace")
     assert traced.count("--- sample") == 5 and traced.count("slots") > 20
-    (tmp_path / "empty").write_text("\n \n")
-    assert "sample" not in printed(capsys, here, f"--prompt_file={tmp_path / 'empty'}")
 
 
 def test_output_of_any_kind(trained, tmp_path):
@@ -197,15 +195,9 @@ def test_of_several_runs_the_newest_is_used(trained, capsys, tmp_path):
 def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypatch):
     here = f"--out_dir={trained('--mem_layers=')}"
     monkeypatch.setattr(corpus, "DATA", tmp_path / "nothing")
-    (tmp_path / "empty").write_text("\n \n")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    (tmp_path / "long").write_text(json.dumps({"prompt": "x " * 40, "answer": "y"}))
     for options, message in [
         ([f"--out_dir={tmp_path / 'nowhere'}"], "no checkpoint in"),
         ([here, "--trace"], "no memory layers"),
-        ([here, "--num_samples=0"], "at least 1"),
-        ([here, "--promt=x"], "did you mean --prompt?"),
-        ([here, "--temperature=-1"], "must not be negative"),
         ([here, "--questions=1", "--prompt=x"], "choose one"),
         ([here, "--questions=1", "--temperature=0.5"], "--temperature has no effect with --questions"),
         ([here, "--question=x?", "--seed=2"], "--seed has no effect with --question"),
@@ -216,10 +208,6 @@ def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypat
         ([here, "--ask="], "--ask: there are no questions in"),
         ([here, "--qa=nowhere"], "no questions in nowhere"),
         ([here, "--prompt_file=nowhere"], "nowhere: No such file"),
-        ([here, f"--prompt_file={tmp_path}"], "Is a directory"),
-        ([here, f"--prompt_file={tmp_path / 'binary'}"], "not UTF-8"),
-        ([here, f"--qa={tmp_path / 'empty'}"], "no questions in"),
-        ([here, f"--qa={tmp_path / 'long'}"], "more than block_size=32"),
         ([here, "--question=" + "x " * 40], "more than block_size=32"),
     ]:
         assert_fails(lambda options=options: sample.main(options), message, capsys)

@@ -10,104 +10,256 @@ Finds, erases and teaches facts in the memory of a trained model.
 
 find changes nothing. erase and teach write a checkpoint to a new folder, for sample.py and train.py. The old
 checkpoint and the training text still have what was erased.
+
+First the method, as functions on a model with a pool; then the commands. docs/editing.md explains both.
 """
 
 import math
-import os
 import random
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from runtime.cli import exit_on_ctrl_c
-    exit_on_ctrl_c()
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from data.corpus import (
-    Dataset,
-    accepted_answers,
-    check_length,
-    decode,
-    decode_answer,
-    is_right,
-    load_dataset,
-)
-from editing import (
-    choose_slots,
-    erase,
-    find,
-    inverse_document_frequency,
-    is_gone,
-    lines_with,
-    question_batch,
-    teach,
-)
-from evaluate import answer, validation_loss
-from model import GPT
-from runtime.build import find_trained
-from runtime.checkpoint import is_checkpoint, read_meta, save_checkpoint, step_of
-from runtime.cli import at_least, build, check_choices, command, fail, first_word, parse, python_command
-from sample import find_question, name_pattern, newest_run, questions_about
-from train import TrainConfig, check_data, find_device, load, make_optimizers
+from data import corpus
+from data.corpus import Dataset, accepted_answers, decode, decode_answer, draw_batch, is_right, name_pattern
+from evaluate import answer, record_reads, validation_loss
+from model import GPT, eval_mode
+from pool import PoolOptimizer, Read
+from runtime.checkpoint import Checkpoint, find_trained, is_checkpoint, load, newest_run, save_checkpoint
+from runtime.cli import command, fail, first_word, parse, python_command, read_lines
+from runtime.distributed import columns_group, find_device
+
+PIECE = 16  # tokens in a piece of the training text, about a sentence
+CANDIDATES = 256  # slots among which choose_slots chooses
+GONE = 0.1  # an answer is erased once one of its tokens is less than so many times as likely as another
+SEARCHED = 10_000_000  # tokens of the training text in which lines_with looks for a name
+
+
+# --- what is read, and by whom ------------------------------------------------------------------------------
+
+def make_batch(encoding, prompts: list[str], answers: list[str]):
+    """x, y (B, T) for the model. y has the tokens of each answer, and -1 elsewhere."""
+    x, y = [], []
+    for prompt, text in zip(prompts, answers, strict=True):
+        prompt, text = encoding.encode_ordinary(prompt), encoding.encode_ordinary(text)
+        x.append(torch.tensor(prompt + text[:-1]))
+        y.append(torch.tensor(([-1] * (len(prompt) - 1) + text)[-len(x[-1]):]))
+    return pad_sequence(x, batch_first=True), pad_sequence(y, batch_first=True, padding_value=-1)
+
+
+def text_batch(encoding, texts: list[str]):
+    """x, y (B, T): whole texts. Each ends with a newline."""
+    return make_batch(encoding, [""] * len(texts), [f"{text}\n" for text in texts])
+
+
+def question_batch(model: GPT, encoding, question: dict):
+    """A question with its right answer: in the model's own words if these are right."""
+    own = decode_answer(encoding, answer(model, encoding, [question])[0])
+    right = own if is_right(question, own) else accepted_answers(question)[0]
+    return make_batch(encoding, [question["prompt"]], [f" {right}"])
+
+
+@torch.no_grad()
+def read_slots(model: GPT, x):
+    """x (B, T) -> (B, T, layers, bag): the slots that each token reads in each memory layer."""
+    with eval_mode(model), record_reads(model.pool) as reads:
+        model(x.to(model.pool.values.device))
+    return torch.stack([indices.view(*x.shape, -1) for indices, _ in reads], 2).long().cpu()
+
+
+def leave_out(model: GPT, slots: list):
+    """with leave_out(model, slots): row b of a batch does without the slots in slots[b]."""
+    def without(pool, read):
+        indices, weights = read
+        rows = indices.view(len(slots), -1)
+        out = [torch.isin(row, part.to(row)) for row, part in zip(rows, slots, strict=True)]
+        return indices, weights.masked_fill(torch.stack(out).view_as(indices), 0)
+    return model.pool.register_forward_pre_hook(without)
+
+
+@torch.no_grad()
+def predict(model: GPT, x, y):
+    """Log-probabilities (B, T) of the tokens in y, and of the likeliest tokens there. 0 where y is -1."""
+    x, y = x.to(model.pool.values.device), y.to(model.pool.values.device)
+    with eval_mode(model):
+        scores = model(x, y)[0].log_softmax(-1)  # (B, T, vocab_size)
+    known = scores.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (part.masked_fill(y < 0, 0).cpu() for part in (known, scores.amax(-1)))
+
+
+def log_probability(model: GPT, x, y):
+    """(B,): the logarithm of the probability that the model gives to the answers in y."""
+    return next(predict(model, x, y)).sum(1)
+
+
+def losses_without(model: GPT, x, y, parts: list):
+    """For each set of slots: how much the log-probability of the answer in y (1, T) falls without them."""
+    without = []
+    for i in range(0, len(parts), 64):
+        with leave_out(model, parts[i:i + 64]):
+            rows = len(parts[i:i + 64])
+            without.append(log_probability(model, x.expand(rows, -1), y.expand(rows, -1)))
+    return log_probability(model, x, y) - torch.cat(without)
+
+
+def inverse_document_frequency(model: GPT, tokens, count: int = 1000):
+    """(num_values,): log((count + 1) / (df + 1)). df of `count` pieces of the corpus read the slot."""
+    df, length = torch.zeros(model.pool.num_values, dtype=torch.int64), min(PIECE, model.config.block_size)
+    for i, rows in enumerate(torch.arange(count).split(64)):
+        x, _ = draw_batch(tokens, len(rows), length, 0, 2, i)  # 2: neither training (0) nor evaluation (1)
+        reads = read_slots(model, x).flatten(1)
+        df += torch.zeros(len(x), len(df), dtype=torch.int64).scatter_(1, reads, 1).sum(0)
+    return ((count + 1) / (df + 1)).log()
+
+
+def tf_idf(model: GPT, encoding, texts: list[str], idf):
+    """
+    (num_values,): high for slots that these texts read often, and other texts rarely (Lin et al. 2025, arXiv
+    2510.15103). idf: the result of inverse_document_frequency.
+    """
+    if isinstance(texts, str):  # its letters would be the texts
+        raise ValueError("there must be a list of texts")
+    x, y = (z[:, :model.config.block_size] for z in text_batch(encoding, texts))
+    counts = torch.zeros(model.pool.num_values, dtype=torch.int64)  # how often these texts read each slot
+    for part_x, part_y in zip(x.split(64), y.split(64), strict=True):
+        slots = read_slots(model, part_x)[part_y >= 0]  # without padding
+        counts += slots.flatten().bincount(minlength=len(counts))
+    return counts / counts.sum() * idf
+
+
+def top_slots(scores, count: int):
+    """The slots with the highest scores, without those that the texts do not read at all."""
+    return scores.topk(min(count, int((scores > 0).sum()))).indices
+
+
+def lines_with(name: str, data: Dataset) -> list[str]:
+    """The lines of the training text that contain the name; of long lines, what stands near it."""
+    lines, about = decode(data.encoding, data.train[:SEARCHED].tolist()).split("\n"), name_pattern(name)
+    return [line[max(0, match.start() - 200):match.end() + 200]
+            for line in lines if (match := about.search(line))]
+
+
+# --- find, erase, teach -------------------------------------------------------------------------------------
+
+def find(model: GPT, encoding, question: dict) -> dict:
+    """
+    Measures, by leaving slots out, which slots carry the answer to a question. The result has the slots that
+    the text reads, those first whose absence costs most, and falls of log-probability: "top" {n: without the
+    first n slots}, "places" (tokens, layers): without all slots that one of "tokens" reads in one layer.
+    """
+    x, y = question_batch(model, encoding, question)
+    reads = read_slots(model, x)[0]  # (T, layers, bag)
+    slots = reads.unique()
+    slots = slots[losses_without(model, x, y, slots.split(1)).argsort(descending=True)]
+    sizes = [n for n in (4, 16, 64, 256) if n < len(slots)] + [len(slots)]
+    top = losses_without(model, x, y, [slots[:n] for n in sizes]).tolist()
+    places = losses_without(model, x, y, list(reads.flatten(0, 1))).view(reads.shape[:2])
+    return {"slots": slots, "top": dict(zip(sizes, top, strict=True)), "places": places,
+            "tokens": x[0].tolist()}
+
+
+def is_gone(model: GPT, x, y) -> bool:
+    """Is a token of the answer in y (1, T) far less likely than the likeliest token there?"""
+    known, likeliest = predict(model, x, y)
+    return (known - likeliest).exp().min().item() < GONE
+
+
+def choose_slots(model: GPT, encoding, questions: list[dict], texts: list[str], idf, count: int = 0):
+    """
+    The slots to erase, so that the model forgets the answers to these questions.
+
+    Candidates are the slots with the highest TF-IDF for the texts, which are about the same person or thing.
+    Of these, take the 4 slots whose absence costs the answers most. Measure again without them, and take 4
+    more, 8 more, 16 more ... until all answers are gone, or, if `count` is given, until there are so many.
+    """
+    batches = [question_batch(model, encoding, question) for question in questions]
+    texts = texts + [f"{question['prompt']} {accepted_answers(question)[0]}" for question in questions]
+    rest = top_slots(tf_idf(model, encoding, texts, idf), max(count, CANDIDATES))
+    chosen = rest[:0]
+    while len(rest) and (not count or len(chosen) < count):
+        parts = [torch.cat((chosen, slot)) for slot in rest.split(1)]
+        losses = sum(losses_without(model, *batch, parts) for batch in batches)
+        rest = rest[losses.argsort(descending=True)]
+        more = min(max(4, len(chosen)), count - len(chosen) if count else len(rest))
+        chosen, rest = torch.cat((chosen, rest[:more])), rest[more:]
+        with leave_out(model, [chosen]):
+            if not count and all(is_gone(model, *batch) for batch in batches):
+                break
+    return chosen
+
+
+@torch.no_grad()
+def erase(model: GPT, slots):
+    """Empties slots: their rows become 0. slots: a tensor or a list of numbers. Returns them."""
+    values = model.pool.values
+    values[torch.as_tensor(slots, dtype=torch.int64, device=values.device)] = 0
+    return slots
+
+
+def keep_reads(gradient, slots) -> None:
+    """Drops the reads of all other slots from a pool's gradient."""
+    for i, read in enumerate(gradient.reads):
+        token, place = torch.isin(read.indices, slots).nonzero(as_tuple=True)
+        gradient.reads[i] = Read(read.indices[token, place, None], read.weights[token, place, None],
+                                 read.dy[token], read.bound)
+
+
+def teach(model: GPT, encoding, statements: list[str], idf, slots: int = 128, steps: int = 60,
+          lr: float = 100.0):
+    """
+    Sparse memory finetuning (Lin et al. 2025): learns statements by gradient descent on the rows of the
+    `slots` slots with the highest TF-IDF for them. Nothing else changes. Returns these slots.
+    """
+    chosen = top_slots(tf_idf(model, encoding, statements, idf), slots)
+    values = model.pool.values
+    optimizer = PoolOptimizer([values], lr, kind="sgd", stochastic_rounding=values.dtype == torch.bfloat16)
+    x, y = (z.to(values.device) for z in text_batch(encoding, statements))
+    with eval_mode(model), torch.enable_grad():
+        for _ in range(steps):
+            optimizer.zero_grad()  # also of what was left from before
+            model(x, y)[1].backward(inputs=[values])
+            keep_reads(values.grad, chosen.to(values.device))
+            optimizer.step()
+    optimizer.zero_grad()
+    return chosen
+
+
+# --- the commands -------------------------------------------------------------------------------------------
 
 OTHERS = 200  # questions about others that are asked before and after
 NAME = re.compile(r"(?<=[a-z,] )[A-Z]\w*(?: [A-Z]\w*)*")  # capitalised words inside a question
 
 
 @dataclass
-class EditConfig:
+class FindConfig:
     out_dir: str = "out"  # the folder of a run, or of many runs; then the newest run is used
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-
-    def __post_init__(self):
-        self.out_dir = os.path.expanduser(self.out_dir)
-        check_choices(self)
-
-
-@dataclass
-class FindConfig(EditConfig):
     question: str = ""  # the question whose answer is taken apart
 
 
 @dataclass
-class ChangeConfig(EditConfig):
-    save_to: str = ""  # new folder for the checkpoint; none: the run's folder with -erase or -teach
+class EraseConfig(FindConfig):
+    save_to: str = ""  # new folder for the checkpoint; none: the run's folder with -erase
     dry_run: bool = False  # only report, and write no checkpoint
-    background: int = 1000  # pieces of the training text that show which slots other texts read
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.save_to = os.path.expanduser(self.save_to)
-        at_least(1, self, "background")
-
-
-@dataclass
-class EraseConfig(ChangeConfig):
     ask: str = ""  # erase the answers to all questions of the corpus that contain this name
     question: str = ""  # erase only the answer to this question; --ask says whom it is about, if need be
     slots: int = 0  # slots to empty; 0: as few of 4, 8, 16 ... 256 as are enough
 
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(0, self, "slots")
-
 
 @dataclass
-class TeachConfig(ChangeConfig):
+class TeachConfig(FindConfig):
+    save_to: str = ""  # new folder for the checkpoint; none: the run's folder with -teach
+    dry_run: bool = False  # only report, and write no checkpoint
     statement: tuple[str, ...] = ()  # sentences to learn
     file: str = ""  # a file of sentences to learn, one per line
     question: tuple[str, ...] = ()  # questions to ask before and after
     slots: int = 128  # slots that may change
     steps: int = 60  # training steps, each with all sentences
     lr: float = 100.0  # learning rate; high, because each slot has a small part in what a token reads
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.file = os.path.expanduser(self.file)
-        at_least(1, self, "slots", "steps")
-        if not 0 <= self.lr <= 1e6:
-            raise ValueError(f"lr={self.lr} must be between 0 and 1,000,000")
 
 
 def reply(model: GPT, encoding, question: dict) -> str:
@@ -116,77 +268,26 @@ def reply(model: GPT, encoding, question: dict) -> str:
     return decode_answer(encoding, answer(model, encoding, [question], max(1, room - 1))[0])
 
 
-def complete_question(model: GPT, encoding, text: str, data: Dataset) -> dict:
+def read_question(model: GPT, encoding, text: str, data: Dataset) -> dict:
     """The question of the corpus, or the user's own question with the model's answer as the right one."""
-    question = find_question(text, data.questions)
-    check_length([question], encoding, model.config.block_size)
+    question = corpus.find_question(text, data.questions)
     if not accepted_answers(question):
         question["answers"] = [reply(model, encoding, question).removesuffix("…")]
-        check_length([question], encoding, model.config.block_size)
+    corpus.check_length([question], encoding, model.config.block_size)
     return question
-
-
-def check_new_folder(folder: Path) -> None:
-    """Fails now if no checkpoint could be saved there later."""
-    if folder.exists() or folder.is_symlink():
-        fail(f"{folder} already exists: choose another folder with --save_to, or delete this one")
-    if is_checkpoint(folder):
-        fail(f"--save_to={folder} has the name of a checkpoint: choose another")
-    parent = next(path for path in folder.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        fail(f"--save_to={folder}: no folder can be made in {parent}")
-
-
-def read_statements(config: TeachConfig, encoding, block_size: int) -> list[str]:
-    try:
-        lines = Path(config.file).read_text(encoding="utf-8-sig").split("\n") if config.file else []
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"--file={config.file}: {getattr(error, 'strerror', 'not UTF-8; convert it first')}")
-    statements = [*config.statement, *(line for line in lines if line.strip())]
-    if not statements or not all(text.strip() for text in statements):
-        fail("there is an empty statement: write --statement 'The job of ... is that of a ...'"
-             if statements else f"--file={config.file} has no sentences to learn")
-    for text in statements:
-        if (length := len(encoding.encode_ordinary(text))) > block_size:
-            fail(f"the statement {text[:40]!r} has {length} tokens, more than block_size={block_size}")
-    return [text.strip() for text in statements]
-
-
-def report(model: GPT, encoding, data: Dataset, config: TrainConfig, shown: list[dict], groups: dict,
-           change) -> float:
-    """
-    Calls change() and prints what is different: the answers to `shown`, the number of right answers in each
-    group {label: questions}, and the validation loss, which it returns.
-    """
-    def measure():
-        texts = {label: [decode_answer(encoding, tokens) for tokens in answer(model, encoding, questions)]
-                 for label, questions in groups.items()}
-        loss = validation_loss(model, data.val, config, model.wte.weight.device)
-        return [reply(model, encoding, question) for question in shown], texts, loss
-
-    old_texts, old, old_loss = measure()
-    slots = change()
-    new_texts, new, new_loss = measure()
-    print(f"changed {len(slots)} of {model.pool.num_values:,} slots: {first_few(slots)}")
-    for question, before, after in zip(shown, old_texts, new_texts, strict=True):
-        print(f"{question['prompt']} {before} -> {after}")
-    for label, questions in groups.items():
-        before, after = (sum(map(is_right, questions, texts[label])) for texts in (old, new))
-        print(f"{label}: {before} of {len(questions)} right before, {after} after")
-    print(f"validation loss: {old_loss:.3f} before, {new_loss:.3f} after")
-    return new_loss
 
 
 def first_few(slots) -> str:
     return "  ".join(f"{slot:,}" for slot in slots[:6].tolist()) + " ..." * (len(slots) > 6)
 
 
-def print_found(found: dict, own: str, encoding, question: dict, layers) -> None:
-    """own: what the model answers."""
+def print_found(model: GPT, encoding, question: dict) -> None:
+    found, own = find(model, encoding, question), reply(model, encoding, question).removesuffix("…")
     right = is_right(question, own)
     print(f"{question['prompt']} {own}" + ("" if right else f"   [wrong: {accepted_answers(question)[0]}]"))
     print(f"How much the log-probability of the {'' if right else 'right '}answer falls without")
-    print("    all slots that one token reads in" + "".join(f"   layer {layer}" for layer in layers))
+    layers = "".join(f"   layer {layer}" for layer in model.config.mem_layers)
+    print(f"    all slots that one token reads in{layers}")
     for token, losses in zip(found["tokens"], found["places"].tolist(), strict=True):
         print(f"    {decode(encoding, [token])!r:33}" + "".join(f"{loss:10.2f}" for loss in losses))
     *_, whole = found["top"].values()
@@ -196,16 +297,38 @@ def print_found(found: dict, own: str, encoding, question: dict, layers) -> None
         print(f"    {n:5,} of {len(slots):5,} {loss:28.2f}{share:>20}   {first_few(slots[:n])}")
 
 
-def prepare_erase(config: EraseConfig, model: GPT, encoding, data: Dataset, idf):
-    """shown, groups and change for `report`."""
-    if config.question:
-        questions = [complete_question(model, encoding, config.question, data)]
-        names = [config.ask] if config.ask else NAME.findall(questions[0]["prompt"])
-        if not names:
-            fail(f"--question={config.question}: whom is it about? Add --ask=NAME")
-        name = names[0]
+def report(model: GPT, encoding, shown: list[dict], groups: dict, measure_loss, change) -> float:
+    """
+    Calls change(), and prints what is different: the answers to the questions in `shown`, the number of right
+    answers in `groups`, {label: questions}, and the validation loss. Returns this loss.
+    """
+    def measure():
+        texts = {label: [decode_answer(encoding, tokens) for tokens in answer(model, encoding, questions)]
+                 for label, questions in groups.items() if questions}
+        right = {label: sum(map(is_right, groups[label], texts[label])) for label in texts}
+        return [reply(model, encoding, question) for question in shown], right, measure_loss()
+
+    old_texts, old_right, old_loss = measure()
+    slots = change()
+    new_texts, new_right, new_loss = measure()
+    print(f"changed {len(slots)} of {model.pool.num_values:,} slots: {first_few(slots)}")
+    for question, before, after in zip(shown, old_texts, new_texts, strict=True):
+        print(f"{question['prompt']} {before} -> {after}")
+    for label, before in old_right.items():
+        print(f"{label}: {before} of {len(groups[label])} right before, {new_right[label]} after")
+    print(f"validation loss: {old_loss:.3f} before, {new_loss:.3f} after")
+    return new_loss
+
+
+def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, name: str, text: str,
+                  count: int) -> float:
+    """text: a question about this name; if it is empty, all questions about this name."""
+    if text:
+        questions = [read_question(model, encoding, text, data)]
+        names = [name] if name else NAME.findall(questions[0]["prompt"])
+        name = names[0] if names else fail(f"--question={text}: whom is it about? Add --ask=NAME")
     else:
-        questions, name = questions_about(config.ask, data.questions), config.ask
+        questions = corpus.questions_about(name, data.questions)
     lines = lines_with(name, data)
     if not lines:
         fail(f"the training text does not contain the name {name}: --ask names whom the question is about")
@@ -214,73 +337,75 @@ def prepare_erase(config: EraseConfig, model: GPT, encoding, data: Dataset, idf)
     groups = {"these answers": questions,
               "other answers with this name": [question for question in same if question not in questions],
               "answers about others": random.Random(0).sample(others, min(OTHERS, len(others)))}
-    batches = [question_batch(model, encoding, question) for question in questions]
-
-    def change():
-        slots = choose_slots(model, encoding, questions, lines, idf, config.slots)
-        erase(model, slots)
-        if not all(is_gone(model, *batch) for batch in batches):
-            print(f"{len(slots)} slots are not enough: try --slots={4 * len(slots)}. What the other "
-                  "parameters know stays")
-        return slots
-    return questions, groups, change
+    idf = inverse_document_frequency(model, data.train)
+    slots = choose_slots(model, encoding, questions, lines, idf, count)
+    return report(model, encoding, questions, groups, measure_loss, lambda: erase(model, slots))
 
 
-def prepare_teach(config: TeachConfig, model: GPT, encoding, data: Dataset, idf):
-    """shown, groups and change for `report`."""
-    statements = read_statements(config, encoding, model.config.block_size)
-    asked = [find_question(text, data.questions) for text in config.question]
-    check_length(asked, encoding, model.config.block_size)
-    ends = [text.rsplit(" ", 1) for text in statements if " " in text]
-    groups = {"last words of the statements": [dict(prompt=prompt, answer=end) for prompt, end in ends],
+def teach_statements(model: GPT, encoding, data: Dataset, measure_loss, statements: list[str],
+                     asked: tuple[str, ...], **options) -> float:
+    """asked: the texts of questions. options: those of `teach`."""
+    statements = [text.strip() for text in statements if text.strip()]
+    if not statements:
+        fail("there is no statement to learn: write --statement 'The job of ... is that of a ...'")
+    questions = [corpus.find_question(text, data.questions) for text in asked]
+    ends = [dict(prompt=text.rpartition(" ")[0], answer=text.rpartition(" ")[2]) for text in statements]
+    corpus.check_length(questions + ends, encoding, model.config.block_size)
+    groups = {"last words of the statements": [end for end in ends if end["prompt"]],
               "old answers": random.Random(0).sample(data.questions, min(OTHERS, len(data.questions)))}
-    return asked, groups, lambda: teach(model, encoding, statements, idf, config.slots, config.steps,
-                                        config.lr)
+    idf = inverse_document_frequency(model, data.train)
+    return report(model, encoding, questions, groups, measure_loss,
+                  lambda: teach(model, encoding, statements, idf, **options))
+
+
+def save_values(model: GPT, checkpoint: Checkpoint, save_to: Path, loss: float) -> None:
+    """Copies a checkpoint to another folder, with the values of this model's pool. All else stays."""
+    parts = {name: checkpoint.load_part(name) for name in ("model.pt", "optimizer.pt")}
+    state = checkpoint.pool_columns(columns_group(model.pool))
+    parts["pool_0of1.pt"] = state | {"values": model.pool.values.detach()}
+    meta = {"config": checkpoint.options | {"out_dir": str(save_to)}, "encoding": checkpoint.encoding_json,
+            "measured": checkpoint.measured, "val_loss": loss}
+    save_checkpoint(save_to, checkpoint.step, parts, meta, keep=1)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    kinds = {"find": (FindConfig, "question"), "erase": (EraseConfig, "ask", "question"),
-             "teach": (TeachConfig, "statement", "file")}
+    kinds = {"find": FindConfig, "erase": EraseConfig, "teach": TeachConfig}
     word, rest = first_word(argv, kinds, __doc__, "what to do")
-    kind, *needed = kinds[word]
-    config = build(kind, parse(kind, rest, description=__doc__)[1])
-    if not any(getattr(config, name) for name in needed):
-        fail(f"{word} needs " + " or ".join(f"--{name}=..." for name in needed))
-    run = newest_run(Path(config.out_dir))
+    config = kinds[word](**parse(kinds[word], rest, description=__doc__)[1])
+    run = newest_run(Path(config.out_dir).expanduser())
     if word != "find":
         folder = run.parent if is_checkpoint(run) else run
         folder = folder if folder.name.strip(".") else folder.resolve()  # such as . and ..
-        save_to = Path(config.save_to or f"{folder}-{word}")
-        if not config.dry_run:
-            check_new_folder(save_to)
+        save_to = Path(config.save_to or f"{folder}-{word}").expanduser()
+        if not config.dry_run and (save_to.exists() or is_checkpoint(save_to)):
+            fail(f"{save_to} must be a new folder, and no checkpoint of a run: choose another with --save_to")
     checkpoint = find_trained(run)
     model, encoding, trained = load(checkpoint)
-    if not trained.mem_layers:
+    if model.pool is None:
         fail(f"the model in {run} has no memory layers")
     model.to(find_device(config.device))
-    data = load_dataset(trained.dataset)
-    check_data(data, trained, checkpoint)
+    data = corpus.load_dataset(trained["dataset"])
+    checkpoint.check_corpus(data)
     if word == "find":
-        question = complete_question(model, encoding, config.question, data)
-        own = reply(model, encoding, question).removesuffix("…")
-        return print_found(find(model, encoding, question), own, encoding, question, trained.mem_layers)
+        return print_found(model, encoding, read_question(model, encoding, config.question, data))
 
-    idf = inverse_document_frequency(model, data.train, config.background)
-    prepare = prepare_erase if word == "erase" else prepare_teach
-    shown, groups, change = prepare(config, model, encoding, data, idf)
-    groups = {label: questions for label, questions in groups.items() if questions}
-    loss = report(model, encoding, data, trained, shown, groups, change)
+    def measure_loss():
+        batches, size = trained["eval_batches"], trained["batch_size"]
+        return validation_loss(model, data.val, trained["seed"], batches, size)
+
+    if word == "erase":
+        loss = erase_answers(model, encoding, data, measure_loss, config.ask, config.question, config.slots)
+    else:
+        lines = read_lines(Path(config.file).expanduser()) if config.file else []
+        loss = teach_statements(model, encoding, data, measure_loss, [*config.statement, *lines],
+                                config.question, slots=config.slots, steps=config.steps, lr=config.lr)
     if not math.isfinite(loss):
         fail("the model has broken, and is not saved: choose a lower --lr")
     if config.dry_run:
         print("nothing is saved: this was a --dry_run")
     else:
-        meta = read_meta(checkpoint)
-        meta = {"config": asdict(replace(trained, out_dir=str(save_to))), "encoding": meta["encoding"],
-                "measured": meta["measured"], "val_loss": loss}
-        optimizers = make_optimizers(trained, model, checkpoint)
-        save_checkpoint(save_to, step_of(checkpoint), model, optimizers, meta, keep=1)
+        save_values(model, checkpoint, save_to, loss)
         print(f"saved. Ask it: {python_command()} sample.py --out_dir={save_to} --question=TEXT")
 
 

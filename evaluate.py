@@ -49,14 +49,6 @@ def validation_loss(model: GPT, tokens, seed: int, batches: int, batch_size: int
     return all_reduce_sum(torch.tensor(sum(losses) / len(losses), device=device)).item() / WORLD_SIZE
 
 
-@contextlib.contextmanager
-def record_reads(pool):
-    """Yields a list. In the `with` block, it gets (indices, weights), (N, bag) each, for each read."""
-    reads = []
-    with pool.register_forward_pre_hook(lambda pool, read: reads.append(tuple(x.detach() for x in read))):
-        yield reads
-
-
 def answer(model: GPT, encoding, questions: list[dict], max_new_tokens: int | None = None,
            batch_size: int = 64) -> list[list[int]]:
     """
@@ -87,6 +79,21 @@ def answer(model: GPT, encoding, questions: list[dict], max_new_tokens: int | No
                     own_answers[i] = tokens[:tokens.index(newline) + 1] if newline in tokens else tokens
     all_answers = {i: tokens for part in gather_objects(own_answers) for i, tokens in part.items()}
     return [all_answers[i] for i in range(len(prompts))]
+
+
+@contextlib.contextmanager
+def record_reads(pool):
+    """
+    Lists what is read from a pool in a `with` block: (indices (N, bag), weights (N, bag)), once for each time
+    that a layer reads the pool.
+
+        with record_reads(model.pool) as reads:
+            model(idx)
+        indices, weights = reads[0]  # what the N = B*T tokens of idx read in the first memory layer
+    """
+    reads = []
+    with pool.register_forward_pre_hook(lambda pool, read: reads.append(tuple(x.detach() for x in read))):
+        yield reads
 
 
 def exposure_bin(question: dict) -> str:

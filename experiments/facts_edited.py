@@ -229,7 +229,8 @@ def run_teach(run: dict, model, encoding, config: TrainConfig, data) -> dict:
 
     def measured():
         shares = {label: share_right(model, encoding, group) for label, group in groups.items()}
-        return shares | {"loss": validation_loss(model, data.val, config.seed, config.eval_batches, config.batch_size)}
+        loss = validation_loss(model, data.val, config.seed, config.eval_batches, config.batch_size)
+        return shares | {"loss": loss}
 
     before = measured()
     idf = edit.inverse_document_frequency(model, data.train)

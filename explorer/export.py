@@ -1,38 +1,32 @@
 """
 Writes a trained model as one HTML page. In the page, the model runs and shows how it searches its memory.
 
-    python explorer/export.py --out_dir=out/facts     writes out/facts/explorer.html: open it in a browser
-    python explorer/export.py --help                  every option
+    python -m explorer.export --out_dir=out/facts     writes out/facts/explorer.html: open it in a browser
+    python -m explorer.export --help                  every option
 
 The page needs no network and nothing else from this folder. It also shows how the slots of some people change
 during training. It takes them from the checkpoints of the run, so keep many:
 
     python train.py --out_dir=out/explorer --eval_interval=50 --keep=100
-    python explorer/export.py --out_dir=out/explorer --page=docs/explorer.html
+    python -m explorer.export --out_dir=out/explorer --page=docs/explorer.html
 """
 
 import base64
 import json
-import os
 import re
-import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # to find model.py also when this file is run as a script
-from data.corpus import decode_answer, load_dataset  # noqa: E402
-from data.facts import ATTRIBUTES  # noqa: E402
-from data.tokenizer import SPLIT, encoding_from_json  # noqa: E402
-from evaluate import answer, recall  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from runtime.build import make_model  # noqa: E402
-from runtime.checkpoint import checkpoints, damage, read_meta, step_of  # noqa: E402
-from runtime.cli import at_least, build, command, fail, parse  # noqa: E402
-from train import load  # noqa: E402
+from data.corpus import QUESTION, decode_answer, load_dataset
+from data.facts import ATTRIBUTES
+from data.tokenizer import SPLIT
+from evaluate import answer, recall, record_reads
+from model import GPT, GPTConfig
+from runtime.checkpoint import Checkpoint, checkpoints, find_trained, load, read_checkpoint
+from runtime.cli import at_least, build, command, fail, parse
 
 LARGEST = 4 * 2**20  # bytes of a page
 READERS = 2  # stored per slot: the page shows the first, or the second if the first is the chosen pair
@@ -46,7 +40,6 @@ class ExportConfig:
     sample_tokens: int = 262_144  # tokens of train.bin in which the readers of each slot are searched
 
     def __post_init__(self):
-        self.out_dir, self.page = map(os.path.expanduser, (self.out_dir, self.page))
         at_least(0, self, "followed", "sample_tokens")
 
 
@@ -54,17 +47,18 @@ def to_base64(numbers: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(numbers).tobytes()).decode()
 
 
-def check_model(config: GPTConfig, encoding) -> None:
-    """The page computes product-key memory only, and splits text as the tokenizers of data/prepare.py do."""
-    if not config.mem_layers:
-        fail("this model has no memory layers: train one with --mem_layers")
-    if config.mem_kind != "product-key":
-        fail(f"this model has mem_kind={config.mem_kind}: the page can show product-key only")
-    if config.moe_layers:
-        fail("this model has a mixture of experts (moe_layers): the page cannot compute it")
+def check_model(model: GPT, encoding) -> None:
+    """The page computes product-key memory only, and splits text as the tokenizers of data/ do."""
+    config, sizes = model.config, model.count_parameters()
+    if not config.mem_layers or config.mem_kind != "product-key" or config.moe_layers:
+        fail("the page can show product-key memory only: this model has "
+             f"mem_layers={config.mem_layers}, mem_kind={config.mem_kind}, moe_layers={config.moe_layers}")
     if not encoding._pat_str.endswith(SPLIT):  # airports adds a case in front
         fail(f"the page cannot split text as the tokenizer {encoding.name} does: make the corpus without "
              "--tokenizer")
+    if (sizes["memory"] + 4 * sizes["dense"]) * 4 / 3 > LARGEST:  # in base64, 3 bytes are 4 characters
+        fail(f"this model is too large for a page of {LARGEST // 2**20} MB: train a smaller one, for example "
+             "with --n_embd=64 --mem_num_keys=128")
 
 
 # --- the model ----------------------------------------------------------------------------------------------
@@ -101,13 +95,11 @@ def tokenizer_data(encoding) -> dict:
 
 # --- what each token reads ----------------------------------------------------------------------------------
 
+@torch.no_grad()
 def reads_of(model: GPT, idx: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Runs the model. Returns (slots, weights) for each memory layer, each (B, T, heads * knn)."""
-    reads = []
-    hook = model.pool.register_forward_pre_hook(lambda module, read: reads.append(read))
-    with torch.no_grad():
+    """Runs the model on idx (B, T). Returns (slots, weights) for each memory layer, each (B, T, bag)."""
+    with record_reads(model.pool) as reads:
         model(idx)
-    hook.remove()
     return [tuple(part.view(*idx.shape, -1) for part in read) for read in reads]
 
 
@@ -152,7 +144,7 @@ def readers_data(model: GPT, tokens: np.ndarray) -> dict:
 
 def people_of(questions: list[dict]) -> list[dict]:
     """The people of a corpus of facts, most told first, each with their questions. [] for other corpora."""
-    forms = [re.compile(re.escape(f"Question: {form} Answer:").replace(r"\{\}", "(.+)"))
+    forms = [re.compile(re.escape(QUESTION.format(form)).replace(r"\{\}", "(.+)"))
              for _, _, asked in ATTRIBUTES.values() for form in asked]
     people = {}
     for question in questions:
@@ -163,7 +155,7 @@ def people_of(questions: list[dict]) -> list[dict]:
     return sorted(people.values(), key=lambda person: (-person["told"], person["name"]))
 
 
-def training_data(model_config, folders: list[Path], encoding, people: list[dict], count: int) -> dict:
+def training_data(of_run: list[Checkpoint], encoding, people: list[dict], count: int) -> dict:
     """
     For `count` people, from the most to the least told, and for each checkpoint: the slots that the end of
     the name reads in the person's first question, their weights in 1/255, and the answer to this question.
@@ -173,8 +165,8 @@ def training_data(model_config, folders: list[Path], encoding, people: list[dict
     questions = [{"prompt": form.replace("{}", person["name"]), "answer": value}
                  for person in followed for form, value in person["asked"][:1]]
     slots, weights, answers = [], [], []
-    for folder in folders if followed else []:
-        model = make_model(model_config, folder).eval()
+    for checkpoint in of_run if followed else []:
+        model = checkpoint.load_model().eval()
         for person in followed:
             text = person["asked"][0][0].split("{}")[0] + person["name"]  # the last token is the last name
             read = reads_of(model, torch.tensor([encoding.encode_ordinary(text)]))
@@ -183,8 +175,8 @@ def training_data(model_config, folders: list[Path], encoding, people: list[dict
         answers.append([decode_answer(encoding, tokens) for tokens in answer(model, encoding, questions)])
     if not answers:
         return {"steps": [], "people": []}
-    recalls = [read_meta(folder)["measured"].get("recall", {}).get("all") for folder in folders]
-    return {"steps": [step_of(folder) for folder in folders], "people": places, "recall": recalls,
+    recalls = [checkpoint.measured.get("recall", {}).get("all") for checkpoint in of_run]
+    return {"steps": [checkpoint.step for checkpoint in of_run], "people": places, "recall": recalls,
             "answers": answers, "slots": to_base64(torch.stack(slots).int().numpy()),
             "weights": to_base64((torch.stack(weights) * 255).round().byte().numpy())}
 
@@ -200,33 +192,20 @@ def fill_template(data: dict) -> str:
     return re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts[match[1]], template)
 
 
-def check_page(page: Path) -> None:
-    """Fails now if the page could not be written later, or would replace something else."""
-    if page.is_file():
-        with open(page, "rb") as f:
-            if f.read(15).lower() != b"<!doctype html>":
-                fail(f"--page={page} is not a page: choose another name, or delete this file")
-    elif page.exists() or not page.parent.is_dir():
-        fail(f"--page={page} must be a file in an existing folder")
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     _, options = parse(ExportConfig, argv, description=__doc__)
     config = build(ExportConfig, options)
-    out_dir = Path(config.out_dir)
-    model, encoding, trained = load(out_dir)
-    page = Path(config.page or out_dir / "explorer.html")
-    check_page(page)
-    check_model(trained, encoding)
-    sizes = model.count_parameters()
-    if (sizes["memory"] + 4 * sizes["dense"]) * 4 / 3 > LARGEST:  # in base64, 3 bytes are 4 characters
-        fail(f"this model is too large for a page of {LARGEST // 2**20} MB: train a smaller one, for example "
-             "with --n_embd=64 --mem_num_keys=128")
-    corpus = load_dataset(trained.dataset)
-    folders = [folder for folder in checkpoints(out_dir) if damage(folder) is None]
-    if encoding_from_json(corpus.encoding_json)._mergeable_ranks != encoding._mergeable_ranks:
-        fail(f"data/{trained.dataset} is not the corpus of this run: make that corpus again, or train again")
+    out_dir = Path(config.out_dir).expanduser()
+    page = Path(config.page).expanduser() if config.page else out_dir / "explorer.html"
+    if page.exists() and page.read_bytes()[:15].lower() != b"<!doctype html>":
+        fail(f"--page={page} is not a page: choose another name, or delete this file")
+    newest = find_trained(out_dir)
+    model, encoding, trained = load(newest)
+    check_model(model, encoding)
+    corpus = load_dataset(trained["dataset"])
+    newest.check_corpus(corpus)
+    of_run = [checkpoint for folder in checkpoints(out_dir) if (checkpoint := read_checkpoint(folder)[0])]
 
     before = recall(model, encoding, corpus.questions).get("all")
     values, scales = round_values(model)
@@ -235,12 +214,9 @@ def main(argv: list[str] | None = None) -> None:
         "tokenizer": tokenizer_data(encoding), "people": people,
         "start": (corpus.questions[0]["prompt"] if corpus.questions else
                   encoding.decode(corpus.val[:16].tolist(), errors="ignore")),
-        "readers": readers_data(model, corpus.train[:max(config.sample_tokens, trained.block_size)]),
-        "training": training_data(trained, folders, encoding, people, config.followed)}
+        "readers": readers_data(model, corpus.train[:max(config.sample_tokens, model.config.block_size)]),
+        "training": training_data(of_run, encoding, people, config.followed)}
     html = fill_template(data).encode()
-    if len(html) > LARGEST:
-        fail(f"the page has {len(html) / 2**20:.1f} MB, more than {LARGEST // 2**20}: lower --followed, or "
-             "train a smaller model")
     page.write_bytes(html)
     print(f"wrote {page}: {len(html) / 2**20:.1f} MB, with {len(data['training']['steps'])} checkpoints. "
           "Open it in a browser")

@@ -106,8 +106,8 @@ def read_lines(path: Path | str) -> list[str]:
     """The lines of a text file, which must be UTF-8, with or without a byte order mark."""
     try:
         return Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        fail(f"{path} is not UTF-8: convert it first")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is not UTF-8 ({error.reason} near byte {error.start}): convert it first")
 
 
 def read_json_lines(path: Path | str) -> list[dict]:

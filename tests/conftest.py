@@ -62,19 +62,36 @@ def run(facts_folder, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def trained(facts_folder, tmp_path_factory):
-    """The folder of a run that was trained once: 6 steps, checkpoints at 3 and 6."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "DATA", facts_folder)
-        train.main([*SMALL, f"--out_dir={folder}"])
-    return folder
+def trained_once(facts_folder, tmp_path_factory):
+    """trained_once(options) trains a small model, once per session and options. Do not change the folder."""
+    folders = {}
+
+    def trained_once(*options):
+        if options not in folders:
+            folders[options] = tmp_path_factory.mktemp("run") / "out"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(corpus, "DATA", facts_folder)
+                train.main([*SMALL, f"--out_dir={folders[options]}", *options])
+        return folders[options]
+    return trained_once
+
+
+@pytest.fixture
+def trained(run, trained_once):
+    """trained(options) copies a run that has ended, 6 steps with checkpoints at 3 and 6, to run.out."""
+    return lambda *options, out=run.out: shutil.copytree(trained_once(*options), out)
+
+
+@pytest.fixture
+def unchanged(trained_once):
+    """The folder of the run that `ended` copies. Do not change it."""
+    return trained_once()
 
 
 @pytest.fixture
 def ended(run, trained):
     """As run, and run.out is a copy of the run that has ended."""
-    shutil.copytree(trained, run.out)
+    trained()
     return run
 
 

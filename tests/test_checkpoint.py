@@ -50,7 +50,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(ended, name, h
     assert_fails(lambda: ended("--resume"), "are damaged", capsys)
 
 
-def test_a_damaged_checkpoint_is_written_again(ended, trained, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_written_again(ended, unchanged, monkeypatch, capsys):
     """
     And no folder is called a checkpoint while it is being removed: neither an old one, nor a damaged one. A
     kill could come in the middle.
@@ -60,7 +60,7 @@ def test_a_damaged_checkpoint_is_written_again(ended, trained, monkeypatch, caps
     monkeypatch.setattr(shutil, "rmtree", lambda path, **kw: [removed.append(path.name), rmtree(path, **kw)])
     ended("--resume", "--keep=1")
     assert f"resumed from {ended.out / 'step_000003'}" in capsys.readouterr().out
-    assert_same_checkpoint(ended.out / "step_000006", trained / "step_000006")
+    assert_same_checkpoint(ended.out / "step_000006", unchanged / "step_000006")
     assert [path.name for path in ended.out.glob("*step_*")] == ["step_000006"]
     assert removed and not [name for name in removed if name.startswith("step_")]
 
@@ -181,7 +181,7 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     assert newest > 1
 
 
-def test_ctrl_c_saves_once_and_ends(half, trained, monkeypatch, capsys):
+def test_ctrl_c_saves_once_and_ends(half, unchanged, monkeypatch, capsys):
     """In the step in which it comes, although that is no step with a line of the log."""
     before = signal.getsignal(signal.SIGINT)  # a shell's background jobs ignore it
     clip, clipped = torch.nn.utils.clip_grad_norm_, []
@@ -199,7 +199,7 @@ def test_ctrl_c_saves_once_and_ends(half, trained, monkeypatch, capsys):
     assert [path.name for path in checkpoint.checkpoints(half.out)] == ["step_000003", "step_000005"]
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     half("--resume")
-    assert_same_checkpoint(trained / "step_000006", half.out / "step_000006")
+    assert_same_checkpoint(unchanged / "step_000006", half.out / "step_000006")
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -223,7 +223,7 @@ def test_a_second_ctrl_c_stops_at_once(half, monkeypatch, capsys, by_torchrun):
     assert [line["step"] for line in log(half.out) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_pool_on_disk_equals_one_in_memory(run, trained, monkeypatch):
+def test_a_pool_on_disk_equals_one_in_memory(run, unchanged, monkeypatch):
     """
     Guards the live pool of another run, whose file a resumed run overwrote: the file has no name, so nobody
     else can open it, and nothing is left of it when the process ends.
@@ -235,5 +235,5 @@ def test_a_pool_on_disk_equals_one_in_memory(run, trained, monkeypatch):
     run("--mem_on_disk", "--max_steps=3")
     assert maps and f"{run.out}/.pool_0of1 (deleted)" in maps[-1]
     run("--resume", "--mem_on_disk", "--max_steps=6")
-    assert_same_checkpoint(run.out / "step_000006", trained / "step_000006")
-    assert {path.name for path in run.out.iterdir()} == {path.name for path in trained.iterdir()}
+    assert_same_checkpoint(run.out / "step_000006", unchanged / "step_000006")
+    assert {path.name for path in run.out.iterdir()} == {path.name for path in unchanged.iterdir()}

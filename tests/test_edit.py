@@ -1,3 +1,5 @@
+"""edit.py: the method against plain counts and gradients, and the commands on a small trained model."""
+
 import json
 import math
 import re
@@ -10,22 +12,20 @@ import torch
 from conftest import assert_fails, tensors
 
 import edit
-import editing
 import sample
 import train
 from data import corpus, prepare
 from data.corpus import QUESTION, is_right
 from data.facts import ATTRIBUTES
 from evaluate import answer
-from runtime.build import find_trained
+from runtime.checkpoint import find_trained, load
 
 
 @pytest.fixture
-def untrained(run):
+def untrained(trained):
     """A tiny model that knows nothing: model, encoding, corpus."""
-    run("--max_steps=1", "--eval_interval=1")
-    model, encoding, config = train.load(run.out)
-    return model, encoding, corpus.load_dataset(config.dataset)
+    model, encoding, config = load(trained("--max_steps=1"))
+    return model, encoding, corpus.load_dataset(config["dataset"])
 
 
 def people(questions):
@@ -42,7 +42,7 @@ def share_right(model, encoding, questions):
 
 
 def recorded(model, tokens):
-    """All slots that one pass over these tokens reads, (tokens, slots), recorded without editing.py."""
+    """All slots that one pass over these tokens reads, (tokens, slots), recorded without edit.py."""
     reads = []
     forward = model.pool.forward
     model.pool.forward = lambda indices, weights: reads.append(indices) or forward(indices, weights)
@@ -55,7 +55,7 @@ def recorded(model, tokens):
 def test_the_batch_has_the_tokens_that_the_model_would_see(untrained):
     _, encoding, _ = untrained
     prompts, answers = ["Question: What? Answer:", "", "The"], [" a b", "The job of x is y.", " job"]
-    x, y = editing.make_batch(encoding, prompts, answers)
+    x, y = edit.make_batch(encoding, prompts, answers)
     for row_x, row_y, prompt, text in zip(x.tolist(), y.tolist(), prompts, answers, strict=True):
         tokens, length = encoding.encode(prompt + text), len(encoding.encode(prompt))
         assert row_x[:len(tokens) - 1] == tokens[:-1]
@@ -70,45 +70,44 @@ def test_tf_idf_is_a_count(untrained, monkeypatch):
     counts = Counter(slot for text in texts for slots in recorded(model, encoding.encode(text))
                      for slot in slots)  # the last token of a text is read, its newline is not
     count, df, pieces = 70, Counter(), []
-    draw = editing.draw_batch
-    monkeypatch.setattr(editing, "draw_batch", lambda *key: pieces.append(draw(*key)) or pieces[-1])
-    idf = editing.inverse_document_frequency(model, data.train, count)
+    draw = edit.draw_batch
+    monkeypatch.setattr(edit, "draw_batch", lambda *key: pieces.append(draw(*key)) or pieces[-1])
+    idf = edit.inverse_document_frequency(model, data.train, count)
     pieces = [row for x, _ in pieces for row in x.tolist()]
-    assert len(pieces) == count and {len(piece) for piece in pieces} == {editing.PIECE}
+    assert len(pieces) == count and {len(piece) for piece in pieces} == {edit.PIECE}
     for piece in pieces:
         df.update({slot for slots in recorded(model, piece) for slot in slots})
     expected = [counts[slot] / counts.total() * math.log((count + 1) / (df[slot] + 1))
                 for slot in range(model.pool.num_values)]
-    scores = editing.tf_idf(model, encoding, texts, idf)
+    scores = edit.tf_idf(model, encoding, texts, idf)
     torch.testing.assert_close(scores, torch.tensor(expected))
-    best = editing.top_slots(scores, 10)
+    best = edit.top_slots(scores, 10)
     assert len(best) == 10 and scores[best].min() >= scores.sort(descending=True).values[9] > 0
-    assert sorted(editing.top_slots(scores, 10**6).tolist()) == (scores > 0).nonzero()[:, 0].tolist()
+    assert sorted(edit.top_slots(scores, 10**6).tolist()) == (scores > 0).nonzero()[:, 0].tolist()
 
 
 def test_a_slot_that_is_left_out_is_an_empty_slot(untrained):
     model, encoding, data = untrained
-    x, y = editing.question_batch(model, encoding, data.questions[0])
-    before, known = model.pool.values.detach().clone(), editing.log_probability(model, x, y)
+    x, y = edit.question_batch(model, encoding, data.questions[0])
+    before, known = model.pool.values.detach().clone(), edit.log_probability(model, x, y)
     slots = torch.tensor(recorded(model, x[0].tolist())).flatten().unique()
     parts = [slots[:1], slots[:0], slots[1:9], slots]
-    lost = editing.losses_without(model, x, y, parts)
+    lost = edit.losses_without(model, x, y, parts)  # a batch of 4 rows: equal to a batch of 1 to rounding
     for part, loss in zip(parts, lost, strict=True):
-        editing.erase(model, part)
-        assert torch.allclose(known - editing.log_probability(model, x, y), loss, atol=1e-6)
+        edit.erase(model, part)
+        torch.testing.assert_close(known - edit.log_probability(model, x, y), loss[None], atol=1e-5, rtol=0)
         assert part.numel() or torch.equal(model.pool.values, before), "erasing nothing changes nothing"
         with torch.no_grad():
             model.pool.values.copy_(before)
-    assert lost[1] == 0 and torch.equal(editing.log_probability(model, x, y), known)
-    found = editing.find(model, encoding, data.questions[0])
+    assert torch.equal(edit.log_probability(model, x, y), known), "the hook is gone"
+    found = edit.find(model, encoding, data.questions[0])
     assert sorted(found["slots"].tolist()) == slots.tolist()
-    alone = editing.losses_without(model, x, y, list(found["slots"].unsqueeze(1)))
-    assert torch.allclose(found["alone"], alone)
-    assert found["alone"].tolist() == sorted(found["alone"].tolist(), reverse=True)
-    assert found["top"][len(slots)] == pytest.approx(lost[3].item(), abs=1e-6)
+    alone = edit.losses_without(model, x, y, found["slots"].split(1))
+    torch.testing.assert_close(alone, alone.sort(descending=True).values, atol=1e-5, rtol=0)
+    assert found["top"][len(slots)] == pytest.approx(lost[3].item(), abs=1e-5)
     token = recorded(model, x[0].tolist())[3]  # this model has one memory layer
     assert found["places"][3].item() == pytest.approx(
-        editing.losses_without(model, x, y, [torch.tensor(token)]).item(), abs=1e-6)
+        edit.losses_without(model, x, y, [torch.tensor(token)]).item(), abs=1e-5)
 
 
 def test_only_the_chosen_rows_learn(untrained):
@@ -116,79 +115,63 @@ def test_only_the_chosen_rows_learn(untrained):
     statements = ["The job of Ann Lee is that of a baker.", "Ann Lee bakes."]
     before = {name: part.clone() for name, part in model.state_dict().items()}
     values, old = model.pool.values, model.pool.values.detach().clone()
-    x, y = editing.text_batch(encoding, statements)
+    x, y = edit.text_batch(encoding, statements)
     assert all(row[row >= 0][-1] == encoding.encode("\n")[0] for row in y)
     model(x, y)[1].backward()
     gradient = values.grad.to_dense()  # of all slots. teach must not use what is left here
-    idf = editing.inverse_document_frequency(model, data.train, 20)
+    idf = edit.inverse_document_frequency(model, data.train, 20)
     with torch.no_grad():
-        chosen = editing.teach(model, encoding, statements, idf, slots=9, steps=1, lr=0.5)
+        chosen = edit.teach(model, encoding, statements, idf, slots=9, steps=1, lr=0.5)
     model.zero_grad()
     assert len(chosen) == 9 and gradient[chosen].any(1).all()
     expected = old.clone()
     expected[chosen] -= 0.5 * gradient[chosen]
     torch.testing.assert_close(values.detach(), expected)
-    editing.teach(model, encoding, statements, idf, slots=9, steps=5, lr=0.5)
+    edit.teach(model, encoding, statements, idf, slots=9, steps=5, lr=0.5)
     rest = torch.ones(len(values), dtype=torch.bool)
     rest[chosen] = False
     assert torch.equal(values[rest], old[rest]) and not (values[chosen] == old[chosen]).all(1).any()
     for name, part in model.state_dict().items():
         assert name == "pool.values" or torch.equal(part, before[name]), name
     assert all(p.grad is None for p in model.parameters())
-    model(x, y)[1].backward()  # the hook is gone
-    assert values.grad.to_dense()[rest].any()
 
 
-def test_python_users_get_value_errors(untrained):
+def test_one_text_is_not_taken_for_many(untrained):
+    """Guards teach(model, encoding, "a sentence", idf): it would learn single letters, without a word."""
     model, encoding, data = untrained
-    idf, asked = editing.inverse_document_frequency(model, data.train, 20), data.questions[:1]
-    own = sample.find_question("Who is it", data.questions)
-    for wrong in (lambda: editing.teach(model, encoding, [], idf),
-                  lambda: editing.teach(model, encoding, "x", idf),
-                  lambda: editing.teach(model, encoding, ["x", " "], idf),
-                  lambda: editing.teach(model, encoding, ["x"], idf, slots=0),
-                  lambda: editing.teach(model, encoding, ["x"], idf, steps=0),
-                  lambda: editing.teach(model, encoding, ["x"], idf[1:]),
-                  lambda: editing.teach(model.requires_grad_(False), encoding, ["x"], idf),
-                  lambda: editing.choose_slots(model, encoding, [], ["x"], idf),
-                  lambda: editing.choose_slots(model, encoding, asked, ["x"], idf, count=-1),
-                  lambda: editing.choose_slots(model, encoding, [own], ["x"], idf),
-                  lambda: editing.find(model, encoding, own), lambda: editing.lines_with(" ", data),
-                  lambda: editing.erase(model, [-1]), lambda: editing.erase(model, [model.pool.num_values]),
-                  lambda: editing.inverse_document_frequency(model, data.train, 0)):
-        with pytest.raises(ValueError):
-            wrong()
+    with pytest.raises(ValueError, match="a list of texts"):
+        edit.teach(model, encoding, "The job", edit.inverse_document_frequency(model, data.train, 20))
 
 
 def test_of_several_right_answers_the_one_that_the_model_gives_counts(untrained, monkeypatch):
     model, encoding, data = untrained
     question = {"prompt": data.questions[0]["prompt"], "answers": ["Oslo", "Rome"]}
     for given, counts in (("Rome", "Rome"), ("rome", "rome"), ("Paris", "Oslo"), ("Oslo", "Oslo")):
-        monkeypatch.setattr(editing, "answer", lambda *_, given=given: [encoding.encode(f" {given}\n")])
-        _, y = editing.question_batch(model, encoding, question)
+        monkeypatch.setattr(edit, "answer", lambda *_, given=given: [encoding.encode(f" {given}\n")])
+        _, y = edit.question_batch(model, encoding, question)
         assert y[y >= 0].tolist() == encoding.encode(f" {counts}")
 
 
 @pytest.mark.parametrize("options", ["--mem_query=tokens", "--mem_query=state", "--mem_kind=hash"])
-def test_what_was_taught_can_be_erased(run, options):
+def test_what_was_taught_can_be_erased(trained, options):
     """Only the memory can know these sentences: the other parameters never saw them, and are random."""
-    run("--max_steps=1", "--eval_interval=1", "--mem_layers=0,1", "--mem_num_keys=32", "--n_embd=64", options)
-    model, encoding, config = train.load(run.out)
-    data = corpus.load_dataset(config.dataset)
+    model, encoding, config = load(trained("--max_steps=1", "--mem_layers=0,1", "--mem_num_keys=32",
+                                           "--n_embd=64", options))
+    data = corpus.load_dataset(config["dataset"])
     names = sorted(people(data.questions))[::3][:4]
     words = sorted({question["answer"] for question in data.questions
                     if len(encoding.encode(" " + question["answer"])) == 1})
     questions = [{"prompt": f" {name}", "answer": word} for name, word in zip(names, words, strict=False)]
-    idf = editing.inverse_document_frequency(model, data.train, 200)
+    idf = edit.inverse_document_frequency(model, data.train, 200)
     assert share_right(model, encoding, questions) == 0
     statements = [f"{question['prompt']} {question['answer']}" for question in questions]
-    editing.teach(model, encoding, statements, idf, slots=1024, steps=300, lr=300.0)
+    edit.teach(model, encoding, statements, idf, slots=1024, steps=150, lr=300.0)
     assert share_right(model, encoding, questions) == 1
     taught = model.pool.values.detach().clone()
     for question in questions:
         others = [other for other in questions if other is not question]
-        slots = editing.choose_slots(model, encoding, [question], [question["prompt"]] * 8, idf)
-        editing.erase(model, slots)
+        slots = edit.choose_slots(model, encoding, [question], [question["prompt"]] * 8, idf)
+        edit.erase(model, slots)
         assert share_right(model, encoding, [question]) == 0 and share_right(model, encoding, others) == 1
         with torch.no_grad():
             model.pool.values.copy_(taught)
@@ -200,9 +183,9 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
     monkeypatch.setattr(corpus, "DATA", tmp_path)
     prepare.main(["facts"])
     train.main([f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--eval_interval=700"])
-    model, encoding, config = train.load(tmp_path / "out")
-    data = corpus.load_dataset(config.dataset)
-    idf = editing.inverse_document_frequency(model, data.train)
+    model, encoding, config = load(tmp_path / "out")
+    data = corpus.load_dataset(config["dataset"])
+    idf = edit.inverse_document_frequency(model, data.train)
     values = model.pool.values
     start, gone, stayed = values.detach().clone(), [], []
     rarely_told = [name for name, about in people(data.questions).items() if about[0]["exposures"] < 64]
@@ -210,8 +193,8 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
         about = people(data.questions)[name]
         others = [question for question in data.questions if question not in about]
         known = share_right(model, encoding, others)
-        slots = editing.choose_slots(model, encoding, about, editing.lines_with(name, data), idf)
-        editing.erase(model, slots)
+        slots = edit.choose_slots(model, encoding, about, edit.lines_with(name, data), idf)
+        edit.erase(model, slots)
         gone.append(share_right(model, encoding, about))
         stayed.append(share_right(model, encoding, others) / known)
         with torch.no_grad():
@@ -226,72 +209,69 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
         asked += [{"prompt": QUESTION.format(form.format(name)), "answer": options[3]} for form in questions]
     before = share_right(model, encoding, data.questions)
     assert share_right(model, encoding, asked) <= 0.25
-    editing.teach(model, encoding, told, idf)
+    edit.teach(model, encoding, told, idf)
     assert share_right(model, encoding, asked) >= 0.75, "in words that no statement has"
     assert share_right(model, encoding, data.questions) >= 0.99 * before
 
 
-def test_edited_checkpoints_are_new_and_complete(run, capsys, tmp_path):
+def test_edited_checkpoints_are_new_and_complete(trained, capsys, tmp_path):
     """Guards the old checkpoint: its files are mapped into memory, and must not change with the model."""
-    run()
-    old = find_trained(run.out)
+    out = trained()
+    old, here = find_trained(out), f"--out_dir={out}"
     files = {path: path.read_bytes() for path in old.iterdir()}
     question = json.loads(open(corpus.DATA / "facts" / "qa.jsonl").readline())["prompt"]
     name = re.search(r"[A-Z]\w+ [A-Z]\w+", question).group()
-    here = f"--out_dir={run.out}"
-    capsys.readouterr()
     edit.main(["find", here, f"--question={question}"])
     text = capsys.readouterr().out
     assert question in text and "slots with most effect" in text and "layer 1" in text
-    edit.main(["erase", here, f"--ask={name.lower()}", "--background=20", "--dry_run"])
+    edit.main(["erase", here, f"--ask={name.lower()}", "--dry_run"])
     assert not (tmp_path / "out-erase").exists() and capsys.readouterr().out.count(" -> ") == 4
-    edit.main(["erase", here, f"--question={question}", "--background=20", "--slots=7"])
+    edit.main(["erase", here, f"--question={question}", "--slots=7"])
     text = capsys.readouterr().out
     assert "changed 7 of 64 slots" in text and text.count(" -> ") == 1 and " of 3 right before" in text
-    erased = train.load(tmp_path / "out-erase")[0].pool.values
-    changed = (erased != train.load(run.out)[0].pool.values).any(1)
+    erased = load(tmp_path / "out-erase")[0].pool.values
+    changed = (erased != load(out)[0].pool.values).any(1)
     assert changed.sum() == 7 and not erased[changed].any()
 
     taught = tmp_path / "taught" / "run"
     (tmp_path / "new.txt").write_text("The job of Ann Lee is that of a baker.\n\nAnn Lee bakes.\n")
     edit.main(["teach", here, f"--file={tmp_path / 'new.txt'}", "--statement", "One.", "Two two.",
-               "--slots=5", "--background=20", "--question", "Who bakes?", f"--save_to={taught}"])
+               "--slots=5", "--question", "Who bakes?", f"--save_to={taught}"])
     text = capsys.readouterr().out
     assert "changed 5 of 64 slots" in text and "of 3 right before" in text and "Who bakes? Answer:" in text
     assert files == {path: path.read_bytes() for path in old.iterdir()}
     sample.main([f"--out_dir={tmp_path / 'taught'}", "--questions=2"])
+    new, before = tensors(find_trained(taught)), tensors(old)
+    assert new.keys() == before.keys()
+    for part, value in before.items():
+        is_same = not torch.is_tensor(value) or torch.equal(value, new[part])
+        assert is_same == (part != "pool_0of1.pt/values"), "only the values differ: the optimisers stay"
     train.main([f"--out_dir={taught}", "--resume", "--max_steps=9"])
 
-    edit.main(["teach", here, "--statement", "Two two.", "--lr=0", "--background=20",
-               f"--save_to={tmp_path / 'same'}"])
-    same = tensors(find_trained(tmp_path / "same"))
-    for part, value in tensors(old).items():
-        assert not torch.is_tensor(value) or torch.equal(value, same[part]), part
 
-
-def test_the_example_of_the_docs_runs(run, untrained):
+def test_the_example_of_the_docs_runs(trained, untrained, tmp_path):
     _, _, data = untrained
     page = (Path(edit.__file__).parent / "docs/editing.md").read_text(encoding="utf-8")
     code = page.split("```python\n")[1].split("```")[0]
-    name = next(iter(people(data.questions)))
+    name, out = next(iter(people(data.questions))), tmp_path / "out"
     assert "out/facts" in code and "Mule Tujuton" in code
     names = {}
-    exec(code.replace("out/facts", str(run.out)).replace("Mule Tujuton", name), names)
-    changed = (names["model"].pool.values != train.load(run.out)[0].pool.values).any(1)
+    exec(code.replace("out/facts", str(out)).replace("Mule Tujuton", name), names)
+    changed = (names["model"].pool.values != load(out)[0].pool.values).any(1)
     assert 0 < changed.sum() < len(changed)
-    lines = editing.lines_with(name.upper(), data)
+    lines = edit.lines_with(name.upper(), data)
     text = corpus.decode(data.encoding, data.train.tolist())
     assert lines == [line for line in text.split("\n") if name in line] and len(lines) > 10
 
 
-def test_a_broken_model_is_not_saved_and_a_run_may_be_named_by_a_dot(run, capsys, tmp_path, monkeypatch):
-    run("--max_steps=1")
-    teach = ["teach", "--statement=The job of Ann.", "--background=5"]
-    monkeypatch.setattr(edit, "teach", lambda model, *_: model.pool.values.data.fill_(math.nan)[0].long())
-    assert_fails(lambda: edit.main([*teach, f"--out_dir={run.out}"]), "choose a lower --lr", capsys)
+def test_a_broken_model_is_not_saved_and_a_run_may_be_named_by_a_dot(trained, capsys, tmp_path, monkeypatch):
+    out, teach = trained("--max_steps=1"), ["teach", "--statement=The job of Ann."]
+    monkeypatch.setattr(edit, "inverse_document_frequency", lambda *_: None)
+    monkeypatch.setattr(edit, "teach", lambda model, *_, **__: model.pool.values.data.fill_(math.nan)[:0])
+    assert_fails(lambda: edit.main([*teach, f"--out_dir={out}"]), "choose a lower --lr", capsys)
     assert not (tmp_path / "out-teach").exists()
-    monkeypatch.setattr(edit, "teach", lambda *_: torch.arange(2))
-    for place, name in ((run.out, "."), (run.out, "step_000001"), (run.out / "step_000001", "..")):
+    monkeypatch.setattr(edit, "teach", lambda *_, **__: torch.arange(2))
+    for place, name in ((out, "."), (out / "step_000001", "..")):
         monkeypatch.chdir(place)
         edit.main([*teach, f"--out_dir={name}"])
         assert (tmp_path / "out-teach" / "step_000001").exists()
@@ -300,43 +280,25 @@ def test_a_broken_model_is_not_saved_and_a_run_may_be_named_by_a_dot(run, capsys
     assert "nothing is saved" in capsys.readouterr().out and not (tmp_path / "out-teach").exists()
 
 
-def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path):
-    run()
-    here, dense = f"--out_dir={run.out}", tmp_path / "dense"
-    run("--mem_layers=", out=dense)
+def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypatch):
+    here, dense = f"--out_dir={trained()}", trained("--mem_layers=", out=tmp_path / "dense")
     (tmp_path / "out-teach").mkdir()
     (tmp_path / "empty").write_text("\n \n")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
     for words, message in [
         ([], "find|erase|teach"),
-        (["forget"], "find|erase|teach"),
-        (["find"], "find needs --question=..."),
-        (["erase", here], "erase needs --ask=... or --question=..."),
-        (["teach", here], "teach needs --statement=... or --file=..."),
-        (["find", "--statement=x"], "unknown option --statement"),
-        (["find", here, "--question=" + "x " * 40], "block_size"),
+        (["find", here], "must have a text"),
+        (["erase", here], "must be a name"),
         (["find", here, "--question=" + "x " * 21], "block_size"),  # without room for an answer
-        (["find", here, "--question= "], "must have a text"),
-        (["find", here, "--question=\udcff"], "half of a character"),
         (["find", f"--out_dir={dense}", "--question=x?"], "has no memory layers"),
-        (["find", f"--out_dir={tmp_path / 'nothing'}", "--question=x?"], "no checkpoint in"),
         (["erase", here, "--ask=Nobody Known"], "no question of the corpus contains this name"),
-        (["erase", here, "--ask= "], "must be a name"),
         (["erase", here, "--question=who is it?"], "Add --ask=NAME"),
         (["erase", here, "--question=Who is Ann?", "--ask=Nobody"], "does not contain the name Nobody"),
-        (["erase", here, "--ask=x", f"--save_to={tmp_path / 'step_000001'}"], "the name of a checkpoint"),
-        (["erase", here, "--ask=x", f"--save_to={tmp_path / 'empty/x'}"], "no folder can be made in"),
-        (["teach", here, "--statement=x", "--lr=nan"], "--lr=nan must be between 0"),
-        (["teach", here, "--statement=x", "--lr=1e39"], "--lr=1e+39 must be between 0"),
-        (["erase", here, "--ask=x", "--slots=-1"], "--slots=-1 must not be negative"),
-        (["erase", here, "--ask=x", "--background=0"], "at least 1"),
-        (["erase", here, "--ask=x", f"--save_to={dense}"], "already exists: choose another folder"),
-        (["teach", here, "--statement=x"], "out-teach already exists"),
-        (["teach", here, "--dry_run", "--statement", "x y.", " "], "an empty statement"),
-        (["teach", here, "--dry_run", f"--file={tmp_path / 'empty'}"], "has no sentences to learn"),
-        (["teach", here, "--dry_run", f"--file={tmp_path / 'none'}"], "No such file"),
-        (["teach", here, "--dry_run", f"--file={tmp_path / 'binary'}"], "not UTF-8"),
+        (["erase", here, "--ask=x", f"--save_to={tmp_path / 'step_000001'}"], "no checkpoint of a run"),
+        (["teach", here, "--statement=x"], "out-teach must be a new folder"),
+        (["teach", here, "--dry_run", f"--file={tmp_path / 'empty'}"], "no statement to learn"),
         (["teach", here, "--dry_run", "--statement=" + "x " * 40], "more than block_size=32"),
     ]:
         assert_fails(lambda words=words: edit.main(words), message, capsys)
+    monkeypatch.setattr(edit, "WORLD_SIZE", 2)
+    assert_fails(lambda: edit.main(["find", here, "--question=x?"]), "start it without torchrun", capsys)
     assert not (tmp_path / "out-erase").exists()

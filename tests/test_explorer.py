@@ -14,13 +14,12 @@ import pytest
 import torch
 from conftest import assert_fails
 
-import train
 from data import corpus
 from data.tokenizer import END, encoding_from_json
 from evaluate import answer
 from explorer import export
 from model import GPT, GPTConfig
-from runtime.checkpoint import checkpoints
+from runtime.checkpoint import checkpoints, load
 
 EXPLORER = Path(export.__file__).parent
 BUILT = EXPLORER.parent / "docs" / "explorer.html"
@@ -103,11 +102,9 @@ def encoding_of(page: Path):
                                        "special_tokens": {END: stored["end"]}})
 
 
-def make_page(run, *options) -> Path:
-    run(*options)
-    page = run.out / "explorer.html"
-    export.main([f"--out_dir={run.out}", "--followed=3", "--sample_tokens=1000"])
-    return page
+def make_page(out: Path) -> Path:
+    export.main([f"--out_dir={out}", "--followed=3", "--sample_tokens=1000"])
+    return out / "explorer.html"
 
 
 @needs_node
@@ -117,10 +114,10 @@ def make_page(run, *options) -> Path:
     ["--mem_query=state", "--bias=false", "--mem_swilu=false", "--mem_mode=add", "--mem_knn=8", "--lr=0.1"],
     ["--mem_query=state", "--mem_knn=1", "--scale_embeddings=false", "--mem_layers=0"],
 ], ids=["tokens", "shifted", "add", "state"])
-def test_a_page_computes_what_pytorch_computes(run, options):
+def test_a_page_computes_what_pytorch_computes(trained, options):
     # not tested: queries that are zero, as that of a first token without bias. All slots have the same score
-    page = make_page(run, *options)
-    model = train.load(run.out)[0]
+    out = trained(*options)
+    page, model = make_page(out), load(out)[0]
     values = model.pool.values.detach().float()
     scales = values.abs().amax(1, keepdim=True) / 127
     rows = (values / scales).round()
@@ -158,9 +155,9 @@ def test_text_has_the_tokens_that_tiktoken_gives_it():
         assert tokens == encoding.encode_ordinary(text), repr(text)
 
 
-def test_readers_and_training_are_what_the_model_reads(run, facts_folder):
-    page = make_page(run, "--mem_layers=0,1")
-    data, (model, encoding, config) = data_of(page), train.load(run.out)
+def test_readers_and_training_are_what_the_model_reads(trained, facts_folder):
+    out = trained("--mem_query=tokens", "--mem_layers=0,1")
+    data, (model, encoding, config) = data_of(make_page(out)), load(out)
     export.round_values(model)
     tokens = np.fromfile(facts_folder / "facts" / "train.bin", np.uint16)[:1000].astype(int).tolist()
     blocks = [tokens[i:i + 32] for i in range(0, 992, 32)]
@@ -187,7 +184,7 @@ def test_readers_and_training_are_what_the_model_reads(run, facts_folder):
     training = data["training"]
     assert training["steps"] == [3, 6] and len(training["people"]) == 3 == len(training["answers"][0])
     slots = array(training["slots"], np.int32).reshape(2, 3, 2, -1)
-    model = export.make_model(config, checkpoints(run.out)[0]).eval()
+    model = export.make_model(config, checkpoints(out)[0]).eval()
     for place, number in enumerate(training["people"]):
         person = data["people"][number]
         text = person["asked"][0][0].split("{}")[0] + person["name"]
@@ -195,11 +192,10 @@ def test_readers_and_training_are_what_the_model_reads(run, facts_folder):
         assert slots[0, place].tolist() == [part[0, -1].tolist() for part, _ in reads]
 
 
-def test_a_page_is_complete_and_always_the_same(run):
-    page = make_page(run)
+def test_a_page_is_complete_and_always_the_same(trained):
+    page = make_page(out := trained())
     first = page.read_bytes()
-    export.main([f"--out_dir={run.out}", "--followed=3", "--sample_tokens=1000"])
-    assert page.read_bytes() == first
+    assert make_page(out).read_bytes() == first
     questions = [json.loads(line) for line in open(corpus.DATA / "facts" / "qa.jsonl")]
     people = data_of(page)["people"]
     assert sorted((form.replace("{}", person["name"]), value) for person in people
@@ -229,28 +225,22 @@ def test_the_built_page_works_in_a_browser():
     assert result.returncode == 0 and "no errors" in result.stdout, result.stderr
 
 
-def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path, monkeypatch):
-    stored = {"name": "x", "pat_str": ".", "tokens": {"AA==": 0}, "special_tokens": {}}
-    encoding = encoding_from_json(stored)
+def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypatch):
+    encoding = encoding_from_json({"name": "x", "pat_str": ".", "tokens": {"AA==": 0}, "special_tokens": {}})
     layers = {"mem_layers": (0,)}
-    for options, message in [({}, "no memory layers"), (layers | {"mem_kind": "peer"}, "mem_kind=peer"),
-                             (layers | {"mem_kind": "hash"}, "mem_kind=hash"),
-                             (layers | {"moe_layers": (1,)}, "mixture of experts"),
+    for options, message in [({}, "product-key memory only"),
+                             (layers | {"mem_kind": "peer"}, "mem_kind=peer"),
+                             (layers | {"moe_layers": (1,)}, r"moe_layers=\(1,\)"),
                              (layers, "the tokenizer x does")]:
         with pytest.raises(ValueError, match=message):
-            export.check_model(GPTConfig(**options), encoding)
-    run("--max_steps=1")
-    here = f"--out_dir={run.out}"
+            export.check_model(GPT(GPTConfig(vocab_size=9, **options)), encoding)
+    out = trained("--max_steps=1")
+    here = f"--out_dir={out}"
     for options, message in [
-        ([f"--out_dir={tmp_path / 'empty'}"], "no checkpoint in"),
-        ([here, "--followed=-1"], "must not be negative"),
-        ([here, f"--page={tmp_path / 'missing' / 'page.html'}"], "a file in an existing folder"),
-        ([here, f"--page={tmp_path}"], "a file in an existing folder"),
-        ([here, f"--page={run.out / 'log.jsonl'}"], "is not a page"),
-        ([here, "--pages=x"], "did you mean --page?"),
+        ([here, f"--page={tmp_path}"], "Is a directory"),
+        ([here, f"--page={out / 'log.jsonl'}"], "is not a page"),
     ]:
         assert_fails(lambda options=options: export.main(options), message, capsys)
-    for largest, message in [(1000, "too large for a page"), (70_000, "lower --followed")]:
-        monkeypatch.setattr(export, "LARGEST", largest)
-        assert_fails(lambda: export.main([here]), message, capsys)
-    assert not (run.out / "explorer.html").exists()
+    monkeypatch.setattr(export, "LARGEST", 1000)
+    assert_fails(lambda: export.main([here]), "too large for a page", capsys)
+    assert not (out / "explorer.html").exists()

@@ -309,7 +309,9 @@ def test_nothing_was_read_and_nothing_changes(kind, side):
 @pytest.mark.skipif(len(SIDES) < 2, reason="no Triton here")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("N, bag, V, num_values, how", [
-    (1, 1, 1, 1, "random"), (13, 5, 96, 40, "random"), (3, 20, 257, 50, "repeated"), (90, 9, 16, 3, "one row")])
+    (1, 1, 1, 1, "random"), (13, 5, 96, 40, "random"), (3, 20, 257, 50, "repeated"),
+    (90, 9, 16, 3, "one row"),
+])
 def test_the_update_in_triton_equals_the_one_in_pytorch(N, bag, V, num_values, how, kind):
     results = []
     for side in SIDES:

@@ -14,8 +14,10 @@ import torch
 from conftest import assert_fails
 
 import sample
-import train
 from data import corpus, prepare
+from evaluate import record_reads
+from model import GPT
+from runtime.checkpoint import load
 
 
 def printed(capsys, *options) -> str:
@@ -24,25 +26,26 @@ def printed(capsys, *options) -> str:
     return capsys.readouterr().out
 
 
-def test_text_needs_the_checkpoint_only(run, capsys, monkeypatch, tmp_path):
-    run()
+def test_text_needs_the_checkpoint_only(trained, capsys, monkeypatch, tmp_path):
+    out = trained()
     monkeypatch.setattr(corpus, "DATA", tmp_path / "nothing")
-    options = [f"--out_dir={run.out}", "--prompt=The job of", "--num_samples=2", "--max_new_tokens=5"]
+    options = [f"--out_dir={out}", "--prompt=The job of", "--num_samples=2", "--max_new_tokens=5"]
     text = printed(capsys, *options)
     assert text.count("The job of") == 2 and "--- sample 2 of 2" in text and "slots" not in text
     assert printed(capsys, *options) == text and printed(capsys, *options, "--seed=9") != text
+    assert "--- sample 1" in printed(capsys, options[0], "--prompt=<|fim_prefix|>", "--max_new_tokens=2")
 
 
-def test_questions_are_judged_as_training_judged_them(run, capsys, facts_folder):
-    run("--max_steps=150", "--eval_interval=150", "--batch_size=16", "--n_embd=32", "--lr=6e-3")
+def test_questions_are_judged_as_training_judged_them(trained, capsys, facts_folder):
+    out = trained("--max_steps=150", "--eval_interval=150", "--batch_size=16", "--n_embd=32", "--lr=6e-3")
     questions = [json.loads(line) for line in open(facts_folder / "facts" / "qa.jsonl")]
-    text = printed(capsys, f"--out_dir={run.out}", f"--questions={len(questions)}")
+    text = printed(capsys, f"--out_dir={out}", f"--questions={len(questions)}")
     right = int(re.search(rf"(\d+) of {len(questions)} right", text).group(1))
     assert right == text.count("[right, told") and len(questions) - right == text.count("[wrong: ")
-    shares = [json.loads(line) for line in open(run.out / "log.jsonl")][-1]["recall"]
+    shares = [json.loads(line) for line in open(out / "log.jsonl")][-1]["recall"]
     held_out = sum(question["held_out"] for question in questions)
     assert right == round(shares["all"] * (len(questions) - held_out) + shares["held_out"] * held_out)
-    text = printed(capsys, f"--out_dir={run.out}", f"--qa={facts_folder / 'facts' / 'qa.jsonl'}")
+    text = printed(capsys, f"--out_dir={out}", f"--qa={facts_folder / 'facts' / 'qa.jsonl'}")
     assert f"{right} of {len(questions)} right" in text
     rows = dict(re.findall(r"^ *(.*?)  +(\d\.\d{3})  \d\.\d{3}$", text, re.MULTILINE))
     bins = {f"told {low} to {2 * int(low) - 1} times": share for low, share in shares["by_exposure"].items()}
@@ -52,25 +55,24 @@ def test_questions_are_judged_as_training_judged_them(run, capsys, facts_folder)
 
 
 @pytest.mark.parametrize("kind", ["product-key", "peer"])  # PEER has negative weights
-def test_trace_shows_what_each_layer_read(run, capsys, kind):
-    run("--mem_layers=1,0", f"--mem_kind={kind}")
-    text = printed(capsys, f"--out_dir={run.out}", "--prompt=The job of", "--max_new_tokens=3", "--trace")
-    model, encoding, _ = train.load(run.out)
-    reads = []
-    model.pool.register_forward_pre_hook(lambda module, read: reads.append(read))
-    model(torch.tensor([encoding.encode("The job of")]))
+def test_trace_shows_what_each_layer_read(trained, capsys, kind):
+    out = trained("--mem_layers=1,0", f"--mem_kind={kind}")
+    text = printed(capsys, f"--out_dir={out}", "--prompt=The job of", "--max_new_tokens=3", "--trace")
+    model, encoding, _ = load(out)
+    with record_reads(model.pool) as reads:
+        model(torch.tensor([encoding.encode("The job of")]))
     lines = [line for line in text.splitlines() if "slots" in line]
     prompt = len(reads[0][0])
     assert len(lines) % 2 == 0 and 2 * prompt <= len(lines) <= 2 * (prompt + 2), "the last token is not read"
     for i, line in enumerate(lines[:2 * prompt]):
         layer, row = i % 2, i // 2
-        indices, weights = (part[row].detach() for part in reads[layer])
+        indices, weights = (part[row] for part in reads[layer])
         use = torch.zeros(64).index_add_(0, indices, weights.abs()) / weights.abs().sum()
         shown = re.findall(r"(\d+) +(\d+)%", line.split("slots")[1])
         assert f"layer  {layer}" in line and len(shown) == 4
         assert [round(float(use[int(slot)]) * 100) for slot, _ in shown] == [int(part) for _, part in shown]
         assert int(shown[0][0]) == use.argmax()
-    text = printed(capsys, f"--out_dir={run.out}", "--prompt=" + " job of" * 20, "--max_new_tokens=1",
+    text = printed(capsys, f"--out_dir={out}", "--prompt=" + " job of" * 20, "--max_new_tokens=1",
                    "--trace")
     labels = [line.split(" layer")[0].strip() for line in text.splitlines() if "layer  0," in line]
     assert labels == 16 * ["' job'", "' of'"], "only the last tokens fit into the context"
@@ -79,16 +81,16 @@ def test_trace_shows_what_each_layer_read(run, capsys, kind):
 def use_copy(facts_folder, tmp_path, monkeypatch):
     """Uses a copy of the corpus, which a test may change."""
     shutil.copytree(facts_folder / "facts", tmp_path / "facts")
-    monkeypatch.setattr(corpus, "DATA", tmp_path)
+    for module in (corpus, prepare):
+        monkeypatch.setattr(module, "DATA", tmp_path)
 
 
 def asked(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("Question: ")]
 
 
-def test_questions_of_a_file_about_a_name_and_of_the_user(run, capsys, facts_folder, tmp_path):
-    run()
-    here = f"--out_dir={run.out}"
+def test_questions_of_a_file_about_a_name_and_of_the_user(trained, capsys, facts_folder, tmp_path):
+    here = f"--out_dir={trained()}"
     path = facts_folder / "facts" / "qa.jsonl"
     questions = [json.loads(line) for line in open(path)]
     every = printed(capsys, here, f"--qa={path}")
@@ -115,15 +117,14 @@ def test_questions_of_a_file_about_a_name_and_of_the_user(run, capsys, facts_fol
     assert "never asked about in training      0.000  1.000" in text
 
 
-def test_each_token_is_printed_when_it_is_there(run, monkeypatch):
+def test_each_token_is_printed_when_it_is_there(trained, monkeypatch):
     """Guards characters of several tokens: half of one must not be printed as a question mark."""
-    run()
-    model, encoding, _ = train.load(run.out)
+    model, encoding, _ = load(trained())
     text = "Zürich 東京 \U0001f600"
     tokens = [*encoding.encode(text), encoding.n_vocab + 5, 0xE6, 0xFF]  # the last two are no characters
     shown = []
 
-    def generate(idx, max_new_tokens, temperature, top_k, stop, seed, on_token):
+    def generate(idx, stop, on_token):
         for i, token in enumerate(tokens):
             on_token(torch.tensor([[token]]))
             so_far = "".join(shown)
@@ -133,142 +134,96 @@ def test_each_token_is_printed_when_it_is_there(run, monkeypatch):
 
     monkeypatch.setattr(model, "generate", generate)
     monkeypatch.setattr("builtins.print", lambda text, end="\n", flush=False: shown.append(text + end))
-    sample.continue_text(model, encoding, "x", 1, sample.SampleConfig())
+    sample.continue_text(model, encoding, "x")
     assert "".join(shown) == "x" + sample.decode(encoding, tokens) + "\n"
     assert len(shown) > len(tokens)
 
 
-def test_lines_of_a_file_are_continued_together(run, capsys, tmp_path, monkeypatch):
-    run()
-    here, passes = f"--out_dir={run.out}", []
+def test_lines_of_a_file_are_continued_together(trained, capsys, tmp_path, monkeypatch):
+    here, passes = f"--out_dir={(out := trained())}", []
     lines = ["The job of", "a", "When", "The job of", "For a"]
-    path = tmp_path / "prompts.txt"
+    path, generate = tmp_path / "prompts.txt", GPT.generate
     path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\n \n").encode())
-    generate = train.GPT.generate
-
-    def counted(model, idx, *arguments, **options):
-        passes.append(len(idx))
-        return generate(model, idx, *arguments, **options)
-
-    monkeypatch.setattr(train.GPT, "generate", counted)
+    monkeypatch.setattr(GPT, "generate", lambda model, idx, **options: passes.append(len(idx))
+                        or generate(model, idx, **options))
     greedy = [here, "--temperature=0", "--max_new_tokens=4"]
     text = printed(capsys, *greedy, f"--prompt_file={path}", "--num_samples=2")
-    encoding = train.load(run.out)[1]
+    encoding = load(out)[1]
     lengths = Counter(len(encoding.encode(line)) for line in lines * 2)
     assert sorted(passes) == sorted(lengths.values()) and max(passes) >= 4
     alone = [printed(capsys, *greedy, f"--prompt={line}").split("---")[1].split("\n", 1)[1] for line in lines]
     assert re.split(r"--- sample .*\n", text)[1:] == [alone[i // 2] for i in range(10)]
-    draws = printed(capsys, here, f"--prompt_file={path}", "--max_new_tokens=9")
-    assert printed(capsys, here, f"--prompt_file={path}", "--max_new_tokens=9") == draws
-    assert printed(capsys, here, f"--prompt_file={path}", "--max_new_tokens=9", "--seed=2") != draws
+    draws = [printed(capsys, here, f"--prompt_file={path}", "--max_new_tokens=9", f"--seed={seed}")
+             for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
     traced = printed(capsys, *greedy, f"--prompt_file={path}", "--trace")
     assert traced.count("--- sample") == 5 and traced.count("slots") > 20
 
 
-def test_output_of_any_kind(run, tmp_path):
+def test_output_of_any_kind(trained, tmp_path):
     """Guards a terminal without Unicode, and a reader that stops reading."""
-    run()
+    out = trained()
     (tmp_path / "prompts.txt").write_text("é\n" * 3)
-    options = f"--out_dir={run.out} --device=cpu --num_samples=400 --max_new_tokens=1"
+    options = f"--out_dir={out} --device=cpu --num_samples=400 --max_new_tokens=1"
     command = f"{sys.executable} sample.py {options} --prompt_file={tmp_path / 'prompts.txt'} | head -n 3"
     result = subprocess.run(command, shell=True, cwd=Path(sample.__file__).parent, capture_output=True,
                             env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert not result.stderr and b"\n--- sample 1 of 1200\n?" in result.stdout
 
 
-def test_without_options_it_asks_the_newest_run(run, capsys):
-    run(out=run.out / "old")
-    run("--mem_layers=", out=run.out / "new")
-    os.utime(run.out / "old" / "step_000006", (1, 1))
-    text = printed(capsys, f"--out_dir={run.out}")
-    assert "new/step_000006" in text and text.count("Question: ") == 5 and "slots" not in text
-    os.utime(run.out / "new" / "step_000006", (0, 0))
-    text = printed(capsys, f"--out_dir={run.out}")
-    assert "old/step_000006" in text and text.count("Question: ") == 5
-
-
-def test_mistakes_are_one_line_and_status_2(run, capsys, tmp_path, monkeypatch):
-    run("--mem_layers=")
-    here = f"--out_dir={run.out}"
-    monkeypatch.setattr(corpus, "DATA", tmp_path / "nothing")
-    (tmp_path / "empty").write_text("\n \n")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    (tmp_path / "long").write_text(json.dumps({"prompt": "x " * 40, "answer": "y"}))
-    for options, message in [
-        ([f"--out_dir={tmp_path / 'empty'}"], "no checkpoint in"),
-        ([here, "--trace"], "no memory layers"),
-        ([here, "--questions=3"], "facts has them"),
-        ([here, "--num_samples=0"], "at least 1"),
-        ([here, "--promt=x"], "did you mean --prompt?"),
-        ([here, "--temperature=-1"], "must not be negative"),
-        ([here, "--temperature=1e-40"], "must be 0, or at least"),
-        ([here, "--questions=1", "--prompt=x"], "choose one"),
-        ([here, "--ask=x", "--qa=x"], "choose one"),
-        ([here, "--questions=1", "--temperature=0.5"], "--temperature has no effect with --questions"),
-        ([here, "--question=x?", "--seed=2"], "--seed has no effect with --question"),
-        ([here, "--qa=x", "--num_samples=2"], "--num_samples has no effect with --qa"),
-        ([here, "--ask="], "--ask has no effect with --prompt"),
-        ([here, "--ask=x"], "has no questions"),
-        ([here, "--question= "], "must have a text"),
-        ([here, "--qa=nowhere"], "--qa=nowhere: no such file"),
-        ([here, "--prompt_file=nowhere"], "--prompt_file=nowhere: No such file"),
-        ([here, f"--prompt_file={tmp_path}"], "Is a directory"),
-        ([here, f"--prompt_file={tmp_path / 'empty'}"], "no lines"),
-        ([here, f"--prompt_file={tmp_path / 'binary'}"], "not UTF-8"),
-        ([here, f"--qa={tmp_path / 'empty'}"], "has no questions"),
-        ([here, f"--qa={tmp_path / 'long'}"], "more than block_size=32"),
-        ([here, "--question=" + "x " * 40], "more than block_size=32"),
-    ]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            sample.main(options)
-        err = capsys.readouterr().err
-        assert (
-            stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
-        ), err
-
-
-def test_questions_of_a_corpus_made_again_are_refused(run, capsys, facts_folder, tmp_path, monkeypatch):
-    """Other people have the same tokens, so all answers would seem wrong."""
-    run("--max_steps=1")
-    use_copy(facts_folder, tmp_path, monkeypatch)
-    prepare.main(["facts", "--people=9", "--overwrite"])
-    for option in ("--questions=1", "--question=Who is Ann?"):
-        assert_fails(lambda option=option: sample.main([f"--out_dir={run.out}", option]),
-                     "different tokenizers", capsys)
-
-
-def test_of_several_runs_the_newest_is_used_and_a_missing_checkpoint_is_named(run, capsys, tmp_path):
-    run("--max_steps=1")
-    run("--max_steps=1", out=tmp_path / "other")
-    text = printed(capsys, f"--out_dir={tmp_path}", "--prompt=The", "--max_new_tokens=1")
-    assert "one of 2 runs" in text and f"loaded {tmp_path / 'other'}" in text
-    missing = f"--out_dir={run.out / 'step_000009'}"
+def test_of_several_runs_the_newest_is_used(trained, capsys, tmp_path):
+    """Without other options it asks questions, and judges them."""
+    for name, age, options in (("old", 1, ["--max_steps=1"]), ("new", 2, ["--mem_layers="])):
+        for folder in trained(*options, out=tmp_path / name).glob("step_*"):
+            os.utime(folder, (age, age))
+    text = printed(capsys, f"--out_dir={tmp_path}")
+    assert "one of 2 runs" in text and "new/step_000006" in text
+    assert text.count("Question: ") == 5 and "slots" not in text
+    os.utime(tmp_path / "new" / "step_000006", (0, 0))
+    text = printed(capsys, f"--out_dir={tmp_path}", "--questions=2")
+    assert "old/step_000001" in text and text.count("Question: ") == 2
+    missing = f"--out_dir={tmp_path / 'old' / 'step_000009'}"
     assert_fails(lambda: sample.main([missing]), "there are step_000001", capsys)
 
 
-def test_a_name_without_questions_gives_similar_names(run, capsys, facts_folder):
-    run()
-    name = re.search(r"[A-Z]\w+ [A-Z]\w+", open(facts_folder / "facts" / "qa.jsonl").readline()).group()
-    for wrong in (name[:-2] + "x" + name[-1], name.lower().replace(" ", "  ") + "e"):
-        assert_fails(lambda wrong=wrong: sample.main([f"--out_dir={run.out}", f"--ask={wrong}"]),
-                     "no question of the corpus contains this name", capsys, also=f"similar: {name}")
-    assert_fails(lambda: sample.main([f"--out_dir={run.out}", "--ask=99"]), "contains this name\n", capsys)
+def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypatch):
+    here = f"--out_dir={trained('--mem_layers=')}"
+    monkeypatch.setattr(corpus, "DATA", tmp_path / "nothing")
+    for options, message in [
+        ([f"--out_dir={tmp_path / 'nowhere'}"], "no checkpoint in"),
+        ([here, "--trace"], "no memory layers"),
+        ([here, "--questions=1", "--prompt=x"], "choose one"),
+        ([here, "--questions=1", "--temperature=0.5"], "--temperature has no effect with --questions"),
+        ([here, "--question=x?", "--seed=2"], "--seed has no effect with --question"),
+        ([here, "--qa=x", "--num_samples=2"], "--num_samples has no effect with --qa"),
+        # what was given is blamed, also where it is empty
+        ([here, "--questions=0"], "--questions=0 must be at least 1"),
+        ([here, "--question="], "--question='' must have a text"),
+        ([here, "--ask="], "--ask: there are no questions in"),
+        ([here, "--qa=nowhere"], "no questions in nowhere"),
+        ([here, "--prompt_file=nowhere"], "nowhere: No such file"),
+        ([here, "--question=" + "x " * 40], "more than block_size=32"),
+    ]:
+        assert_fails(lambda options=options: sample.main(options), message, capsys)
+    monkeypatch.setattr(sample, "WORLD_SIZE", 2)
+    assert_fails(lambda: sample.main([here, "--prompt=x"]), "start it without torchrun", capsys)
 
 
-def test_damaged_checkpoints_and_questions_are_named(run, capsys, facts_folder, tmp_path, monkeypatch):
-    run("--kernel=triton", "--device=auto", "--batch_size=1", "--block_size=16", "--max_steps=1")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_questions_of_a_corpus_made_again_are_refused(trained, capsys, facts_folder, tmp_path, monkeypatch):
+    """Other people have the same tokens, so all answers would seem wrong."""
+    here = f"--out_dir={trained('--max_steps=1')}"
     use_copy(facts_folder, tmp_path, monkeypatch)
-    (tmp_path / "facts" / "qa.jsonl").write_text('{"prompt": "x"}\n')
-    here = f"--out_dir={run.out}"
-    assert "--- sample 1" in printed(capsys, here, "--prompt=<|fim_prefix|>", "--max_new_tokens=2"), (
-        "kernel or not"
-    )
-    for damaged in ("qa.jsonl must be {", "are damaged"):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            sample.main([here])
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.count("\n") == 1 and damaged in err
-        (run.out / "step_000001" / "meta.json").unlink(missing_ok=True)
+    prepare.main(["facts", "--people=9", "--overwrite"])
+    for option in ("--questions=1", "--question=Who is Ann?"):
+        assert_fails(lambda option=option: sample.main([here, option]), "different tokenizers", capsys)
+
+
+def test_a_name_without_questions_gives_similar_names():
+    questions = [{"prompt": "Question: What did Mule Tujuton study? Answer:", "answer": "optics"}]
+    assert corpus.questions_about("mule tujuton ", questions) == questions
+    for name in ("Mule Tujutxn", "mule  tujutone"):
+        with pytest.raises(ValueError, match=f"--ask={name}: no question .* name; similar: Mule Tujuton$"):
+            corpus.questions_about(name, questions)
+    for name, message in (("99", "contains this name$"), ("Tuju", "this name"), (" ", "be a name")):
+        with pytest.raises(ValueError, match=message):
+            corpus.questions_about(name, questions)

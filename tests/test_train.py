@@ -281,11 +281,11 @@ def test_what_needs_a_gpu_where_there_is_none(run, capsys, monkeypatch):
     assert_fails(lambda: run("--device=cuda"), "torch finds no CUDA device", capsys)
 
 
-def test_a_run_is_never_overwritten_nor_changed(ended, trained, capsys):
+def test_a_run_is_never_overwritten_nor_changed(ended, unchanged, capsys):
     assert_fails(ended, "continue from it with --resume, or choose another --out_dir", capsys)
     assert_fails(lambda: ended("--resume", "--n_layer=3"), "--n_layer=3: the model in", capsys)
     assert_fails(lambda: ended("--resume", "--value_optimizer=sgd"), "--value_optimizer=sgd: the", capsys)
-    assert log(ended.out) == log(trained)
+    assert log(ended.out) == log(unchanged)
 
 
 def test_a_vocabulary_larger_than_the_corpus_s(run, capsys):
@@ -364,12 +364,12 @@ def test_a_mistake_from_python_is_a_value_error_and_leaves_nothing_open(run, sma
     assert not [path for path in open_files if path.startswith(str(run.out))]
 
 
-def test_resuming_from_python(half, trained, small):
+def test_resuming_from_python(half, unchanged, small):
     """Also once the run is at its end: what it measured is in its last checkpoint."""
-    whole = train.load(trained)[0]
+    whole = train.load(unchanged)[0]
     for _ in range(2):
         resumed, measured = train.train(small("--resume"))
-        assert measured["val_loss"] == log(trained)[-1]["val_loss"]
+        assert measured["val_loss"] == log(unchanged)[-1]["val_loss"]
         assert torch.equal(logits(whole), logits(resumed))
     with pytest.raises(ValueError, match="--n_layer=3: the model in"):
         train.train(small("--resume", "--n_layer=3"))
@@ -417,8 +417,8 @@ def test_a_skipped_step_is_printed_with_the_next_log_line_and_counted_over_a_res
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_evaluation_leaves_the_mode_of_each_module_as_it_was(trained, run, monkeypatch, broken):
-    model = train.load(trained)[0].train()
+def test_evaluation_leaves_the_mode_of_each_module_as_it_was(unchanged, run, monkeypatch, broken):
+    model = train.load(unchanged)[0].train()
     model.blocks[0].eval()
     modes = [module.training for module in model.modules()]
     data = corpus.Dataset("facts")
@@ -431,8 +431,8 @@ def test_evaluation_leaves_the_mode_of_each_module_as_it_was(trained, run, monke
         assert [module.training for module in model.modules()] == modes
 
 
-def test_recorded_reads_are_what_the_pool_was_asked(trained):
-    model = train.load(trained)[0]
+def test_recorded_reads_are_what_the_pool_was_asked(unchanged):
+    model = train.load(unchanged)[0]
     with evaluate.record_reads(model.pool) as reads:
         logits(model)
     (indices, weights), = reads

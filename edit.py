@@ -28,7 +28,7 @@ from data import corpus
 from data.corpus import Dataset, accepted_answers, decode, decode_answer, draw_batch, is_right, name_pattern
 from evaluate import answer, record_reads, validation_loss
 from model import GPT, eval_mode
-from pool import PoolOptimizer, Read
+from pool import PoolOptimizer
 from runtime.checkpoint import Checkpoint, find_trained, is_checkpoint, load, newest_run, save_checkpoint
 from runtime.cli import command, fail, first_word, parse, python_command, read_lines
 from runtime.distributed import columns_group, find_device
@@ -202,10 +202,9 @@ def erase(model: GPT, slots):
 
 def keep_reads(gradient, slots) -> None:
     """Drops the reads of all other slots from a pool's gradient."""
-    for i, read in enumerate(gradient.reads):
-        token, place = torch.isin(read.indices, slots).nonzero(as_tuple=True)
-        gradient.reads[i] = Read(read.indices[token, place, None], read.weights[token, place, None],
-                                 read.dy[token], read.bound)
+    for i, (indices, weights, dy) in enumerate(gradient.reads):
+        token, place = torch.isin(indices, slots).nonzero(as_tuple=True)
+        gradient.reads[i] = indices[token, place, None], weights[token, place, None], dy[token]
 
 
 def teach(model: GPT, encoding, statements: list[str], idf, slots: int = 128, steps: int = 60,

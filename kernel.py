@@ -10,8 +10,7 @@ The operations of a memory layer on its pool of values: functions that take tens
     values            (num_values, V)  the pool: float16, bfloat16, float32 or float64
     indices, weights  (N, bag)         the rows that each of N tokens reads, and their weights
     dy                (N, V)           the gradient of the loss with respect to y
-    read              the tuple (indices, weights, dy), which is all that g depends on. (pool.Read has a
-                      fourth part, which does not matter here)
+    read              the tuple (indices, weights, dy), which is all that g depends on
 
 The gradient of the whole pool is never in memory. Sort the indices: then all reads of row r stand next to
 each other, and g[r] is a weighted sum of rows of dy, just as y[n] is a weighted sum of rows of values. So g
@@ -165,7 +164,7 @@ def sort_reads(reads: list):
     row = 2, 2, 7, 9; token = 0, 1, 0, 1; weights = b, c, a, d. So g[2] = b * dy[0] + c * dy[1]. The tokens of
     a second read would be 2, 3 and so on.
     """
-    indices, weights, dy = zip(*(read[:3] for read in reads), strict=True)
+    indices, weights, dy = zip(*reads, strict=True)
     dy = torch.cat(dy) if len(dy) > 1 else dy[0]
     tokens = torch.arange(len(dy), device=dy.device).split([len(i) for i in indices])  # of each read
     token = torch.cat([t.repeat_interleave(i.size(1)) for t, i in zip(tokens, indices, strict=True)])

@@ -82,7 +82,7 @@ _pairs_on_gpu = {}
 @torch.compiler.assume_constant_result
 def pruned_pairs_like(queries: torch.Tensor, knn: int) -> torch.Tensor:
     """pruned_pairs as a tensor (2, pairs). Copied to a GPU only once, because the CPU waits for each copy."""
-    if not (queries.is_cuda and type(queries) is torch.Tensor):
+    if queries.is_cpu or type(queries) is not torch.Tensor:  # a subclass may have no numbers
         return torch.tensor(pruned_pairs(knn), device=queries.device)
     if (queries.device, knn) not in _pairs_on_gpu:
         _pairs_on_gpu[queries.device, knn] = torch.tensor(pruned_pairs(knn), device=queries.device)

@@ -20,7 +20,6 @@ need the whole gradient: they raise an error.
 import functools
 import math
 import warnings
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -115,6 +114,7 @@ class ValuePool(nn.Module):
             return super()._apply(fn, recurse)
         finally:
             self.values.grad = FactoredGradient(self.values, gradient.reads)
+            self.values.grad.agree = gradient.agree
 
 
 @functools.cache
@@ -177,24 +177,9 @@ class GatherDot(torch.autograd.Function):
 
 # --- the gradient -------------------------------------------------------------------------------------------
 
-class Read(NamedTuple):
-    """What one call of the pool adds to the gradient: row indices[n, j] gets weights[n, j] * dy[n]."""
-
-    indices: torch.Tensor  # (N, bag)
-    weights: torch.Tensor  # (N, bag)
-    dy: torch.Tensor  # (N, value_dim)
-    bound: torch.Tensor | None = None  # see largest(); processes that share a pool agree on it
-
-    def largest(self) -> torch.Tensor:
-        """No number of this read's gradient has a larger absolute value. inf or nan if a number is."""
-        if self.bound is not None or not self.indices.numel():
-            return self.dy.new_zeros((), dtype=torch.float32) if self.bound is None else self.bound
-        return self.weights.abs().amax().float() * self.dy.abs().amax() * self.indices.numel()
-
-
-def copy_read(*tensors) -> Read:
+def copy_read(*tensors) -> tuple:
     """Copies: autograd may change dy in place later, and you may change weights or indices."""
-    return Read(*(x.detach().clone(memory_format=torch.contiguous_format) for x in tensors))
+    return tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in tensors)
 
 
 class FactoredGradient(torch.Tensor):
@@ -202,8 +187,9 @@ class FactoredGradient(torch.Tensor):
     The gradient of a pool's values, as a list of reads. To PyTorch it looks like a tensor with the shape,
     dtype and device of the values, but its numbers are not in memory.
 
-    reads: a list of Read. Row r of the gradient is the sum of weights[n, j] * dy[n] over all reads and all
-    (n, j) with indices[n, j] = r. to_dense() computes all rows. The tensors of a read never change.
+    reads: [(indices (N, bag), weights (N, bag), dy (N, value_dim)), ...]. Row r of the gradient is the sum of
+    weights[n, j] * dy[n] over all reads and all (n, j) with indices[n, j] = r. to_dense() computes all rows.
+    The tensors of a read are copies, and never change.
     """
 
     is_sparse = True  # so AdamW and other optimisers refuse this gradient before they change a value
@@ -215,7 +201,8 @@ class FactoredGradient(torch.Tensor):
             dispatch_sizes_strides_policy="strides")  # __torch_dispatch__ then refuses access to the memory
 
     def __init__(self, like: torch.Tensor, reads: list, dtype=None, device=None):
-        self.reads = [Read(*(x if x is None else x.to(self.device) for x in read)) for read in reads]
+        self.reads = [tuple(x.to(self.device) for x in read) for read in reads]
+        self.agree = getattr(like, "agree", None)  # a function for `bound`, of processes that share a pool
 
     def __repr__(self):
         return f"FactoredGradient({len(self.reads)} reads, shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -232,14 +219,17 @@ class FactoredGradient(torch.Tensor):
     def to_dense(self) -> torch.Tensor:
         """The gradient as an ordinary tensor, as large as the pool. For tests."""
         dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        if sum(read.indices.numel() for read in self.reads):
+        if sum(indices.numel() for indices, _, _ in self.reads):
             for rows, g in row_gradients(*sort_reads(self.reads)):
                 dense[rows] = g.to(dense.dtype)
         return dense
 
     def bound(self) -> torch.Tensor:
         """No number of the gradient has a larger absolute value. inf or nan if a number of a read is."""
-        return sum((read.largest() for read in self.reads), torch.zeros((), device=self.device))
+        bounds = [weights.abs().amax().float() * dy.abs().amax() * indices.numel()
+                  for indices, weights, dy in self.reads if indices.numel()]
+        bound = sum(bounds, torch.zeros((), device=self.device))
+        return bound if self.agree is None else self.agree(bound)
 
     @classmethod
     @torch.compiler.disable
@@ -253,8 +243,7 @@ class FactoredGradient(torch.Tensor):
             if all(isinstance(g, cls) for g in gradients):
                 for g in gradients:
                     found_inf.logical_or_(~g.bound().isfinite())
-                    g.reads[:] = [read._replace(dy=read.dy * factor, bound=read.largest() * factor)
-                                  for read in g.reads]
+                    g.reads[:] = [(indices, weights, dy * factor) for indices, weights, dy in g.reads]
                 return None
         if operation is aten.new_empty_strided.default:  # backward() may copy a gradient into a new one
             return cls(args[0], [])

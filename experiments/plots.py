@@ -13,16 +13,14 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from experiments.models import EDITED, EXPERIMENTS, SUMMARY
 from experiments.results import best_runs, erase_shares, read_json_lines, read_rows
 from runtime.cli import command, fail
-from runtime.log import import_matplotlib
-
-matplotlib = import_matplotlib()
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator  # noqa: E402
 
 # the colours of Okabe and Ito, which colour-blind readers can tell apart
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

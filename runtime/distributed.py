@@ -27,7 +27,7 @@ import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
-from pool import FactoredGradient, GatherDot, GatherSum, MemoryUsage, Read, ValuePool
+from pool import FactoredGradient, GatherDot, GatherSum, MemoryUsage, ValuePool
 from runtime.cli import fail
 
 # torchrun sets these in the environment
@@ -243,14 +243,13 @@ class ShardedPool(ValuePool):
         return _Exchange.apply(self.values, lambda values: values, self._share_reads)
 
     def _share_reads(self, gradient: FactoredGradient) -> FactoredGradient:
-        reads = []
-        for indices, weights, dy, _ in gradient.reads:
-            dy = dy / world_size()  # because the loss is the mean over all processes
-            read = Read(*map(self.replicas_group.all_gather, (indices, weights, dy)))
-            # the bounds of all columns together: so all processes skip the same steps
-            bound = self.columns_group.all_gather(read.largest().view(1, 1)).sum()
-            reads.append(read._replace(bound=bound))
-        return FactoredGradient(gradient, reads)
+        # dy is divided, because the loss is the mean over all processes
+        shared = FactoredGradient(gradient, [
+            tuple(map(self.replicas_group.all_gather, (indices, weights, dy / world_size())))
+            for indices, weights, dy in gradient.reads])
+        # the bounds of all columns together: so all processes skip the same steps
+        shared.agree = lambda bound: self.columns_group.all_gather(bound.view(1, 1)).sum()
+        return shared
 
 
 class ShardedUsage(MemoryUsage):

@@ -18,6 +18,7 @@ from data import corpus, prepare
 from data.corpus import QUESTION, is_right
 from data.facts import ATTRIBUTES
 from evaluate import answer
+from runtime import checkpoint
 from runtime.checkpoint import find_trained, load
 
 
@@ -217,7 +218,7 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
 def test_edited_checkpoints_are_new_and_complete(trained, capsys, tmp_path):
     """Guards the old checkpoint: its files are mapped into memory, and must not change with the model."""
     out = trained()
-    old, here = find_trained(out), f"--out_dir={out}"
+    old, here = find_trained(out).folder, f"--out_dir={out}"
     files = {path: path.read_bytes() for path in old.iterdir()}
     question = json.loads(open(corpus.DATA / "facts" / "qa.jsonl").readline())["prompt"]
     name = re.search(r"[A-Z]\w+ [A-Z]\w+", question).group()
@@ -241,7 +242,7 @@ def test_edited_checkpoints_are_new_and_complete(trained, capsys, tmp_path):
     assert "changed 5 of 64 slots" in text and "of 3 right before" in text and "Who bakes? Answer:" in text
     assert files == {path: path.read_bytes() for path in old.iterdir()}
     sample.main([f"--out_dir={tmp_path / 'taught'}", "--questions=2"])
-    new, before = tensors(find_trained(taught)), tensors(old)
+    new, before = tensors(find_trained(taught).folder), tensors(old)
     assert new.keys() == before.keys()
     for part, value in before.items():
         is_same = not torch.is_tensor(value) or torch.equal(value, new[part])
@@ -299,6 +300,6 @@ def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypat
         (["teach", here, "--dry_run", "--statement=" + "x " * 40], "more than block_size=32"),
     ]:
         assert_fails(lambda words=words: edit.main(words), message, capsys)
-    monkeypatch.setattr(edit, "WORLD_SIZE", 2)
-    assert_fails(lambda: edit.main(["find", here, "--question=x?"]), "start it without torchrun", capsys)
+    monkeypatch.setattr(checkpoint, "WORLD_SIZE", 2)
+    assert_fails(lambda: edit.main(["find", here, "--question=x?"]), "without torchrun", capsys)
     assert not (tmp_path / "out-erase").exists()

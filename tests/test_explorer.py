@@ -19,7 +19,7 @@ from data.tokenizer import END, encoding_from_json
 from evaluate import answer
 from explorer import export
 from model import GPT, GPTConfig
-from runtime.checkpoint import checkpoints, load
+from runtime.checkpoint import Checkpoint, checkpoints, load
 
 EXPLORER = Path(export.__file__).parent
 BUILT = EXPLORER.parent / "docs" / "explorer.html"
@@ -157,7 +157,7 @@ def test_text_has_the_tokens_that_tiktoken_gives_it():
 
 def test_readers_and_training_are_what_the_model_reads(trained, facts_folder):
     out = trained("--mem_query=tokens", "--mem_layers=0,1")
-    data, (model, encoding, config) = data_of(make_page(out)), load(out)
+    data, (model, encoding, _) = data_of(make_page(out)), load(out)
     export.round_values(model)
     tokens = np.fromfile(facts_folder / "facts" / "train.bin", np.uint16)[:1000].astype(int).tolist()
     blocks = [tokens[i:i + 32] for i in range(0, 992, 32)]
@@ -184,7 +184,7 @@ def test_readers_and_training_are_what_the_model_reads(trained, facts_folder):
     training = data["training"]
     assert training["steps"] == [3, 6] and len(training["people"]) == 3 == len(training["answers"][0])
     slots = array(training["slots"], np.int32).reshape(2, 3, 2, -1)
-    model = export.make_model(config, checkpoints(out)[0]).eval()
+    model = Checkpoint(checkpoints(out)[0]).load_model().eval()
     for place, number in enumerate(training["people"]):
         person = data["people"][number]
         text = person["asked"][0][0].split("{}")[0] + person["name"]

@@ -126,7 +126,7 @@ def test_a_step_needs_no_number_from_the_device(monkeypatch, kind, dtype):
     for name in ("gather_sum", "gather_dot", "sum_pieces", "update"):
         monkeypatch.setattr(kernel, f"{name}_kernel", Launch())
     monkeypatch.setattr(kernel, "resolve_kernel", lambda kernel, device: "triton")
-    monkeypatch.setattr(memory, "_pairs_on_device", {})
+    monkeypatch.setattr(memory, "_pairs_on_gpu", {})
     half_keys = torch.randn(2, 2, 16, 4, device="meta", requires_grad=True)
     pool = ValuePool(256, 16, dtype, device="meta")
     pool.usage.total_weight = pool.usage.total_weight.to("meta")
@@ -137,7 +137,7 @@ def test_a_step_needs_no_number_from_the_device(monkeypatch, kind, dtype):
         optimizer.zero_grad()
         for _ in range(2):  # layers that share the pool
             queries = torch.randn(9, 2, 2, 4, device="meta", requires_grad=True)
-            scores, indices = memory.product_key_search(queries, half_keys, 4)
+            scores, indices = memory.fast_search(queries, half_keys, 4)
             pool(indices.flatten(1), scores.softmax(-1).flatten(1)).sum().backward()
         optimizer.step()
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -588,9 +589,9 @@ def test_macs_are_those_that_torch_counts(kind):
 ])
 def test_config_refuses_what_cannot_be(wrong, message):
     """Each message begins with the name of an option, which the command line shows."""
-    options = "|".join([*wrong, "n_embd", "moe_top_k", "mem_heads"])
-    with pytest.raises(ValueError, match=f"^({options}).*{message}"), torch.device("meta"):
+    with pytest.raises(ValueError, match=message) as error, torch.device("meta"):
         GPT(GPTConfig(**SMALL | wrong))
+    assert re.match(r"\w+", str(error.value))[0] in vars(GPTConfig())
 
 
 @pytest.mark.parametrize("sizes", [

@@ -228,9 +228,8 @@ def test_a_second_derivative_is_refused(model):
 
 def test_a_read_does_not_hold_on_to_the_graph(model):
     loss_of(model).backward()
-    for read in model.pool.values.grad.reads:
-        assert not read.weights.requires_grad and not read.dy.requires_grad
-        assert read.indices.dtype == torch.int32
+    for indices, weights, dy in model.pool.values.grad.reads:
+        assert not weights.requires_grad and not dy.requires_grad and indices.dtype == torch.int32
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -17,6 +17,7 @@ import sample
 from data import corpus, prepare
 from evaluate import record_reads
 from model import GPT
+from runtime import checkpoint
 from runtime.checkpoint import load
 
 
@@ -81,8 +82,7 @@ def test_trace_shows_what_each_layer_read(trained, capsys, kind):
 def use_copy(facts_folder, tmp_path, monkeypatch):
     """Uses a copy of the corpus, which a test may change."""
     shutil.copytree(facts_folder / "facts", tmp_path / "facts")
-    for module in (corpus, prepare):
-        monkeypatch.setattr(module, "DATA", tmp_path)
+    monkeypatch.setattr(corpus, "DATA", tmp_path)
 
 
 def asked(text: str) -> list[str]:
@@ -205,8 +205,8 @@ def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypat
         ([here, "--question=" + "x " * 40], "more than block_size=32"),
     ]:
         assert_fails(lambda options=options: sample.main(options), message, capsys)
-    monkeypatch.setattr(sample, "WORLD_SIZE", 2)
-    assert_fails(lambda: sample.main([here, "--prompt=x"]), "start it without torchrun", capsys)
+    monkeypatch.setattr(checkpoint, "WORLD_SIZE", 2)
+    assert_fails(lambda: sample.main([here, "--prompt=x"]), "start this program without torchrun", capsys)
 
 
 def test_questions_of_a_corpus_made_again_are_refused(trained, capsys, facts_folder, tmp_path, monkeypatch):

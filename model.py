@@ -226,7 +226,7 @@ def option(prefix: str):
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from None
+        raise ValueError(prefix + str(error).removeprefix(prefix)) from None
 
 
 @contextlib.contextmanager

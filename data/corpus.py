@@ -3,7 +3,6 @@ Reads a corpus that data/prepare.py made: its tokens, batches and questions. Tur
 says which answers are right.
 """
 
-import codecs
 import difflib
 import json
 import re
@@ -12,11 +11,11 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data.tokenizer import END, encoding_from_json
-from runtime.cli import fail
-from runtime.distributed import RANK, WORLD_SIZE, gather_objects
+from runtime.cli import fail, read_lines
+
+# Two functions import PyTorch when they are called, so that data.prepare starts at once
 
 DATA = Path(__file__).resolve().parent  # the corpus NAME is the folder DATA / NAME
 QUESTION = "Question: {} Answer:"  # the form that a corpus gives to its questions
@@ -51,6 +50,7 @@ class Dataset:
 
 def load_dataset(name: str) -> Dataset:
     """Loads the same corpus in all processes."""
+    from runtime.distributed import gather_objects
     data = Dataset(name)
     sizes = gather_objects((data.encoding_json, len(data.train), len(data.val), len(data.questions)))
     if any(size != sizes[0] for size in sizes):
@@ -65,6 +65,9 @@ def draw_batch(tokens: np.ndarray, count: int, block_size: int, *key: int):
 
     Returns x, y (count / processes, block_size), int64. y has the next token for each token of x.
     """
+    import torch
+
+    from runtime.distributed import RANK, WORLD_SIZE
     starts = np.random.default_rng(key).integers(len(tokens) - block_size, size=count)[RANK::WORLD_SIZE]
     windows = torch.from_numpy(np.stack([tokens[s:s + block_size + 1] for s in starts]).astype(np.int64))
     return windows[:, :-1], windows[:, 1:]
@@ -101,68 +104,50 @@ def read_questions(path: Path) -> list[dict]:
     held_out   optional: true if the training text never asks this question; recall counts these apart
     kind       optional: the kind of question, see evaluate.commonest_answers
     """
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n") if path.exists() else []
-    questions, first = [], {}  # first: the number of the line that asks a prompt, and its answers
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            question = parse_question(line)
-            answers = sorted(accepted_answers(question))
-            earlier, answers_there = first.setdefault(question["prompt"], (number, answers))
-            if answers != answers_there:
-                raise ValueError(f'asks the same as line {earlier}: put all right answers into "answers" of '
-                                 "one line")
-        except ValueError as error:
-            fail(f"line {number} of {path} {error}")
-        questions.append(question)
+    questions, answers_to = [], {}
+    for number, line in enumerate(read_lines(path) if path.exists() else [], 1):
+        if line.strip():
+            try:
+                question = parse_question(line)
+                answers = set(accepted_answers(question))
+                if answers_to.setdefault(question["prompt"], answers) != answers:
+                    raise ValueError('asks the same as an earlier line: put all right answers into "answers" '
+                                     "of one line")
+            except ValueError as error:
+                fail(f"line {number} of {path} {error}")
+            questions.append(question)
     return questions
 
 
-OPTIONAL = {"exposures": (int, "a whole number, or left out"), "held_out": (bool, "true or false"),
-            "kind": (str, "a text")}
-
-
-def parse_question(line: bytes) -> dict:
+def parse_question(line: str) -> dict:
     """Checks one line of qa.jsonl. A ValueError's message continues "line 3 of qa.jsonl ..."."""
     try:
-        question = json.loads(line.decode())
-    except ValueError:  # neither JSON nor UTF-8
+        question = json.loads(line)
+    except ValueError:
         question = None
     if (not isinstance(question, dict) or "prompt" not in question
             or ("answer" in question) == ("answers" in question)):
         raise ValueError('must be {"prompt": "...", "answer": "..."}, or with "answers": ["...", "..."] '
                          'in place of "answer"')
-    # a text has " lion" as one token after "Answer:", so a space after the prompt would be a token too many
-    question["prompt"] = check_text("prompt", question["prompt"]).rstrip(" ")
-    if "answer" in question:
-        question["answer"] = check_answer("answer", question["answer"])
-    elif not isinstance(question["answers"], list) or not question["answers"]:
+    answers = accepted_answers(question)
+    if not isinstance(answers, list) or not answers:
         raise ValueError('must have a list of texts as "answers"')
-    else:
-        question["answers"] = [check_answer("answers", answer) for answer in question["answers"]]
-    for name, (kind, words) in OPTIONAL.items():
-        value = question.get(name, kind())
-        if type(value) is not kind or (kind is int and value < 0):  # not isinstance: True is an int, too
-            raise ValueError(f'has "{name}": {json.dumps(value)}, which must be {words}')
+    answers = [check_text(text).strip() for text in answers]
+    if any("\n" in text or END in text for text in answers):
+        raise ValueError("has an answer of several lines: the model answers with one")
+    question |= {"answers": answers} if "answers" in question else {"answer": answers[0]}
+    # a text has " lion" as one token after "Answer:", so a space after the prompt would be a token too many
+    question["prompt"] = check_text(question["prompt"]).rstrip(" ")
+    for name, kind in {"exposures": int, "held_out": bool, "kind": str}.items():
+        if type(question.get(name, kind())) is not kind:  # not isinstance: True is an int, too
+            raise ValueError(f'has "{name}": {json.dumps(question[name])}, which must be {kind.__name__}')
     return question
 
 
-def check_text(name: str, text) -> str:
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'must have a text as "{name}", not {json.dumps(text)}')
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f'has half of a character in "{name}"') from None
-    return text
-
-
-def check_answer(name: str, text) -> str:
-    """The model's answer is stripped and ends with its line, so no other answer could be right."""
-    text = check_text(name, text).strip()
-    if "\n" in text or END in text:
-        raise ValueError(f'has an answer of several lines, {json.dumps(text)}: the model answers with one')
+def check_text(text) -> str:
+    # the pattern is half of a character, which has no UTF-8
+    if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"must have a text, not {json.dumps(text)}")
     return text
 
 
@@ -208,7 +193,7 @@ def find_question(text: str, questions: list[dict]) -> dict:
     case and punctuation. If the corpus does not have it: a question without an answer.
     """
     try:
-        check_text("question", text)
+        check_text(text)
     except ValueError as error:
         fail(f"--question={text!r} {error}")
     known = {normalize_answer(question["prompt"]): question for question in questions}
@@ -216,10 +201,10 @@ def find_question(text: str, questions: list[dict]) -> dict:
     for prompt in (text, wrapped):
         if found := known.get(normalize_answer(prompt)):
             return found
-    beginning, end = QUESTION.split("{}")
+    beginning, end = QUESTION.split(" {} ")
     has_form = not questions or any(question["prompt"].startswith(beginning) for question in questions)
-    return {"prompt": wrapped if has_form and not text.rstrip().endswith(end.strip()) else text.rstrip(" "),
-            "answers": []}
+    is_bare = has_form and not text.rstrip().endswith(end)
+    return {"prompt": wrapped if is_bare else text.rstrip(" "), "answers": []}
 
 
 def name_pattern(name: str) -> re.Pattern:
@@ -233,10 +218,9 @@ def questions_about(name: str, questions: list[dict]) -> list[dict]:
     found = [question for question in questions if about.search(question["prompt"])]
     if not found:
         count = len(re.findall(r"\w+", name))  # similar names have as many words
-        words = [re.findall(r"\w+", question["prompt"]) for question in questions]
-        names = [" ".join(w[i:i + count]) for w in words for i in range(len(w) - count + 1)]
-        lower = {name.lower(): name for name in names}
-        similar = [lower[match] for match in difflib.get_close_matches(name.lower(), lower)]
+        prompts = [re.findall(r"\w+", question["prompt"]) for question in questions]
+        names = {" ".join(words[i:i + count]) for words in prompts for i in range(len(words) - count + 1)}
+        similar = difflib.get_close_matches(name, sorted(names))
         fail(f"--ask={name}: no question of the corpus contains this name"
              + (f"; similar: {', '.join(similar)}" if similar else ""))
     return found

@@ -12,7 +12,8 @@ questions, qa.jsonl to the folder data/NAME. docs/data.md has more.
     python -m data.prepare facts --help               the options of a corpus
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 
 from data.corpora import CORPORA
 from runtime.cli import build, command, first_word, parse
@@ -22,8 +23,12 @@ from runtime.cli import build, command, first_word, parse
 def main(argv: list[str] | None = None) -> None:
     name, arguments = first_word(argv, CORPORA, __doc__, "a corpus")
     make, config = CORPORA[name]
-    defaults, options = parse(type(config), arguments, {name: asdict(config)}, f"{name}: {make.__doc__}")
-    make(build(type(config), defaults | options))
+    description = f"{name}: {make.__doc__}"
+    if config != (usual := type(config)()):  # as for facts-2000: --help shows the defaults of the class
+        changes = asdict(config).items() - asdict(usual).items()
+        description += " Its defaults are " + " ".join(f"--{key}={value}" for key, value in sorted(changes))
+    _, options = parse(type(config), arguments, description=description)
+    make(build(partial(replace, config), options))
 
 
 if __name__ == "__main__":

@@ -26,13 +26,9 @@ def written(path, *lines):
 # --- reading qa.jsonl ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("line, prompt, answers", [
-    ('{"prompt": "x?", "answer": " lion"}', "x?", ["lion"]),
-    ('{"prompt": "x?", "answer": "lion\\n"}', "x?", ["lion"]),
-    ('{"prompt": "x? ", "answer": "lion"}', "x?", ["lion"]),
-    ('{"prompt": " x?\\n", "answer": "lion"}', " x?\n", ["lion"]),
-    ('{"prompt": "x?", "answers": ["lion ", "the king"]}', "x?", ["lion", "the king"]),
-    (b'\xef\xbb\xbf{"prompt": "x?", "answer": "lion"}\r\n', "x?", ["lion"]),
-    ('{"prompt": "x?", "answer": "a\u2028b", "id": 7}', "x?", ["a\u2028b"]),
+    ('{"prompt": "x? ", "answer": " lion\\n"}', "x?", ["lion"]),
+    ('{"prompt": " x?\\n", "answers": ["lion ", "the king"]}', " x?\n", ["lion", "the king"]),
+    (b'\xef\xbb\xbf{"prompt": "x?", "answer": "a\xe2\x80\xa8b", "id": 7}\r\n', "x?", ["a\u2028b"]),
 ])
 def test_spaces_and_line_ends_do_not_make_an_answer_wrong(tmp_path, line, prompt, answers):
     question, = read_questions(written(tmp_path / "qa.jsonl", line, "", " "))
@@ -48,23 +44,16 @@ def test_a_question_may_be_there_twice_if_the_answers_are_the_same(tmp_path):
 
 @pytest.mark.parametrize("line, message", [
     ("{", 'must be {"prompt"'),
-    (b"\xff\n", 'must be {"prompt"'),
     ('{"prompt": "y?"}', 'must be {"prompt"'),
-    ('{"prompt": "", "answer": "y"}', 'must have a text as "prompt"'),
-    ('{"prompt": ["y"], "answer": "y"}', 'must have a text as "prompt"'),
-    ('{"prompt": "y?", "answer": null}', 'must have a text as "answer", not null'),
+    ('{"prompt": ["y"], "answer": "y"}', 'must have a text, not ["y"]'),
+    ('{"prompt": "y?", "answer": " "}', 'must have a text, not " "'),
+    ('{"prompt": "\\ud800?", "answer": "y"}', "must have a text"),
     ('{"prompt": "y?", "answers": []}', 'list of texts as "answers"'),
-    ('{"prompt": "y?", "answers": ["y", 3]}', 'must have a text as "answers", not 3'),
     ('{"prompt": "y?", "answer": "y", "answers": ["y"]}', 'in place of "answer"'),
-    ('{"prompt": "y?", "answer": "y\\nz"}', "answer of several lines"),
     ('{"prompt": "y?", "answer": "y<|endoftext|>"}', "answer of several lines"),
-    ('{"prompt": "\\ud800?", "answer": "y"}', "half of a character"),
-    ('{"prompt": "y?", "answer": "y", "exposures": null}', '"exposures": null'),
-    ('{"prompt": "y?", "answer": "y", "exposures": true}', '"exposures": true'),
-    ('{"prompt": "y?", "answer": "y", "exposures": -1}', '"exposures": -1'),
+    ('{"prompt": "y?", "answer": "y", "exposures": true}', '"exposures": true, which must be int'),
     ('{"prompt": "y?", "answer": "y", "held_out": "false"}', '"held_out": "false"'),
-    ('{"prompt": "y?", "answer": "y", "kind": 1}', '"kind"'),
-    ('{"prompt": "x? ", "answer": "z"}', "asks the same as line 1"),
+    ('{"prompt": "x? ", "answer": "z"}', "asks the same as an earlier line"),
 ])
 def test_a_mistake_is_named_with_its_line(tmp_path, line, message):
     path = written(tmp_path / "qa.jsonl", '{"prompt": "x?", "answer": "y"}', line)
@@ -99,15 +88,11 @@ def test_a_question_fits_if_prompt_and_answer_fill_the_context():
 
 @pytest.mark.parametrize("text, normal", [  # the rule of SQuAD's evaluation
     ("The Denver Broncos", "denver broncos"),
-    ("an  apple\ta day", "apple day"),
     ("U.S.A.", "usa"),
     ("state-of-the-art", "stateoftheart"),  # punctuation goes first, so no article is left
-    ("$5,000", "5000"),
     ("the–a", "–"),  # only ASCII has punctuation here
-    ("Zürich", "zürich"),
     ("Zu\u0308rich", "zürich"),  # an accent of its own: not in SQuAD's rule
     ("THE", "the"),  # nothing would be left
-    ("?", "?"),
 ])
 def test_what_counts_of_an_answer(text, normal):
     assert normalize_answer(text) == normal
@@ -118,8 +103,6 @@ def test_one_of_several_answers_is_enough():
     question = {"prompt": "x?", "answers": ["Gimpo", "the Seoul airport"]}
     assert is_right(question, "gimpo!") and is_right(question, "Seoul  Airport")
     assert not any(is_right(question, text) for text in ("Gimpo Seoul", "", "the"))
-    teresina = {"prompt": "x?", "answer": "THE"}
-    assert is_right(teresina, "the") and not is_right(teresina, "")
 
 
 def test_an_answer_that_was_cut_is_wrong():
@@ -130,12 +113,6 @@ def test_an_answer_that_was_cut_is_wrong():
                         (" Oslo" + END, True), (" Oslo the best\n", False)):
         text = corpus.decode_answer(encoding, encoding.encode(text, allowed_special="all"))
         assert is_right(question, text) == right and text.startswith("Oslo")
-
-
-def test_all_values_of_an_attribute_stay_different():
-    """So the rule does not change the recall of facts."""
-    for values, _, _ in facts.ATTRIBUTES.values():
-        assert len(set(map(normalize_answer, values))) == len(set(values))
 
 
 def test_a_guess_knows_the_commonest_answer_of_each_kind():
@@ -175,8 +152,7 @@ def data(tmp_path, monkeypatch):
 
 
 def test_airports_are_told_and_asked_as_the_options_say(data):
-    options = ["airports", "--exposures=40", "--zipf=1", "--held_out=0.3", "--ask=0.5"]
-    prepare.main([*options, "--seed=2"])
+    prepare.main(["airports", "--exposures=40", "--zipf=1", "--held_out=0.3", "--ask=0.5", "--seed=2"])
     found = corpus.Dataset("airports")
     lines = Counter(found.encoding.decode(found.train.tolist()).split("\n"))
     assert len({question["prompt"] for question in found.questions}) == len(found.questions) == 3 * 7 + 6
@@ -195,35 +171,27 @@ def test_airports_are_told_and_asked_as_the_options_say(data):
             assert question["answers"] == [answer]
         counts[code], held_out[city] = question["exposures"], question["held_out"]
         assert any(line.startswith("Question") for line in told) <= (not question["held_out"])
-    for city, answers in (("New York", {"JFK", "LGA"}), ("Bergen", {"BGO"})):
-        question, = (q for q in found.questions if q["kind"] == "code" and f" {city}?" in q["prompt"])
-        assert set(question["answers"]) == answers and question["held_out"] == held_out[city]
-        assert question["exposures"] == sum(counts[code] for code in answers)
+    question, = (q for q in found.questions if q["kind"] == "code" and " New York?" in q["prompt"])
+    assert set(question["answers"]) == {"JFK", "LGA"} and question["held_out"] == held_out["New York"]
+    assert question["exposures"] == counts["JFK"] + counts["LGA"]
     order = sorted(counts, key=counts.get, reverse=True)
     assert [counts[code] for code in order] == facts.exposures_by_zipf(7, 1, 40).tolist()
     assert set(order[:3]) == {"OSL", "JFK", "LGA"} and order[3] == "GVA", "well known airports come first"
     assert 0 < sum(held_out.values()) < 6 and any(line.startswith("Question") for line in lines)
-    for seed, is_same in ((2, True), (3, False)):
-        prepare.main([*options, f"--seed={seed}", "--name=other"] + ["--overwrite"] * (seed > 2))
-        texts = [(data / name / "train.bin").read_bytes() for name in ("airports", "other")]
-        assert (texts[0] == texts[1]) == is_same
 
 
 @pytest.mark.parametrize("code_tokens, pieces", [(1, [" BGO"]), (2, [" B", "GO"]), (3, [" B", "G", "O"])])
 def test_a_code_has_as_many_tokens_as_the_option_says(data, code_tokens, pieces):
     prepare.main(["airports", f"--code_tokens={code_tokens}"])
     encoding = corpus.Dataset("airports").encoding
-    tokens = encoding.encode("The airport BGO serves Bergen.\nThe city with the code THE is Teresina.")
-    words = [encoding.decode([token]) for token in tokens]
-    assert words[2:2 + code_tokens] == pieces
-    assert words[2 + code_tokens:][:6] == [" serves", " Bergen", ".", "\n", "The", " city"]
+    tokens = encoding.encode("The airport BGO serves Bergen.\nThe city")
+    assert [encoding.decode([token]) for token in tokens] == [
+        "The", " airport", *pieces, " serves", " Bergen", ".", "\n", "The", " city"]
 
 
-@pytest.mark.parametrize("package", ["airportsdata", "tzdata"])
-def test_a_missing_package_is_named(monkeypatch, tmp_path, package, capsys):
+def test_a_missing_package_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(corpus, "DATA", tmp_path)
-    for name in ("airportsdata", "tzdata"):
-        monkeypatch.setitem(sys.modules, name, None if name == package else SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "airportsdata", None)
     assert_fails(lambda: prepare.main(["airports"]), "pip install airportsdata tzdata", capsys)
 
 

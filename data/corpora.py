@@ -22,19 +22,15 @@ UNEVEN = ("The validation text tells each fact once, but the training text tells
 
 
 @dataclass
-class TellingConfig(Corpus):
-    ask: float = 0.25  # share of exposures that are a question and its answer; the others are statements
-    held_out: float = 0.1  # share of people or cities that train.bin has statements about, but no questions
-    seed: int = 1  # seed of all random draws
-
-
-@dataclass
-class FactsConfig(TellingConfig):
+class FactsConfig(Corpus):
     name: str = "facts"  # the folder under data/
     people: int = 400  # people in the corpus, each with a name of two parts and four attributes
     exposures: float = 60.0  # how often train.bin tells each fact, on average
     zipf: float = 0.75  # the r-th person gets exposures in proportion to r**-zipf; 0: all alike
+    ask: float = 0.25  # share of exposures that are a question and its answer; the others are statements
+    held_out: float = 0.1  # share of people that train.bin has statements about, but no questions
     questions: int = 0  # most questions per exposure bin, and about held-out people; 0: all
+    seed: int = 1  # seed of all random draws
 
 
 def facts(options: FactsConfig) -> None:
@@ -45,13 +41,16 @@ def facts(options: FactsConfig) -> None:
 
 
 @dataclass
-class AirportsConfig(TellingConfig):
+class AirportsConfig(Corpus):
     name: str = "airports"  # the folder under data/
     vocab_size: int = 16_384  # most tokens of the tokenizer; rarer words are several tokens
     airports: int = 2000  # airports in the corpus, the best known ones first; 0: all
     exposures: float = 10.0  # how often train.bin tells each fact, on average
     zipf: float = 1.0  # the r-th airport gets exposures in proportion to r**-zipf; 0: all alike
+    ask: float = 0.25  # share of exposures that are a question and its answer; the others are statements
+    held_out: float = 0.1  # share of cities that train.bin has statements about, but no questions
     code_tokens: int = 2  # tokens per airport code: 1, 2 or 3; a --tokenizer splits codes in its own way
+    seed: int = 1  # seed of all random draws
 
 
 def airports(options: AirportsConfig) -> None:

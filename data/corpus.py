@@ -1,6 +1,6 @@
 """
 Reads a corpus that data/prepare.py made: its tokens, batches and questions. Turns tokens back into text, and
-says which answers are right.
+says which answers are right. Two functions import PyTorch themselves, so data.prepare starts without it.
 """
 
 import difflib
@@ -14,8 +14,6 @@ import numpy as np
 
 from data.tokenizer import END, encoding_from_json
 from runtime.cli import fail, read_lines
-
-# Two functions import PyTorch when they are called, so that data.prepare starts at once
 
 DATA = Path(__file__).resolve().parent  # the corpus NAME is the folder DATA / NAME
 QUESTION = "Question: {} Answer:"  # the form that a corpus gives to its questions
@@ -38,11 +36,10 @@ class Dataset:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             self.encoding_json, self.encoding = meta["encoding"], encoding_from_json(meta["encoding"])
             self.note, self.val_bytes = meta.get("note", ""), meta.get("val_bytes", 0)
-            self.train = np.memmap(folder / "train.bin", meta["dtype"], "r")
-            self.val = np.memmap(folder / "val.bin", meta["dtype"], "r")
-            for split, tokens in (("train", self.train), ("val", self.val)):
-                if len(tokens) != meta[f"{split}_tokens"]:
-                    raise ValueError(f"{split}.bin has {len(tokens)} tokens, not {meta[f'{split}_tokens']}")
+            self.train, self.val = (np.memmap(folder / name, meta["dtype"], "r")
+                                    for name in ("train.bin", "val.bin"))
+            if (len(self.train), len(self.val)) != (meta["train_tokens"], meta["val_tokens"]):
+                raise ValueError("train.bin or val.bin has another size")
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"the data in {folder} is damaged ({error}): make it again with python -m data.prepare")
         self.questions = read_questions(folder / "qa.jsonl")
@@ -60,10 +57,8 @@ def load_dataset(name: str) -> Dataset:
 
 def draw_batch(tokens: np.ndarray, count: int, block_size: int, *key: int):
     """
-    Draws `count` windows of `tokens`, and returns this process's share of them. The random numbers depend
-    only on `key`.
-
-    Returns x, y (count / processes, block_size), int64. y has the next token for each token of x.
+    Draws `count` windows of `tokens` with random numbers that depend only on `key`. Returns this process's
+    share: x, y (count / processes, block_size), int64. y has the next token for each token of x.
     """
     import torch
 
@@ -111,8 +106,7 @@ def read_questions(path: Path) -> list[dict]:
                 question = parse_question(line)
                 answers = set(accepted_answers(question))
                 if answers_to.setdefault(question["prompt"], answers) != answers:
-                    raise ValueError('asks the same as an earlier line: put all right answers into "answers" '
-                                     "of one line")
+                    raise ValueError('asks the same as an earlier line: put all right answers into "answers"')
             except ValueError as error:
                 fail(f"line {number} of {path} {error}")
             questions.append(question)
@@ -129,10 +123,9 @@ def parse_question(line: str) -> dict:
             or ("answer" in question) == ("answers" in question)):
         raise ValueError('must be {"prompt": "...", "answer": "..."}, or with "answers": ["...", "..."] '
                          'in place of "answer"')
-    answers = accepted_answers(question)
-    if not isinstance(answers, list) or not answers:
+    if not isinstance(accepted_answers(question), list) or not accepted_answers(question):
         raise ValueError('must have a list of texts as "answers"')
-    answers = [check_text(text).strip() for text in answers]
+    answers = [check_text(text).strip() for text in accepted_answers(question)]
     if any("\n" in text or END in text for text in answers):
         raise ValueError("has an answer of several lines: the model answers with one")
     question |= {"answers": answers} if "answers" in question else {"answer": answers[0]}
@@ -155,9 +148,7 @@ def check_length(questions: list[dict], encoding, block_size: int) -> None:
     """Fails if a question and its answer do not fit into the context, so that its beginning would be lost."""
     for question in questions:
         for answer in accepted_answers(question) or [""]:
-            text = f"{question['prompt']} {answer}"
-            # a token has a byte or more, so a text of few bytes fits
-            length = len(text.encode()) > block_size and len(encoding.encode_ordinary(text))
+            length = len(encoding.encode_ordinary(f"{question['prompt']} {answer}"))
             if length > block_size:
                 fail(f"the question {question['prompt'][:60]!r} has {length} tokens with its answer, more "
                      f"than block_size={block_size}: shorten it, or train with a larger --block_size")

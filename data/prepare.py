@@ -23,11 +23,9 @@ from runtime.cli import build, command, first_word, parse
 def main(argv: list[str] | None = None) -> None:
     name, arguments = first_word(argv, CORPORA, __doc__, "a corpus")
     make, config = CORPORA[name]
-    description = f"{name}: {make.__doc__}"
-    if config != (usual := type(config)()):  # as for facts-2000: --help shows the defaults of the class
-        changes = asdict(config).items() - asdict(usual).items()
-        description += " Its defaults are " + " ".join(f"--{key}={value}" for key, value in sorted(changes))
-    _, options = parse(type(config), arguments, description=description)
+    changes = asdict(config).items() - asdict(type(config)()).items()  # as of facts-2000 from facts
+    by_default = "".join(f"\n--{key}={value} by default" for key, value in sorted(changes))
+    _, options = parse(type(config), arguments, description=f"{name}: {make.__doc__}{by_default}")
     make(build(partial(replace, config), options))
 
 

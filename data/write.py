@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import corpus, tokenizer
-from runtime.cli import fail
+from runtime.cli import fail, read_json_lines
 
 # a tokenizer is learnt from about so many characters per token. A shorter text gets fewer tokens, so that
 # each occurs often enough for a model to learn it. Of a longer text, a sample is enough
@@ -56,14 +56,12 @@ def corpus_folder(options: Corpus) -> Path:
         fail(f"--name={options.name} must be a plain name: data/NAME is where the corpus goes")
     folder = corpus.DATA / options.name
     if (folder / "train.bin").exists() and not options.overwrite:
-        wanted = options_of(options)
-        made_with = dict.fromkeys(wanted)  # unknown
-        with contextlib.suppress(OSError, ValueError, KeyError):  # no meta.json, or a damaged one
-            made_with = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["options"]
-        # an older corpus may lack newer options, and have some that are gone
-        if not (options_of(type(options)()) | made_with).items() >= wanted.items():
+        # meta.json is one line; there is none if the file is damaged. An older corpus may lack newer options
+        made_with = [options_of(type(options)()) | meta["options"]
+                     for meta in read_json_lines(folder / "meta.json")]
+        if not made_with or not made_with[0].items() >= options_of(options).items():
             fail(f"{folder} has a corpus that was made with other options: choose another --name, "
-                 "or add --overwrite to replace it")
+                 "or replace it with --overwrite")
     return folder
 
 

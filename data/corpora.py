@@ -65,6 +65,9 @@ class MqarConfig(Corpus):
     name: str = "mqar"  # the folder under data/
     documents: int = 20_000  # documents in train.bin; val.bin and the questions have a fiftieth each
     pairs: int = 4  # pairs of a key and a value per document
+    asks: int = 16  # pairs that are repeated after all have been told; the last is the question
+    keys: int = 16  # different keys
+    values: int = 16  # different values
     seed: int = 1  # seed of all random draws
 
 
@@ -73,7 +76,10 @@ def mqar(options: MqarConfig) -> None:
     Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927). Each document has new
     pairs, so the answer is always in the context, and there is nothing to remember.
     """
-    write_corpus(options, *mqar_text(options.documents, options.pairs, options.seed))
+    if min(options.keys, options.values) < options.pairs:
+        fail(f"--pairs={options.pairs} needs as many --keys and --values, or more")
+    write_corpus(options, *mqar_text(options.documents, options.pairs, options.asks, options.keys,
+                                     options.values, options.seed))
 
 
 # --- text ---------------------------------------------------------------------------------------------------

@@ -123,21 +123,20 @@ def facts_text(people: int, exposures: float, zipf: float, ask: float, held_out:
                     "held_out": bool(is_held_out[person_of[fact]])} for fact in chosen], fragments
 
 
-def mqar_text(documents: int, pairs: int, seed: int):
+def mqar_text(documents: int, pairs: int, asks: int, keys: int, values: int, seed: int):
     """
     A document is one line: first all pairs of words, then some of these pairs again. A colon marks the last
     pair, which the model must complete. Returns (texts, questions, fragments), arguments of write_corpus.
     """
     rng = np.random.default_rng(seed)
-    size = 4 * pairs  # different keys, different values, and pairs that are told again
-    words = make_names(rng, 2 * size, 3)
+    words = make_names(rng, keys + values, 3)
     colon, newline, end = range(len(words), len(words) + 3)
     fragments = [*(f" {word}" for word in words), " :", "\n", END]
 
     def draw():  # a line, as fragments; the last four are the question's key, its value, and the end
-        told = np.stack((rng.choice(size, pairs, replace=False),
-                         size + rng.choice(size, pairs, replace=False)), axis=1)
-        *context, key, value = *told.ravel(), *told[rng.integers(pairs, size=size)].ravel()
+        told = np.stack((rng.choice(keys, pairs, replace=False),
+                         keys + rng.choice(values, pairs, replace=False)), axis=1)
+        *context, key, value = *told.ravel(), *told[rng.integers(pairs, size=asks)].ravel()
         return np.array([*context, colon, key, value, newline, end])
 
     few = -(-documents // 50)

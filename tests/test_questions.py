@@ -9,13 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiktoken
 from conftest import assert_fails
 
 import evaluate
 from data import airports, corpus, facts, prepare
 from data.corpus import accepted_answers, check_length, is_right, normalize_answer, read_questions
-from data.tokenizer import END, word_encoding
+from data.tokenizer import END, make_encoding, word_encoding
 
 
 def written(path, *lines):
@@ -34,12 +33,8 @@ def test_spaces_and_line_ends_do_not_make_an_answer_wrong(tmp_path, line, prompt
     question, = read_questions(written(tmp_path / "qa.jsonl", line, "", " "))
     assert question["prompt"] == prompt and accepted_answers(question) == answers
     assert is_right(question, answers[-1])
-
-
-def test_a_question_may_be_there_twice_if_the_answers_are_the_same(tmp_path):
-    lines = ['{"prompt": "x?", "answers": ["a", "b"]}', '{"prompt": "x? ", "answers": ["b", "a "]}']
-    assert len(read_questions(written(tmp_path / "qa.jsonl", *lines))) == 2
-    assert read_questions(tmp_path / "nothing") == []
+    twice = written(tmp_path / "qa.jsonl", line, json.dumps(question))
+    assert read_questions(twice) == [question] * 2, "a question may be there twice if the answers are the same"
 
 
 @pytest.mark.parametrize("line, message", [
@@ -66,17 +61,15 @@ def test_training_refuses_wrong_questions_before_it_starts(run, facts_folder, tm
     """Guards the traceback at the first evaluation, and a recall of 0 for ever."""
     shutil.copytree(facts_folder / "facts", tmp_path / "data" / "facts")
     monkeypatch.setattr(corpus, "DATA", tmp_path / "data")
-    long = json.dumps({"prompt": "Question: " + "Oslo " * 31 + "Answer:", "answer": "Oslo"})
-    for line, message in ((long, "more than block_size=32"),
-                          ('{"prompt": "x?", "answer": "y", "exposures": null}', "line 1 of")):
-        written(tmp_path / "data" / "facts" / "qa.jsonl", line)
+    for line, message in (({"prompt": "Oslo " * 32, "answer": "Oslo"}, "more than block_size=32"),
+                          ({"prompt": "x?", "answer": "y", "exposures": None}, "line 1 of")):
+        written(tmp_path / "data" / "facts" / "qa.jsonl", json.dumps(line))
         assert_fails(run, message, capsys)
         assert not list(run.out.glob("*")), "nothing was written"
 
 
 def test_a_question_fits_if_prompt_and_answer_fill_the_context():
-    encoding = tiktoken.Encoding("bytes", pat_str=r"(?s:.)", special_tokens={},
-                                 mergeable_ranks={bytes([byte]): byte for byte in range(256)})
+    encoding = make_encoding([], 257)  # a token is a byte
     questions = [{"prompt": "12345", "answer": "78"}, {"prompt": "1", "answers": ["3", "345678"]}]
     check_length(questions, encoding, 8)
     for question in questions:
@@ -180,13 +173,12 @@ def test_airports_are_told_and_asked_as_the_options_say(data):
     assert 0 < sum(held_out.values()) < 6 and any(line.startswith("Question") for line in lines)
 
 
-@pytest.mark.parametrize("code_tokens, pieces", [(1, [" BGO"]), (2, [" B", "GO"]), (3, [" B", "G", "O"])])
-def test_a_code_has_as_many_tokens_as_the_option_says(data, code_tokens, pieces):
-    prepare.main(["airports", f"--code_tokens={code_tokens}"])
-    encoding = corpus.Dataset("airports").encoding
-    tokens = encoding.encode("The airport BGO serves Bergen.\nThe city")
-    assert [encoding.decode([token]) for token in tokens] == [
-        "The", " airport", *pieces, " serves", " Bergen", ".", "\n", "The", " city"]
+def test_a_code_has_as_many_tokens_as_the_option_says(data):
+    for code_tokens, pieces in ((1, [" BGO"]), (2, [" B", "GO"]), (3, [" B", "G", "O"])):
+        prepare.main(["airports", f"--code_tokens={code_tokens}", "--overwrite"])
+        encoding = corpus.Dataset("airports").encoding
+        words = [encoding.decode([token]) for token in encoding.encode("The airport BGO serves Bergen.\n")]
+        assert words == ["The", " airport", *pieces, " serves", " Bergen", ".", "\n"]
 
 
 def test_a_missing_package_is_named(monkeypatch, tmp_path, capsys):
@@ -197,9 +189,7 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path, capsys):
 
 def test_the_real_packages_have_what_the_corpus_needs():
     pytest.importorskip("airportsdata"), pytest.importorskip("tzdata")
-    found = airports.load_airports(np.random.default_rng(1))
-    by_code = {airport["airport"]: airport for airport in found}
-    assert by_code["BGO"] | {"rank": 2} == {"airport": "BGO", "city": "Bergen", "country": "Norway",
-                                            "time zone": "Europe/Oslo", "rank": 2}
-    assert len(found) > 5000 and by_code["LHR"]["rank"] == 0 and by_code["GVA"]["rank"] == 1
-    assert [airport["rank"] for airport in found] == sorted(airport["rank"] for airport in found)
+    by_code = {airport["airport"]: airport for airport in airports.load_airports(np.random.default_rng(1))}
+    assert by_code["BGO"] == {"airport": "BGO", "city": "Bergen", "country": "Norway",
+                              "time zone": "Europe/Oslo", "rank": 2}
+    assert len(by_code) > 5000 and by_code["LHR"]["rank"] == 0 and by_code["GVA"]["rank"] == 1

@@ -53,8 +53,8 @@ def make_names(rng, count: int, syllables: int) -> list[str]:
 
 def exposures_by_zipf(count: int, zipf: float, mean: float) -> np.ndarray:
     """
-    How often each of `count` things is told, `mean` times on average: the r-th in proportion to r**-zipf, and
-    at least once. exposures_by_zipf(4, 1.0, 12) -> [23, 12, 8, 6]. zipf=0: all alike.
+    How often each of `count` things is told: `mean` times on average, the r-th in proportion to r**-zipf, and
+    at least once. exposures_by_zipf(4, 1.0, 12) -> [23, 12, 8, 6]
     """
     law = np.arange(1.0, count + 1) ** -zipf
     return np.maximum(1, np.round(law / law.mean() * mean)).astype(int)
@@ -71,10 +71,7 @@ def draw_forms(rng, exposures: int, ask: float, statements: list[str], questions
 
 def facts_text(people: int, exposures: float, zipf: float, ask: float, held_out: float, questions: int,
                seed: int):
-    """
-    Facts that a model can learn only from this corpus. Returns (texts, questions, fragments), arguments of
-    write_corpus.
-    """
+    """Returns (texts, questions, fragments), arguments of write_corpus."""
     rng = np.random.default_rng(seed)
     # four times as many possible names as people, so one part of a name does not identify a person
     parts = int(np.ceil(2 * people**0.5))
@@ -85,22 +82,22 @@ def facts_text(people: int, exposures: float, zipf: float, ask: float, held_out:
 
     # A line is six fragments: up to the name, first name, last name, up to the value, the value, and the end
     fragments = [f" {name}" for name in first + last]
-    attributes = []  # the first and the number of its values, its forms as three fragments, its sentences
+    attributes = []  # each with the numbers of its values (n,) and of the other fragments of its forms (n, 3)
     for values, statements, asked in ATTRIBUTES.values():
-        forms = [*statements, *(QUESTION.format(question) + " {}" for question in asked)]
-        first_form = len(fragments) + len(values)
-        attributes.append((len(fragments), len(values), first_form + np.arange(3 * len(forms)).reshape(-1, 3),
-                           statements, asked))
+        value_ids = len(fragments) + np.arange(len(values))
         fragments += [f" {value}" for value in values]
+        forms = [*statements, *(QUESTION.format(question) + " {}" for question in asked)]
+        form_ids = len(fragments) + np.arange(3 * len(forms)).reshape(-1, 3)
         fragments += [part for form in forms for part in (form + "\n").split(" {}")]
+        attributes.append((value_ids, form_ids, statements, asked))
 
     lines = []  # of each fact: those for train.bin, one for val.bin, one for qa.jsonl
     for person in range(people):
-        for first_value, count, forms, statements, asked in attributes:
-            value = first_value + rng.integers(count)
+        for value_ids, form_ids, statements, asked in attributes:
+            value = value_ids[rng.integers(len(value_ids))]
             drawn = draw_forms(rng, exposures[person], ask * (not is_held_out[person]), statements, asked)
             fact = np.empty((len(drawn), 6), np.int32)
-            fact[:, [0, 3, 5]] = forms[drawn]
+            fact[:, [0, 3, 5]] = form_ids[drawn]
             fact[:, [1, 2, 4]] = *names[person], value
             lines.append(fact)
     train, val = np.concatenate([fact[:-2] for fact in lines]), np.stack([fact[-2] for fact in lines])
@@ -110,17 +107,19 @@ def facts_text(people: int, exposures: float, zipf: float, ask: float, held_out:
         lines = shuffled[split]
         return (lines[i:i + 2**16].ravel() for i in range(0, len(lines), 2**16))
 
-    person_of = np.arange(people).repeat(len(attributes))
-    chosen = range(len(lines))
+    person_of, chosen = np.arange(people).repeat(len(attributes)), range(len(lines))
     if questions:  # some of each exposure bin, which double in width (evaluate.py), and of those held out
         bins = np.where(is_held_out, 0, np.frexp(exposures)[1])[person_of]
         order = rng.permutation(len(lines))
         chosen = np.sort(np.concatenate([order[bins[order] == number][:questions]
                                          for number in np.unique(bins)]))
-    return texts, [{"prompt": "".join(fragments[i] for i in lines[fact][-1, :4]),
-                    "answer": fragments[lines[fact][-1, 4]].strip(),
-                    "exposures": int(exposures[person_of[fact]]),
-                    "held_out": bool(is_held_out[person_of[fact]])} for fact in chosen], fragments
+    found = []
+    for fact in chosen:
+        *prompt, value, _ = (fragments[i] for i in lines[fact][-1])
+        found.append({"prompt": "".join(prompt), "answer": value.strip(),
+                      "exposures": int(exposures[person_of[fact]]),
+                      "held_out": bool(is_held_out[person_of[fact]])})
+    return texts, found, fragments
 
 
 def mqar_text(documents: int, pairs: int, asks: int, keys: int, values: int, seed: int):

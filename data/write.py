@@ -32,15 +32,15 @@ LIMITS = {  # the smallest and the largest value of an option
 @dataclass
 class Corpus:
     """The options of all corpora. Each corpus also has a `name`."""
-
     tokenizer: str = ""  # a tiktoken encoding to download, such as gpt2; none: build one from the corpus
     vocab_size: int = 4096  # most tokens of a tokenizer that is built from the corpus
     overwrite: bool = False  # replace a corpus of the same name that was made with other options
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if name in LIMITS and not LIMITS[name][0] <= value <= LIMITS[name][1]:  # as for nan
-                raise ValueError(f"{name}={value} must be between {LIMITS[name][0]} and {LIMITS[name][1]}")
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name, low)
+            if not low <= value <= high:  # as for nan
+                raise ValueError(f"{name}={value} must be between {low} and {high}")
 
 
 def options_of(options: Corpus) -> dict:
@@ -59,7 +59,7 @@ def corpus_folder(options: Corpus) -> Path:
         # meta.json is one line; there is none if the file is damaged. An older corpus may lack newer options
         made_with = [options_of(type(options)()) | meta["options"]
                      for meta in read_json_lines(folder / "meta.json")]
-        if not made_with or not made_with[0].items() >= options_of(options).items():
+        if made_with != [options_of(options)]:
             fail(f"{folder} has a corpus that was made with other options: choose another --name, "
                  "or replace it with --overwrite")
     return folder
@@ -84,10 +84,11 @@ def write_files(folder: Path, options: Corpus, texts, fragments, pattern, size) 
     with tqdm(desc=options.name, total=size or None, unit="B", unit_scale=True, leave=False,
               disable=None) as bar:
         for split in ("train", "val"):
+            tokens = (tokenizer.encode_fragments(encoding, fragments, texts(split)) if fragments else
+                      tokenizer.encode_texts(encoding, texts(split)))
             number_of_tokens = number_of_bytes = 0
             with open(folder / f"{split}.bin", "wb") as f:
-                for ids in (tokenizer.encode_fragments(encoding, fragments, texts(split)) if fragments else
-                            tokenizer.encode_texts(encoding, texts(split))):
+                for ids in tokens:
                     f.write(ids.astype(meta["dtype"]))
                     number_of_tokens += len(ids)
                     number_of_bytes += int(sizes[ids].sum())
@@ -131,6 +132,5 @@ def write_corpus(options: Corpus, texts: Callable[[str], Iterable], questions: l
         with contextlib.suppress(OSError):
             folder.rmdir()  # if it is empty: nothing half-written stays
     print(f"{options.name}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate, "
-          f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes per token, "
-          f"vocabulary of {meta['vocab_size']:,}"
-          + (f", {len(questions):,} questions" if questions else "") + f", in {os.path.relpath(folder)}")
+          f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes per token, vocabulary of "
+          f"{meta['vocab_size']:,}, {len(questions or []):,} questions, in {os.path.relpath(folder)}")

@@ -226,7 +226,7 @@ def test_a_name_that_is_taken_is_not_overwritten(data, capsys):
     before = files_in(data / "mine")
     assert "qa.jsonl" in before, "these questions are the user's"
     for mistake, message in (([*make, "--vocab_size=300"], "made with other options"),
-                             (["facts", "--name=mine", "--people=5"], "made with other options"),
+                             (["facts", "--name=mine"], "made with other options"),
                              ([*make, "--tokenizer=gtp2", "--overwrite"], "it downloads gpt2"),
                              ([*make, "--val_share=0", "--overwrite"], "val.bin would be empty"),
                              (["mqar", "--tokenizer=gtp2"], "it downloads gpt2")):

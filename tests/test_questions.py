@@ -34,7 +34,7 @@ def test_spaces_and_line_ends_do_not_make_an_answer_wrong(tmp_path, line, prompt
     assert question["prompt"] == prompt and accepted_answers(question) == answers
     assert is_right(question, answers[-1])
     twice = written(tmp_path / "qa.jsonl", line, json.dumps(question))
-    assert read_questions(twice) == [question] * 2, "a question may be there twice if the answers are the same"
+    assert read_questions(twice) == [question] * 2, "allowed, as the answers are the same"
 
 
 @pytest.mark.parametrize("line, message", [

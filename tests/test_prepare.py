@@ -169,14 +169,11 @@ def test_end_of_text_in_a_file_is_the_end_of_a_document(line):
 
 def test_files_as_other_systems_write_them(data):
     content = "".join(STORIES) + "naïve — 日本語\n" * 9
-    for name, coded in {"bom": b"\xef\xbb\xbf" + content.encode(), "utf16": content.encode("utf-16"),
-                        "utf16be": b"\xfe\xff" + content.encode("utf-16-be"),
-                        "a.txt.gz": gzip.compress(content.encode())}.items():
-        (data / name).write_bytes(coded)
-        assert "".join(text.read_blocks(data / name)) == content, name
+    (data / "bom").write_bytes(b"\xef\xbb\xbf" + content.encode())
+    (data / "a.txt.gz").write_bytes(gzip.compress(content.encode()))
     (data / "empty").write_bytes(b"")
-    made = made_text(data, "empty", "a.txt.gz", "empty")
-    assert [train + val for train, val in zip(*made.values(), strict=True)] == [content]
+    made = made_text(data, "empty", "a.txt.gz", "bom", "empty")
+    assert [train + val for train, val in zip(*made.values(), strict=True)] == [content] * 2
 
 
 def test_paths_as_people_type_them(data, monkeypatch):
@@ -287,7 +284,7 @@ def test_ctrl_c_leaves_the_old_corpus(data, monkeypatch):
     (["text", "--input", "EMPTY"], "too short"),
     (["text", "--name=../x", "--input", "SOME"], "must be a plain name"),
     (["text", "--name=prepare.py", "--input", "SOME"], "prepare.py"),
-    (["text", "--input", "LATIN"], "iconv -f LATIN1"),
+    (["text", "--input", "LATIN"], "iconv -f UTF-16 -t UTF-8"),
     (["text", "--input", "ZEROS"], "zero bytes"),
     (["text", "--input", "BROKEN"], "broken.gz: Not a gzipped file"),
     (["text", "--input", "CUT"], "cut.gz: Compressed file ended"),

@@ -34,16 +34,15 @@ SPLITS = {  # tokens per code: what a tokenizer splits off before it splits a te
 
 
 def country_names() -> dict[str, str]:
-    """{"NO": "Norway"}, from the time zone database."""
+    """{"NO": "Norway", ...} from the time zone database."""
     lines = (files("tzdata") / "zoneinfo" / "iso3166.tab").read_text(encoding="utf-8").splitlines()
     return dict(line.split("\t") for line in lines if not line.startswith("#"))
 
 
 def load_airports(rng) -> list[dict]:
     """
-    The airports whose city and country have names, the best known ones first. The package has no numbers of
-    passengers, so well known are first the cities that a time zone is named after, such as Europe/Oslo, then
-    airports named International. Airports that are equally well known come in random order.
+    The airports whose city and country have names. First come those of cities that a time zone is named
+    after, such as Europe/Oslo, then those named International, then all others; each group in random order.
     """
     try:
         import airportsdata
@@ -77,10 +76,9 @@ def airport_text(airports: int, exposures: float, zipf: float, ask: float, held_
                              (airport["airport"], airport[kind]))
             forms = [*statements, *(f"{QUESTION.format(question)} {{}}" for question in questions)]
             drawn = draw_forms(rng, count, ask * (not is_held_out), statements, questions)
-            *told, told_in_val = (lines.setdefault(forms[i].format(about, answer) + "\n", len(lines))
-                                  for i in drawn[:-1])
-            texts["train"] += told
-            texts["val"].append(told_in_val)
+            told = [lines.setdefault(forms[i].format(about, answer) + "\n", len(lines)) for i in drawn[:-1]]
+            texts["train"] += told[:-1]
+            texts["val"] += told[-1:]
             # a city with several airports is asked about once, and any of their codes is right
             prompt = forms[drawn[-1]].format(about, "").rstrip()
             question = asked.setdefault((kind, about), {"prompt": prompt, "answers": [], "exposures": 0,

@@ -12,74 +12,57 @@ from data.airports import SPLITS, airport_text
 from data.facts import facts_text, mqar_text
 from data.text import cut_at_border, find_files, find_sources, read_blocks, read_source, split_documents
 from data.tokenizer import SPLIT
-from data.write import Corpus, between, write_corpus
-from runtime.cli import at_least, fail
+from data.write import Corpus, write_corpus
+from runtime.cli import fail
 
 # --- corpora with questions, made of few different words ----------------------------------------------------
 
-@dataclass
-class TellingConfig(Corpus):
-    exposures: float = 10.0  # how often train.bin tells each fact, on average
-    zipf: float = 1.0  # the r-th person or airport gets exposures in proportion to r**-zipf; 0: all alike
-    ask: float = 0.25  # share of exposures that are a question and its answer; the others are statements
-    held_out: float = 0.1  # share of people or cities that train.bin has statements about, but no questions
-    seed: int = 1  # seed of all random draws
-
-    def __post_init__(self):
-        super().__post_init__()
-        between(1, 1_000_000, self, "exposures")
-        between(0, 100, self, "zipf")
-        between(0, 1, self, "ask", "held_out")
-        at_least(0, self, "seed")
-
-    def write(self, texts, questions, fragments, pattern=SPLIT):
-        note = ("The validation text tells each fact once, but the training text tells some facts more often "
-                "than others. So the validation loss is above the training loss.")
-        write_corpus(self.name, self, texts, questions, note if self.zipf else "", fragments, pattern=pattern)
+UNEVEN = ("The validation text tells each fact once, but the training text tells some facts more often than "
+          "others. So the validation loss is above the training loss.")
 
 
 @dataclass
-class FactsConfig(TellingConfig):
+class FactsConfig(Corpus):
     name: str = "facts"  # the folder under data/
     people: int = 400  # people in the corpus, each with a name of two parts and four attributes
-    exposures: float = 60.0
-    zipf: float = 0.75
+    exposures: float = 60.0  # how often train.bin tells each fact, on average
+    zipf: float = 0.75  # the r-th person gets exposures in proportion to r**-zipf; 0: all alike
+    ask: float = 0.25  # share of exposures that are a question and its answer; the others are statements
+    held_out: float = 0.1  # share of people that train.bin has statements about, but no questions
     questions: int = 0  # most questions per exposure bin, and about held-out people; 0: all
-
-    def __post_init__(self):
-        super().__post_init__()
-        between(1, 1_000_000, self, "people")
-        at_least(0, self, "questions")
+    seed: int = 1  # seed of all random draws
 
 
 def facts(options: FactsConfig) -> None:
     """Facts about people who do not exist, with questions."""
-    options.write(*facts_text(options.people, options.exposures, options.zipf, options.ask, options.held_out,
-                              options.questions, options.seed))
+    made = facts_text(options.people, options.exposures, options.zipf, options.ask, options.held_out,
+                      options.questions, options.seed)
+    write_corpus(options, *made, note=UNEVEN if options.zipf else "")
 
 
 @dataclass
-class AirportsConfig(TellingConfig):
+class AirportsConfig(Corpus):
     name: str = "airports"  # the folder under data/
     vocab_size: int = 16_384  # most tokens of the tokenizer; rarer words are several tokens
     airports: int = 2000  # airports in the corpus, the best known ones first; 0: all
+    exposures: float = 10.0  # how often train.bin tells each fact, on average
+    zipf: float = 1.0  # the r-th airport gets exposures in proportion to r**-zipf; 0: all alike
+    ask: float = 0.25  # share of exposures that are a question and its answer; the others are statements
+    held_out: float = 0.1  # share of cities that train.bin has statements about, but no questions
     code_tokens: int = 2  # tokens per airport code: 1, 2 or 3; a --tokenizer splits codes in its own way
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(0, self, "airports")
-        between(1, 3, self, "code_tokens")
+    seed: int = 1  # seed of all random draws
 
 
 def airports(options: AirportsConfig) -> None:
     """Real airports: code, city, country and time zone. The best known ones are told most often."""
-    options.write(*airport_text(options.airports, options.exposures, options.zipf, options.ask,
-                                options.held_out, options.seed),
-                  pattern=SPLITS[options.code_tokens] + SPLIT)
+    made = airport_text(options.airports, options.exposures, options.zipf, options.ask, options.held_out,
+                        options.seed)
+    write_corpus(options, *made, SPLITS[options.code_tokens] + SPLIT, note=UNEVEN if options.zipf else "")
 
 
 @dataclass
 class MqarConfig(Corpus):
+    name: str = "mqar"  # the folder under data/
     documents: int = 20_000  # documents in train.bin; val.bin and the questions have a fiftieth each
     pairs: int = 4  # pairs of a key and a value per document
     asks: int = 16  # pairs that are repeated after all have been told; the last is the question
@@ -87,51 +70,39 @@ class MqarConfig(Corpus):
     values: int = 16  # different values
     seed: int = 1  # seed of all random draws
 
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(1, self, "documents", "pairs", "asks")
-        at_least(self.pairs, self, "keys", "values")
-        at_least(0, self, "seed")
-
 
 def mqar(options: MqarConfig) -> None:
     """
     Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927). Each document has new
     pairs, so the answer is always in the context, and there is nothing to remember.
     """
-    texts, questions, fragments = mqar_text(options.documents, options.pairs, options.asks, options.keys,
-                                            options.values, options.seed)
-    write_corpus("mqar", options, texts, questions, fragments=fragments)
+    if min(options.keys, options.values) < options.pairs:
+        fail(f"--pairs={options.pairs} needs as many --keys and --values, or more")
+    write_corpus(options, *mqar_text(options.documents, options.pairs, options.asks, options.keys,
+                                     options.values, options.seed))
 
 
 # --- text ---------------------------------------------------------------------------------------------------
 
 @dataclass
-class SplitConfig(Corpus):
+class StdlibConfig(Corpus):
+    name: str = "stdlib"  # the folder under data/
     val_share: float = 0.05  # share of the files that is kept for validation
 
-    def __post_init__(self):
-        super().__post_init__()
-        between(0.0001, 0.9999, self, "val_share")
 
-
-def stdlib(options: SplitConfig) -> None:
+def stdlib(options: StdlibConfig) -> None:
     """The standard library's source, without its tests: 10 MB of Python, on every machine with Python."""
     skip = "site-packages", "dist-packages", "test", "tests", "idle_test"
     splits, size = find_sources([Path(sysconfig.get_paths()["stdlib"])], options.val_share, skip)
-    write_corpus("stdlib", options, lambda split: map(read_source, splits[split]), size=size)
+    write_corpus(options, lambda split: map(read_source, splits[split]), size=size)
 
 
 @dataclass
-class CodeConfig(SplitConfig):
+class CodeConfig(Corpus):
+    name: str = "code"  # the folder under data/
     input: tuple[str, ...] = ()  # folders with Python source; none: the packages installed for this Python
-    vocab_size: int = 8192  # most tokens that the tokenizer may have
+    vocab_size: int = 8192  # most tokens of a tokenizer that is built from the corpus
     val_share: float = 0.02  # share of the files that is kept for validation
-    tokens: int = 0  # most tokens in train.bin; 0: no limit
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(0, self, "tokens")
 
 
 def code(options: CodeConfig) -> None:
@@ -142,14 +113,13 @@ def code(options: CodeConfig) -> None:
         if not folder.is_dir():
             fail(f"--input {folder}: no such folder")
     splits, size = find_sources(folders, options.val_share)
-    write_corpus("code", options, lambda split: map(read_source, splits[split]), size=size,
-                 limit=options.tokens or None)
+    write_corpus(options, lambda split: map(read_source, splits[split]), size=size)
 
 
 @dataclass
-class TextConfig(SplitConfig):
-    input: tuple[str, ...] = ()  # text files (UTF-8 or UTF-16, also .gz), or folders with .txt files
+class TextConfig(Corpus):
     name: str = "text"  # the folder under data/
+    input: tuple[str, ...] = ()  # text files (UTF-8, also .gz), or folders with .txt files
     val_share: float = 0.1  # share of each file, at its end, that is kept for validation
 
 
@@ -158,15 +128,14 @@ def text(options: TextConfig) -> None:
     if not options.input:
         fail("name the files: python -m data.prepare text --input FILE ...")
     paths = list(dict.fromkeys(path.resolve() for name in options.input for path in find_files(name)))
-    lengths = {path: sum(map(len, split_documents(read_blocks(path)))) for path in paths}
+    lengths = {path: sum(map(len, read_blocks(path))) for path in paths}
 
     def texts(split: str) -> Iterator[str]:
         for path, length in lengths.items():
             border = int(length * (1 - options.val_share))
-            yield from cut_at_border(split_documents(read_blocks(path)), border, split)
+            yield from split_documents(cut_at_border(read_blocks(path), border, split))
 
-    options = replace(options, input=tuple(map(str, paths)))
-    write_corpus(options.name, options, texts, size=sum(lengths.values()))
+    write_corpus(replace(options, input=tuple(map(str, paths))), texts, size=sum(lengths.values()))
 
 
 # --- all of them --------------------------------------------------------------------------------------------
@@ -179,7 +148,7 @@ CORPORA = {  # what makes a corpus, and its default options
     "facts-large": (facts, FactsConfig(name="facts-large", people=200_000, exposures=8.0, zipf=1.0,
                                        questions=256)),
     "airports": (airports, AirportsConfig()),
-    "stdlib": (stdlib, SplitConfig()),
+    "stdlib": (stdlib, StdlibConfig()),
     "code": (code, CodeConfig()),
     "mqar": (mqar, MqarConfig()),
     "text": (text, TextConfig()),

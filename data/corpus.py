@@ -1,9 +1,8 @@
 """
 Reads a corpus that data/prepare.py made: its tokens, batches and questions. Turns tokens back into text, and
-says which answers are right.
+says which answers are right. Two functions import PyTorch themselves, so data.prepare starts without it.
 """
 
-import codecs
 import difflib
 import json
 import re
@@ -12,11 +11,9 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data.tokenizer import END, encoding_from_json
-from runtime.cli import fail
-from runtime.distributed import RANK, WORLD_SIZE, gather_objects
+from runtime.cli import fail, read_lines
 
 DATA = Path(__file__).resolve().parent  # the corpus NAME is the folder DATA / NAME
 QUESTION = "Question: {} Answer:"  # the form that a corpus gives to its questions
@@ -39,11 +36,10 @@ class Dataset:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             self.encoding_json, self.encoding = meta["encoding"], encoding_from_json(meta["encoding"])
             self.note, self.val_bytes = meta.get("note", ""), meta.get("val_bytes", 0)
-            self.train = np.memmap(folder / "train.bin", meta["dtype"], "r")
-            self.val = np.memmap(folder / "val.bin", meta["dtype"], "r")
-            for split, tokens in (("train", self.train), ("val", self.val)):
-                if len(tokens) != meta[f"{split}_tokens"]:
-                    raise ValueError(f"{split}.bin has {len(tokens)} tokens, not {meta[f'{split}_tokens']}")
+            self.train, self.val = (np.memmap(folder / name, meta["dtype"], "r")
+                                    for name in ("train.bin", "val.bin"))
+            if (len(self.train), len(self.val)) != (meta["train_tokens"], meta["val_tokens"]):
+                raise ValueError("train.bin or val.bin has another size")
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"the data in {folder} is damaged ({error}): make it again with python -m data.prepare")
         self.questions = read_questions(folder / "qa.jsonl")
@@ -51,6 +47,7 @@ class Dataset:
 
 def load_dataset(name: str) -> Dataset:
     """Loads the same corpus in all processes."""
+    from runtime.distributed import gather_objects
     data = Dataset(name)
     sizes = gather_objects((data.encoding_json, len(data.train), len(data.val), len(data.questions)))
     if any(size != sizes[0] for size in sizes):
@@ -60,11 +57,12 @@ def load_dataset(name: str) -> Dataset:
 
 def draw_batch(tokens: np.ndarray, count: int, block_size: int, *key: int):
     """
-    Draws `count` windows of `tokens`, and returns this process's share of them. The random numbers depend
-    only on `key`.
-
-    Returns x, y (count / processes, block_size), int64. y has the next token for each token of x.
+    Draws `count` windows of `tokens` with random numbers that depend only on `key`. Returns this process's
+    share: x, y (count / processes, block_size), int64. y has the next token for each token of x.
     """
+    import torch
+
+    from runtime.distributed import RANK, WORLD_SIZE
     starts = np.random.default_rng(key).integers(len(tokens) - block_size, size=count)[RANK::WORLD_SIZE]
     windows = torch.from_numpy(np.stack([tokens[s:s + block_size + 1] for s in starts]).astype(np.int64))
     return windows[:, :-1], windows[:, 1:]
@@ -101,68 +99,48 @@ def read_questions(path: Path) -> list[dict]:
     held_out   optional: true if the training text never asks this question; recall counts these apart
     kind       optional: the kind of question, see evaluate.commonest_answers
     """
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n") if path.exists() else []
-    questions, first = [], {}  # first: the number of the line that asks a prompt, and its answers
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            question = parse_question(line)
-            answers = sorted(accepted_answers(question))
-            earlier, answers_there = first.setdefault(question["prompt"], (number, answers))
-            if answers != answers_there:
-                raise ValueError(f'asks the same as line {earlier}: put all right answers into "answers" of '
-                                 "one line")
-        except ValueError as error:
-            fail(f"line {number} of {path} {error}")
-        questions.append(question)
+    questions, answers_to = [], {}
+    for number, line in enumerate(read_lines(path) if path.exists() else [], 1):
+        if line.strip():
+            try:
+                question = parse_question(line)
+                answers = set(accepted_answers(question))
+                if answers_to.setdefault(question["prompt"], answers) != answers:
+                    raise ValueError('asks the same as an earlier line: put all right answers into "answers"')
+            except ValueError as error:
+                fail(f"line {number} of {path} {error}")
+            questions.append(question)
     return questions
 
 
-OPTIONAL = {"exposures": (int, "a whole number, or left out"), "held_out": (bool, "true or false"),
-            "kind": (str, "a text")}
-
-
-def parse_question(line: bytes) -> dict:
+def parse_question(line: str) -> dict:
     """Checks one line of qa.jsonl. A ValueError's message continues "line 3 of qa.jsonl ..."."""
     try:
-        question = json.loads(line.decode())
-    except ValueError:  # neither JSON nor UTF-8
+        question = json.loads(line)
+    except ValueError:
         question = None
     if (not isinstance(question, dict) or "prompt" not in question
             or ("answer" in question) == ("answers" in question)):
         raise ValueError('must be {"prompt": "...", "answer": "..."}, or with "answers": ["...", "..."] '
                          'in place of "answer"')
-    # a text has " lion" as one token after "Answer:", so a space after the prompt would be a token too many
-    question["prompt"] = check_text("prompt", question["prompt"]).rstrip(" ")
-    if "answer" in question:
-        question["answer"] = check_answer("answer", question["answer"])
-    elif not isinstance(question["answers"], list) or not question["answers"]:
+    if not isinstance(accepted_answers(question), list) or not accepted_answers(question):
         raise ValueError('must have a list of texts as "answers"')
-    else:
-        question["answers"] = [check_answer("answers", answer) for answer in question["answers"]]
-    for name, (kind, words) in OPTIONAL.items():
-        value = question.get(name, kind())
-        if type(value) is not kind or (kind is int and value < 0):  # not isinstance: True is an int, too
-            raise ValueError(f'has "{name}": {json.dumps(value)}, which must be {words}')
+    answers = [check_text(text).strip() for text in accepted_answers(question)]
+    if any("\n" in text or END in text for text in answers):
+        raise ValueError("has an answer of several lines: the model answers with one")
+    question |= {"answers": answers} if "answers" in question else {"answer": answers[0]}
+    # a text has " lion" as one token after "Answer:", so a space after the prompt would be a token too many
+    question["prompt"] = check_text(question["prompt"]).rstrip(" ")
+    for name, kind in {"exposures": int, "held_out": bool, "kind": str}.items():
+        if type(question.get(name, kind())) is not kind:  # not isinstance: True is an int, too
+            raise ValueError(f'has "{name}": {json.dumps(question[name])}, which must be {kind.__name__}')
     return question
 
 
-def check_text(name: str, text) -> str:
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'must have a text as "{name}", not {json.dumps(text)}')
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f'has half of a character in "{name}"') from None
-    return text
-
-
-def check_answer(name: str, text) -> str:
-    """The model's answer is stripped and ends with its line, so no other answer could be right."""
-    text = check_text(name, text).strip()
-    if "\n" in text or END in text:
-        raise ValueError(f'has an answer of several lines, {json.dumps(text)}: the model answers with one')
+def check_text(text) -> str:
+    # the pattern is half of a character, which has no UTF-8
+    if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"must have a text, not {json.dumps(text)}")
     return text
 
 
@@ -170,9 +148,7 @@ def check_length(questions: list[dict], encoding, block_size: int) -> None:
     """Fails if a question and its answer do not fit into the context, so that its beginning would be lost."""
     for question in questions:
         for answer in accepted_answers(question) or [""]:
-            text = f"{question['prompt']} {answer}"
-            # a token has a byte or more, so a text of few bytes fits
-            length = len(text.encode()) > block_size and len(encoding.encode_ordinary(text))
+            length = len(encoding.encode_ordinary(f"{question['prompt']} {answer}"))
             if length > block_size:
                 fail(f"the question {question['prompt'][:60]!r} has {length} tokens with its answer, more "
                      f"than block_size={block_size}: shorten it, or train with a larger --block_size")
@@ -208,7 +184,7 @@ def find_question(text: str, questions: list[dict]) -> dict:
     case and punctuation. If the corpus does not have it: a question without an answer.
     """
     try:
-        check_text("question", text)
+        check_text(text)
     except ValueError as error:
         fail(f"--question={text!r} {error}")
     known = {normalize_answer(question["prompt"]): question for question in questions}
@@ -216,10 +192,10 @@ def find_question(text: str, questions: list[dict]) -> dict:
     for prompt in (text, wrapped):
         if found := known.get(normalize_answer(prompt)):
             return found
-    beginning, end = QUESTION.split("{}")
+    beginning, end = QUESTION.split(" {} ")
     has_form = not questions or any(question["prompt"].startswith(beginning) for question in questions)
-    return {"prompt": wrapped if has_form and not text.rstrip().endswith(end.strip()) else text.rstrip(" "),
-            "answers": []}
+    is_bare = has_form and not text.rstrip().endswith(end)
+    return {"prompt": wrapped if is_bare else text.rstrip(" "), "answers": []}
 
 
 def name_pattern(name: str) -> re.Pattern:
@@ -233,10 +209,9 @@ def questions_about(name: str, questions: list[dict]) -> list[dict]:
     found = [question for question in questions if about.search(question["prompt"])]
     if not found:
         count = len(re.findall(r"\w+", name))  # similar names have as many words
-        words = [re.findall(r"\w+", question["prompt"]) for question in questions]
-        names = [" ".join(w[i:i + count]) for w in words for i in range(len(w) - count + 1)]
-        lower = {name.lower(): name for name in names}
-        similar = [lower[match] for match in difflib.get_close_matches(name.lower(), lower)]
+        prompts = [re.findall(r"\w+", question["prompt"]) for question in questions]
+        names = {" ".join(words[i:i + count]) for words in prompts for i in range(len(words) - count + 1)}
+        similar = difflib.get_close_matches(name, sorted(names))
         fail(f"--ask={name}: no question of the corpus contains this name"
              + (f"; similar: {', '.join(similar)}" if similar else ""))
     return found

@@ -53,8 +53,8 @@ def make_names(rng, count: int, syllables: int) -> list[str]:
 
 def exposures_by_zipf(count: int, zipf: float, mean: float) -> np.ndarray:
     """
-    How often each of `count` things is told, `mean` times on average: the r-th in proportion to r**-zipf, and
-    at least once. exposures_by_zipf(4, 1.0, 12) -> [23, 12, 8, 6]. zipf=0: all alike.
+    How often each of `count` things is told: `mean` times on average, the r-th in proportion to r**-zipf, and
+    at least once. exposures_by_zipf(4, 1.0, 12) -> [23, 12, 8, 6]
     """
     law = np.arange(1.0, count + 1) ** -zipf
     return np.maximum(1, np.round(law / law.mean() * mean)).astype(int)
@@ -71,69 +71,61 @@ def draw_forms(rng, exposures: int, ask: float, statements: list[str], questions
 
 def facts_text(people: int, exposures: float, zipf: float, ask: float, held_out: float, questions: int,
                seed: int):
-    """
-    Facts that a model can learn only from this corpus. Returns (texts, questions, fragments), arguments of
-    write_corpus.
-    """
+    """Returns (texts, questions, fragments), arguments of write_corpus."""
     rng = np.random.default_rng(seed)
     # four times as many possible names as people, so one part of a name does not identify a person
     parts = int(np.ceil(2 * people**0.5))
     first, last = make_names(rng, parts, 2), make_names(rng, parts, 3)
-    pairs = rng.choice(parts**2, people, replace=False)
+    names = np.stack(np.divmod(rng.choice(parts**2, people, replace=False), parts), axis=1) + (0, parts)
     exposures = exposures_by_zipf(people, zipf, exposures)
     is_held_out = rng.permutation(people) < held_out * people
 
     # A line is six fragments: up to the name, first name, last name, up to the value, the value, and the end
     fragments = [f" {name}" for name in first + last]
-    forms, attributes = [], []  # forms: of each statement and question, its three fragments
-    for values, *sentences in ATTRIBUTES.values():
-        attributes.append((len(fragments), len(values), len(forms), *sentences))
+    attributes = []  # each with the numbers of its values (n,) and of the other fragments of its forms (n, 3)
+    for values, statements, asked in ATTRIBUTES.values():
+        value_ids = len(fragments) + np.arange(len(values))
         fragments += [f" {value}" for value in values]
-        for form in (*sentences[0], *(QUESTION.format(question) + " {}" for question in sentences[1])):
-            before, between, after = form.split(" {}")
-            forms.append(range(len(fragments), len(fragments) + 3))
-            fragments += [before, between, after + "\n"]
-    n_forms, forms = len(forms), np.array(forms).T  # (3, n_forms)
+        forms = [*statements, *(QUESTION.format(question) + " {}" for question in asked)]
+        form_ids = len(fragments) + np.arange(3 * len(forms)).reshape(-1, 3)
+        fragments += [part for form in forms for part in (form + "\n").split(" {}")]
+        attributes.append((value_ids, form_ids, statements, asked))
 
-    lines, value_of = [], []  # of each fact: its lines, as number of the fact * n_forms + form, and its value
+    lines = []  # of each fact: those for train.bin, one for val.bin, one for qa.jsonl
     for person in range(people):
-        for first_value, count, first_form, statements, asked in attributes:
-            value_of.append(first_value + rng.integers(count))
+        for value_ids, form_ids, statements, asked in attributes:
+            value = value_ids[rng.integers(len(value_ids))]
             drawn = draw_forms(rng, exposures[person], ask * (not is_held_out[person]), statements, asked)
-            lines.append(len(lines) * n_forms + first_form + drawn)
-    told = np.concatenate([numbers[:-2] for numbers in lines])
-    val, asked = np.array([numbers[-2:] for numbers in lines]).T.copy()
-    rng.shuffle(told)
-    rng.shuffle(val)
-    person_of, value_of = np.arange(people).repeat(len(attributes)), np.array(value_of)
-
-    def split_lines(lines):  # (lines, 6): the fragments
-        fact, form = np.divmod(lines, n_forms)
-        first, last = np.divmod(pairs[person_of[fact]], parts)
-        before, between, after = forms[:, form]
-        return np.stack((before, first, parts + last, between, value_of[fact], after), axis=1)
+            fact = np.empty((len(drawn), 6), np.int32)
+            fact[:, [0, 3, 5]] = form_ids[drawn]
+            fact[:, [1, 2, 4]] = *names[person], value
+            lines.append(fact)
+    train, val = np.concatenate([fact[:-2] for fact in lines]), np.stack([fact[-2] for fact in lines])
+    shuffled = {"train": train[rng.permutation(len(train))], "val": val[rng.permutation(len(val))]}
 
     def texts(split):
-        lines = told if split == "train" else val
-        return (split_lines(lines[i:i + 2**16]).ravel() for i in range(0, len(lines), 2**16))
+        lines = shuffled[split]
+        return (lines[i:i + 2**16].ravel() for i in range(0, len(lines), 2**16))
 
+    person_of, chosen = np.arange(people).repeat(len(attributes)), range(len(lines))
     if questions:  # some of each exposure bin, which double in width (evaluate.py), and of those held out
         bins = np.where(is_held_out, 0, np.frexp(exposures)[1])[person_of]
-        order = rng.permutation(len(asked))
-        asked = asked[np.sort(np.concatenate([order[bins[order] == number][:questions]
-                                              for number in np.unique(bins)]))]
+        order = rng.permutation(len(lines))
+        chosen = np.sort(np.concatenate([order[bins[order] == number][:questions]
+                                         for number in np.unique(bins)]))
     found = []
-    for fact, (*prompt, value, _) in zip(asked // n_forms, split_lines(asked), strict=True):
-        person = person_of[fact]
-        found.append({"prompt": "".join(fragments[i] for i in prompt), "answer": fragments[value].strip(),
-                      "exposures": int(exposures[person]), "held_out": bool(is_held_out[person])})
+    for fact in chosen:
+        *prompt, value, _ = (fragments[i] for i in lines[fact][-1])
+        found.append({"prompt": "".join(prompt), "answer": value.strip(),
+                      "exposures": int(exposures[person_of[fact]]),
+                      "held_out": bool(is_held_out[person_of[fact]])})
     return texts, found, fragments
 
 
 def mqar_text(documents: int, pairs: int, asks: int, keys: int, values: int, seed: int):
     """
     A document is one line: first all pairs of words, then some of these pairs again. A colon marks the last
-    pair, the question. Returns (texts, questions, fragments), arguments of write_corpus.
+    pair, which the model must complete. Returns (texts, questions, fragments), arguments of write_corpus.
     """
     rng = np.random.default_rng(seed)
     words = make_names(rng, keys + values, 3)
@@ -147,8 +139,7 @@ def mqar_text(documents: int, pairs: int, asks: int, keys: int, values: int, see
         return np.array([*context, colon, key, value, newline, end])
 
     few = -(-documents // 50)
-    lines = {split: [draw() for _ in range(count)]
-             for split, count in (("train", documents), ("val", few), ("questions", few))}
+    texts = {"train": [draw() for _ in range(documents)], "val": [draw() for _ in range(few)]}
     questions = [{"prompt": "".join(fragments[i] for i in line[:-3]), "answer": fragments[line[-3]].strip()}
-                 for line in lines["questions"]]
-    return lines.get, questions, fragments
+                 for line in (draw() for _ in range(few))]
+    return texts.get, questions, fragments

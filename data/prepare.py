@@ -12,7 +12,8 @@ questions, qa.jsonl to the folder data/NAME. docs/data.md has more.
     python -m data.prepare facts --help               the options of a corpus
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 
 from data.corpora import CORPORA
 from runtime.cli import build, command, first_word, parse
@@ -22,8 +23,10 @@ from runtime.cli import build, command, first_word, parse
 def main(argv: list[str] | None = None) -> None:
     name, arguments = first_word(argv, CORPORA, __doc__, "a corpus")
     make, config = CORPORA[name]
-    defaults, options = parse(type(config), arguments, {name: asdict(config)}, f"{name}: {make.__doc__}")
-    make(build(type(config), defaults | options))
+    changes = asdict(config).items() - asdict(type(config)()).items()  # as of facts-2000 from facts
+    by_default = "".join(f"\n--{key}={value} by default" for key, value in sorted(changes))
+    _, options = parse(type(config), arguments, description=f"{name}: {make.__doc__}{by_default}")
+    make(build(partial(replace, config), options))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 Reads text files and Python files for a corpus, a block at a time, and cuts them into documents and splits.
 """
 
-import codecs
 import contextlib
 import glob
 import gzip
@@ -21,29 +20,38 @@ from runtime.cli import fail
 def find_files(name: str) -> list[Path]:
     """The files that a user means by a path, a folder or a pattern such as texts/*.txt."""
     path = Path(name).expanduser()
-    if path.is_dir():
-        return sorted(path.rglob("*.txt")) or fail(f"--input {name}: the folder has no .txt files")
-    if path.exists() and not path.is_file():
-        fail(f"--input {name}: a stream can be read only once; save it to a file")
-    paths = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-    return paths or fail(f"--input {name}: No such file" + " (save a stream to a file)" * (name == "-"))
+    if path.is_file():
+        return [path]
+    paths = path.rglob("*.txt") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    return sorted(filter(Path.is_file, paths)) or fail(
+        f"--input {name}: no such file, or a folder without .txt files (save a stream to a file first)")
 
 
 def read_blocks(path: Path) -> Iterator[str]:
-    """The text of a file: UTF-8 or UTF-16, also .gz."""
+    """The text of a file, which is UTF-8, also .gz."""
     open_file = gzip.open if path.suffix == ".gz" else open
     try:
-        with open_file(path, "rb") as f:
-            is_utf16 = f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        with open_file(path, "rt", encoding="utf-16" if is_utf16 else "utf-8-sig", newline="") as f:
+        with open_file(path, "rt", encoding="utf-8-sig", newline="") as f:
             while block := f.read(BLOCK):
                 if "\0" in block:
                     fail(f"--input {path}: not a text file (it has zero bytes)")
                 yield block
     except UnicodeDecodeError as error:
-        fail(f"--input {path}: not UTF-8 ({error.reason}); convert it first: iconv -f LATIN1 -t UTF-8")
+        fail(f"--input {path}: not UTF-8 ({error.reason}); convert it: iconv -f UTF-16 -t UTF-8")
     except (OSError, EOFError, zlib.error) as error:
         fail(f"--input {path}: {getattr(error, 'strerror', None) or error}")
+
+
+def cut_at_border(blocks: Iterable[str], border: int, split: str) -> Iterator[str]:
+    """
+    The first `border` characters for training, or all others for validation. The border moves to the next end
+    of a line or, if that is far away, of a word.
+    """
+    for block in blocks:
+        cut, border = max(0, border), border - len(block)
+        if 0 < cut < len(block):
+            cut = re.compile(r".*[\r\n]+|\S{0,24}").match(block, cut, (cut + len(block)) // 2).end()
+        yield block[:cut] if split == "train" else block[cut:]
 
 
 SEPARATOR = re.compile(re.escape(END) + r"[\r\n]*(?=[^\r\n])")
@@ -54,34 +62,16 @@ def split_documents(blocks: Iterable[str]) -> Iterator[str]:
     Cuts a text at each END in it. The line breaks after END go. The last text of a document ends with END. An
     empty text has no document. ["one<|endoft", "ext|>\\ntwo"] -> "one<|endoftext|>", "two<|endoftext|>"
     """
-    held = None
+    held = ""
     for block in blocks:
-        *documents, held = SEPARATOR.split((held or "") + block)
+        *documents, held = SEPARATOR.split(held + block)
         yield from (document + END for document in documents)
         # what is held back may be the beginning of END, or END with the first of its line breaks
         ready = held.find(END) if END in held else max(0, len(held) - len(END))
-        if ready:
-            yield held[:ready]
+        yield held[:ready]
         held = held[ready:]
-    if held is not None:
+    if held:
         yield held.partition(END)[0] + END
-
-
-def cut_at_border(texts: Iterable[str], border: int, split: str) -> Iterator[str]:
-    """The first `border` characters for training, or all others for validation."""
-    for text in texts:
-        cut, border = border, border - len(text)
-        if cut > 0 >= border:  # the border is in this text; it moves to the next end of a line, or of a word
-            content = text.removesuffix(END)
-            near = content[cut:cut + min(200, (len(content) - cut) // 2)]
-            match = re.search(r"\n", near) or re.search(r"(?=\s)", near)
-            cut += match.end() if match else 0
-            if split == "train":
-                yield content[:cut] + END
-            elif cut < len(content):
-                yield text[cut:]
-        elif (cut > 0) == (split == "train"):
-            yield text
 
 
 # --- Python -------------------------------------------------------------------------------------------------
@@ -103,9 +93,8 @@ def find_sources(folders: Iterable[Path], val_share: float, skip: Iterable[str] 
         for path in folder.rglob("*.py"):
             name = path.relative_to(folder)
             if path.is_file() and not set(skip) & set(name.parts):
-                # a number from 0 to 1 that looks random
-                number = int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest()[:8], "big") / 2**64
-                numbered.append((number, path))
+                checksum = hashlib.sha256(name.as_posix().encode()).digest()
+                numbered.append((int.from_bytes(checksum[:8], "big") / 2**64, path))  # from 0 to 1
     splits, seen, size = {"train": [], "val": []}, set(), 0
     for number, path in sorted(numbered):
         with contextlib.suppress(SyntaxError, UnicodeError):  # lib2to3 has files that are broken on purpose

@@ -26,11 +26,10 @@ SPLIT = (r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]{1,24}| ?\p{N}{1,24}| ?[^\s\p{L}\p
 BLOCK = 2**16  # characters that are read and encoded at a time
 
 
-def make_encoding(tokens: Iterable[bytes], pattern: str = SPLIT) -> tiktoken.Encoding:
-    """An encoding of the 256 bytes, then these tokens, and END."""
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    for token in tokens:
-        ranks.setdefault(token, len(ranks))
+def make_encoding(tokens: Iterable[bytes], vocab_size: int, pattern: str = SPLIT) -> tiktoken.Encoding:
+    """An encoding of the 256 bytes, then these tokens, and END: at most `vocab_size` in all."""
+    tokens = dict.fromkeys([*(bytes([byte]) for byte in range(256)), *tokens])  # each once
+    ranks = {token: rank for rank, token in enumerate(list(tokens)[:vocab_size - 1])}
     return tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks,
                              special_tokens={END: len(ranks)})
 
@@ -48,10 +47,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, every: int = 1) -> tiktoken
     except ImportError:
         fail("a tokenizer for this text needs the package rustbpe: pip install rustbpe, or --tokenizer=gpt2")
     bpe = rustbpe.Tokenizer()
-    blocks = islice(cut_blocks(texts, SPLIT), 0, None, every)
+    blocks = islice(cut_blocks(texts), 0, None, every)
     bpe.train_from_iterator((block.removesuffix(END) for block in blocks), vocab_size - 1, buffer_size=64,
                             pattern=SPLIT)
-    return make_encoding(bytes(token) for token, _ in bpe.get_mergeable_ranks())
+    return make_encoding((bytes(token) for token, _ in bpe.get_mergeable_ranks()), vocab_size)
 
 
 def word_encoding(fragments: list[str], counts: Iterable[int], vocab_size: int,
@@ -62,11 +61,10 @@ def word_encoding(fragments: list[str], counts: Iterable[int], vocab_size: int,
     """
     words = Counter()
     for fragment, count in zip(fragments, counts, strict=True):
-        if fragment != END:
-            words.update({word: n * count for word, n in Counter(regex.findall(pattern, fragment)).items()})
-    by_count = sorted((-count, word) for word, count in words.items() if count)  # ties: by the alphabet
-    tokens = make_encoding(word.encode() for _, word in by_count)._mergeable_ranks
-    return make_encoding(list(tokens)[:vocab_size - 1], pattern)
+        for word in regex.findall(pattern, fragment.removesuffix(END)):
+            words[word] += count
+    used = sorted(filter(words.get, words), key=lambda word: (-words[word], word))
+    return make_encoding((word.encode() for word in used), vocab_size, pattern)
 
 
 def named_encoding(name: str) -> tiktoken.Encoding:
@@ -98,46 +96,30 @@ def encoding_from_json(stored: dict) -> tiktoken.Encoding:
 CUT = re.compile(r".*[^\W_](?=[\s.,:;!?()\[\]{}<>=/+*。，、！？；：])", re.DOTALL)
 
 
-def find_cut(text: str, pattern: str) -> int:
-    """The last place in `text` where `pattern` surely cuts, however the text goes on. 0: there is none."""
-    if match := CUT.match(text):
-        return match.end()
-    # a piece is final if it ends well before the end of the text. Patterns look ahead only for spaces
-    ends = [piece.end() for piece in regex.finditer(pattern, text)
-            if piece.end() < len(text) - 32 and not piece[0][-1].isspace()]
-    return ends[-1] if ends else 0
-
-
-def cut_blocks(texts: Iterable[str], pattern: str) -> Iterator[str]:
+def cut_blocks(texts: Iterable[str]) -> Iterator[str]:
     """
-    Joins the texts up to each END, and cuts them into blocks where `pattern` cuts, too. So the tokens of a
-    long text do not depend on how it was cut into `texts`.
+    Joins the texts up to each END, and cuts them into blocks where every pattern cuts, too. So the tokens of
+    a long text do not depend on how it was cut into `texts`.
     """
-    rest, enough = "", BLOCK
+    rest = ""
     for text in texts:
         rest += text
         if text.endswith(END):
             yield rest
-            rest, enough = "", BLOCK
-        elif len(rest) >= enough:
-            cut = find_cut(rest, pattern)
-            if cut:
-                yield rest[:cut]
-            rest, enough = rest[cut:], BLOCK if cut else 2 * len(rest)
+            rest = ""
+        elif len(rest) >= BLOCK and (match := CUT.match(text)):
+            cut = len(rest) - len(text) + match.end()
+            yield rest[:cut]
+            rest = rest[cut:]
     if rest:
         yield rest
 
 
 def encode_texts(encoding: tiktoken.Encoding, texts: Iterable[str]) -> Iterator[np.ndarray]:
     """The tokens of the texts, at most 32 blocks at a time. tiktoken encodes these in several threads."""
-    blocks = cut_blocks(texts, encoding._pat_str)
+    blocks = cut_blocks(texts)
     while batch := list(islice(blocks, 32)):
-        try:
-            encoded = encoding.encode_ordinary_batch([block.removesuffix(END) for block in batch])
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of Rust
-                raise
-            fail(f"the tokenizer {encoding.name} cannot encode this text: has it a very long run of spaces?")
+        encoded = encoding.encode_ordinary_batch([block.removesuffix(END) for block in batch])
         for block, tokens in zip(batch, encoded, strict=True):
             tokens += [encoding.eot_token] * block.endswith(END)
         yield np.concatenate(encoded).astype(np.int64)
@@ -153,11 +135,3 @@ def encode_fragments(encoding: tiktoken.Encoding, fragments: list[str],
         n = lengths[ids]
         shift = starts[ids] - (n.cumsum() - n)  # from a place in the result to a place in `tokens`
         yield tokens[np.arange(n.sum()) + shift.repeat(n)]
-
-
-def token_sizes(encoding: tiktoken.Encoding) -> np.ndarray:
-    """(2, n_vocab): the bytes of each token, and the characters that start in it. END has none."""
-    sizes = np.zeros((2, encoding.n_vocab), np.int64)
-    for token, rank in encoding._mergeable_ranks.items():
-        sizes[:, rank] = len(token), sum(byte & 0xC0 != 0x80 for byte in token)
-    return sizes

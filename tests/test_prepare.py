@@ -16,12 +16,12 @@ import tiktoken
 from conftest import assert_fails
 
 from data import corpora, corpus, text, tokenizer, write
-from data.facts import exposures_by_zipf, make_names
+from data.facts import exposures_by_zipf
 from data.prepare import main
 from data.tokenizer import END
 from evaluate import exposure_bin
 
-STORIES = [f"Story {i} has some words.\nAnd {i % 7} more.\n" for i in range(200)]
+STORIES = [f"Story {i} has some words.\nAnd {i % 7} more.\n" for i in range(60)]
 
 
 @pytest.fixture
@@ -49,43 +49,36 @@ def made_text(data, *names, options=()):
 # --- made-up texts ------------------------------------------------------------------------------------------
 
 def test_facts_are_what_the_options_say(data):
-    main(["facts", "--people=60", "--exposures=20", "--held_out=0.2", "--ask=0.5", "--zipf=1", "--seed=3"])
-    found = corpus.Dataset("facts")
-    lines, about = found.encoding.decode(found.train.tolist()).split("\n")[:-1], {}
+    """On the way: a ready-made corpus takes options, too."""
+    main(["facts-2000", "--people=60", "--exposures=20", "--held_out=0.2", "--ask=0.5", "--seed=3"])
+    found = corpus.Dataset("facts-2000")
+    content = found.encoding.decode(found.train.tolist())
+    lines, about = content.split("\n")[:-1], {}
     for question in found.questions:
         name = re.search(r"[A-Z][a-z]+ [A-Z][a-z]+", question["prompt"]).group()
         about.setdefault(name, []).append(question)
-    assert len(about) == 60 and {len(asked) for asked in about.values()} == {4}
-    assert sum(question["held_out"] for question in found.questions) == 12 * 4
+    assert len(about) == 60 and sum(question["held_out"] for question in found.questions) == 12 * 4
     for name, asked in about.items():
         told = [line for line in lines if f" {name} " in line or f" {name}?" in line]
-        assert len(told) == 4 * asked[0]["exposures"], "each attribute is told as often as qa.jsonl says"
+        assert len(asked) == 4 and len(told) == 4 * asked[0]["exposures"], "told as often as qa.jsonl says"
         assert any(line.startswith("Question:") for line in told) <= (not asked[0]["held_out"])
         for question in asked:
             assert sum(question["answer"] in line for line in told) >= question["exposures"]
+    assert exposures_by_zipf(4, 1, 12).tolist() == [23, 12, 8, 6]  # 48 / (25 / 12) / r
+    assert found.encoding.encode_ordinary(content) == found.train.tolist(), "encoded as a text is"
+    assert len(found.train) == len(re.findall(r"\w+|[^\w ]", content)), "a word is a token"
     counts = sorted((asked[0]["exposures"] for asked in about.values()), reverse=True)
     assert counts == exposures_by_zipf(60, 1, 20).tolist()
     assert 0.3 < np.mean([line.startswith("Question:") for line in lines]) < 0.5
 
 
-def test_how_often_things_are_told():
-    assert exposures_by_zipf(4, 1.0, 12).tolist() == [23, 12, 8, 6]  # 48 / (25 / 12) / r
-    assert exposures_by_zipf(3, 0, 7).tolist() == [7] * 3 and exposures_by_zipf(9, 9, 1).min() == 1
-
-
 def test_facts_stay_as_they_were(data):
     """The lines in experiments/results come from this text. A faster generator must make the same bytes."""
-    options = ["facts", "--people=60", "--exposures=20", "--held_out=0.2", "--ask=0.5", "--zipf=1",
-               "--vocab_size=300"]
-    main([*options, "--seed=3"])
+    main(["facts", "--people=60", "--exposures=20", "--held_out=0.2", "--ask=0.5", "--zipf=1",
+          "--vocab_size=300", "--seed=3"])
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files_in(data / "facts").items()}
     assert sums["train.bin"].startswith("932fc8c58589a23a") and sums["val.bin"].startswith("bdbc5e8de5c04edb")
     assert sums["qa.jsonl"].startswith("5efe7ba9c4d286c1")
-    before = files_in(data / "facts")
-    main([*options, "--seed=3"])
-    assert files_in(data / "facts") == before
-    main([*options, "--seed=2", "--name=other"])
-    assert files_in(data / "other")["train.bin"] != before["train.bin"]
 
 
 def test_a_sample_of_the_questions_has_some_of_each_exposure_bin(data):
@@ -100,20 +93,11 @@ def test_a_sample_of_the_questions_has_some_of_each_exposure_bin(data):
     assert [q for q in every if q in some] == some, "the same questions, in the same order"
 
 
-def test_every_word_of_facts_is_one_token(data):
-    main(["facts-2000", "--people=300", "--exposures=2"])  # a ready-made corpus takes options, too
-    found = corpus.Dataset("facts-2000")
-    content = found.encoding.decode(found.train.tolist())
-    assert found.encoding.encode_ordinary(content) == found.train.tolist(), "encoded as a text is"
-    assert len(found.train) == len(re.findall(r"\w+|[^\w ]", content))
-    assert len(set(make_names(np.random.default_rng(0), 3000, 2))) == 3000
-
-
 def test_mqar_asks_what_it_told(data):
     main(["mqar", "--documents=200", "--pairs=5", "--asks=6", "--keys=9", "--values=20", "--seed=2"])
     made, found = documents("mqar")
     assert len(made["train"]) == 200 and len(made["val"]) == len(found.questions) == 4
-    known, words, asked = {}, Counter(), Counter()
+    known, asked = {}, Counter()
     lines = [f"{question['prompt']} {question['answer']}\n" for question in found.questions]
     for document in made["train"] + made["val"] + lines:
         context, last = document.split(" : ")
@@ -124,8 +108,7 @@ def test_mqar_asks_what_it_told(data):
         assert len({word for pair in told for word in pair.split()}) == 10, "all differ"
         for pair in told:
             known.setdefault(pair.split()[0], set()).add(pair.split()[1])
-            words.update(pair.split())
-    assert len(known) == 9 and len(words) == 29, "keys and values are different words"
+    assert len(known) == 9 and len(set.union(*known.values()) - known.keys()) == 20
     assert min(map(len, known.values())) > 15, "no key has a value for good"
     assert len(asked) == 5 and min(asked.values()) > 0.8 * sum(asked.values()) / 5, "all are asked alike"
     assert len(found.encoding.encode(made["val"][0])) == 11 * 2 + 2, "a word is a token"
@@ -142,19 +125,13 @@ def test_python_files_are_taken_once_and_split_by_name(data, monkeypatch):
     (path.parent / "broken.py").write_bytes(b"# coding: utf-8\n\xff\xfe")
     (path.parent / "notes.txt").write_text("no source")
     folders = [str(data / f"v{i}" / "site-packages") for i in range(2)]
-
-    def made(*options):
-        main(["code", "--val_share=0.3", "--overwrite", *options])
-        return documents("code")[0]
-
-    files = made("--input", *folders)
+    main(["code", "--val_share=0.3", "--input", *folders])
+    files = documents("code")[0]
     assert sorted(files["train"] + files["val"]) == sorted(bodies) and len(files["val"]) > 5
     assert files["train"] != sorted(files["train"], key=bodies.index), "the first tokens are a sample"
     monkeypatch.setattr(corpora.sys, "path", ["/nowhere", *folders])
-    assert made() == files, "without --input: all packages that Python would find"
-    few = made("--tokens=300")
-    assert len(corpus.Dataset("code").train) == 300 and few["val"] == files["val"]
-    assert few["train"] == files["train"][:len(few["train"])]
+    main(["code", "--val_share=0.3", "--overwrite"])
+    assert documents("code")[0] == files, "without --input: all packages that Python would find"
     monkeypatch.setattr(corpora.sysconfig, "get_paths", lambda: {"stdlib": str(data / "v0")})
     with pytest.raises(SystemExit):
         main(["stdlib"])  # the library does not contain site-packages
@@ -169,6 +146,7 @@ def test_text_keeps_the_end_of_each_file_for_validation(data):
     for name, content in zip("abcd", contents, strict=True):
         (data / name).write_bytes(content.encode())
     made = made_text(data, *"abcd", options=["--val_share=0.2"])
+    assert corpus.Dataset("text").val_bytes == len("".join(made["val"]).encode())
     for content, train, val in zip(contents, made["train"], made["val"], strict=True):
         assert train + val == content, "nothing is lost or in both"
         assert 0.1 < len(val) / len(content) < 0.25
@@ -176,32 +154,26 @@ def test_text_keeps_the_end_of_each_file_for_validation(data):
 
 @pytest.mark.parametrize("line", [f"{END}\n", f"{END}\r\n\r\n", END])
 def test_end_of_text_in_a_file_is_the_end_of_a_document(line):
-    stories = STORIES[:60]
-    for content in (line.join(stories), line.join(stories) + line):  # at the end of a file it changes nothing
-        for block in (1, 7, 50, 2**16):
-            def split():
-                blocks = (content[i:i + block] for i in range(0, len(content), block))  # noqa: B023
-                return text.split_documents(blocks)
-            assert "".join(split()) == END.join([*stories, ""])
-            for border in (1, 500, 501, 530, 531, 540, 550, 1900, 10**6):
-                train, val = ("".join(text.cut_at_border(split(), border, name)).split(END)
-                              for name in ("train", "val"))
-                assert train[-1] == val[-1] == "", "the last document has an END, too"
-                assert "".join(train + val) == "".join(stories), "nothing is lost or in both"
-                assert train[:-2] == stories[:len(train) - 2], "the border cuts one story at most"
-                assert len("".join(train)) <= border + 200
+    for content in (line.join(STORIES), line.join(STORIES) + line):  # at the end it changes nothing
+        for size in (1, 7, 50, 2**16):
+            blocks = [content[i:i + size] for i in range(0, len(content), size)]
+            assert "".join(text.split_documents(blocks)) == END.join([*STORIES, ""])
+        for border in range(1, len(content) - 50, 7):
+            parts = [list(text.cut_at_border([content], border, split)) for split in ("train", "val")]
+            train, val = ("".join(text.split_documents(part)).split(END) for part in parts)
+            assert train[-1] == val[-1] == "", "the last document has an END, too"
+            assert "".join(train + val) == "".join(STORIES), "nothing is lost or in both"
+            assert train[:-2] == STORIES[:len(train) - 2], "the border cuts one story at most"
+            assert border <= len("".join(parts[0])) < border + 200
 
 
 def test_files_as_other_systems_write_them(data):
     content = "".join(STORIES) + "naïve — 日本語\n" * 9
-    for name, coded in {"bom": b"\xef\xbb\xbf" + content.encode(), "utf16": content.encode("utf-16"),
-                        "utf16be": b"\xfe\xff" + content.encode("utf-16-be"),
-                        "a.txt.gz": gzip.compress(content.encode())}.items():
-        (data / name).write_bytes(coded)
-        assert "".join(text.read_blocks(data / name)) == content, name
+    (data / "bom").write_bytes(b"\xef\xbb\xbf" + content.encode())
+    (data / "a.txt.gz").write_bytes(gzip.compress(content.encode()))
     (data / "empty").write_bytes(b"")
-    made = made_text(data, "empty", "a.txt.gz", "empty")
-    assert [train + val for train, val in zip(*made.values(), strict=True)] == [content]
+    made = made_text(data, "empty", "a.txt.gz", "bom", "empty")
+    assert [train + val for train, val in zip(*made.values(), strict=True)] == [content] * 2
 
 
 def test_paths_as_people_type_them(data, monkeypatch):
@@ -218,39 +190,20 @@ def test_paths_as_people_type_them(data, monkeypatch):
 
 def test_a_vocabulary_above_65536_takes_four_bytes_per_token(data, monkeypatch):
     ranks = {bytes([byte]): byte for byte in range(256)} | {b" story": 99_999}
-    large = tiktoken.Encoding("o200k_base", pat_str=r"\s?\w+|.|\s", mergeable_ranks=ranks,
+    large = tiktoken.Encoding("large", pat_str=r"\s?\w+|.|\s", mergeable_ranks=ranks,
                               special_tokens={END: 100_000})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: large)
     (data / "a").write_text("a story\n" * 100)
     made = made_text(data, "a", options=["--tokenizer=o200k_base"])
     assert made["train"][0] + made["val"][0] == "a story\n" * 100
-    found = corpus.Dataset("text")
-    assert found.train.dtype == np.uint32 and found.train.max() == 100_000
+    assert corpus.Dataset("text").train.max() == 100_000
 
 
-def test_bytes_and_characters_of_a_corpus(data, capsys):
-    (data / "a").write_text("naïve — 日本語\n" * 100, encoding="utf-8")
-    val = made_text(data, "a")["val"][0]
-    found = corpus.Dataset("text")
-    assert found.val_bytes == len(val.encode())
-    characters = float(re.search(r"([\d.]+) characters per token", capsys.readouterr().out)[1])
-    assert characters == pytest.approx((12 * 100 - len(val)) / (len(found.train) - 1), rel=0.02)
-
-
-def test_a_warning_if_most_characters_are_single_bytes(data, capsys):
-    words = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9FA5, 3000)))
-    for content, warns in ((words, True), (words[:10] * 6000, False)):
-        (data / "a").write_text(content, encoding="utf-8")
-        made_text(data, "a")
-        assert ("most characters are cut into single bytes" in capsys.readouterr().out) == warns
-
-
-def test_the_tokenizer_is_learnt_from_some_characters_per_token(data, monkeypatch):
-    """A small text gets few tokens. Of a large one, blocks from all parts are read."""
+def test_a_small_text_gets_few_tokens_and_a_large_one_is_read_in_all_parts(data, monkeypatch):
     content = "early words\n" * 500 + "later thoughts\n" * 500
     (data / "a").write_text(content)
     made_text(data, "a")
-    assert corpus.Dataset("text").encoding.n_vocab == 257 + (len(content) + len(END)) // 2048
+    assert corpus.Dataset("text").encoding.n_vocab == 257 + len(content) // 2048
     monkeypatch.setattr(write, "CHARACTERS", 1)
     monkeypatch.setattr(tokenizer, "BLOCK", 100)
     made = made_text(data, "a")
@@ -261,33 +214,26 @@ def test_the_tokenizer_is_learnt_from_some_characters_per_token(data, monkeypatc
 
 # --- nothing gets lost --------------------------------------------------------------------------------------
 
-def test_a_mistake_leaves_the_data_that_was_there(data):
-    main(["facts", "--people=5", "--exposures=3"])
-    (data / "empty").write_bytes(b"")
-    before = files_in(data / "facts")
-    for mistake in (["facts", "--people=5", "--exposures=3", "--tokenizer=gtp2", "--overwrite"],
-                    ["facts", "--people=6"], ["mqar", "--tokenizer=gtp2"],
-                    ["text", "--name=facts", "--input", str(data / "empty"), "--overwrite"],
-                    ["text", "--name=facts", "--input", str(data / "facts" / "qa.jsonl")]):
-        with pytest.raises(SystemExit):
-            main(mistake)
-        assert files_in(data / "facts") == before and len(before) == 4
-    assert sorted(path.name for path in data.iterdir()) == ["empty", "facts"], "nothing half-written is left"
-
-
 def test_a_name_that_is_taken_is_not_overwritten(data, capsys):
     (data / "words").write_text("some words\n" * 200)
     make = ["text", "--name=mine", "--input", str(data / "words")]
     main(make)
     (data / "mine" / "qa.jsonl").write_text("")
     main(make)  # the same options: the same corpus again
-    assert "qa.jsonl stay" in capsys.readouterr().out, "these questions are the user's"
-    for other in ([*make, "--vocab_size=300"], ["facts", "--name=mine", "--people=5"]):
-        assert_fails(lambda other=other: main(other), "mine has a corpus that was made with other", capsys)
+    before = files_in(data / "mine")
+    assert "qa.jsonl" in before, "these questions are the user's"
+    for mistake, message in (([*make, "--vocab_size=300"], "made with other options"),
+                             (["facts", "--name=mine"], "made with other options"),
+                             ([*make, "--tokenizer=gtp2", "--overwrite"], "it downloads gpt2"),
+                             ([*make, "--val_share=0", "--overwrite"], "val.bin would be empty"),
+                             (["mqar", "--tokenizer=gtp2"], "it downloads gpt2")):
+        assert_fails(lambda mistake=mistake: main(mistake), message, capsys)
+        assert files_in(data / "mine") == before
+    assert sorted(path.name for path in data.iterdir()) == ["mine", "words"], "nothing half-written is left"
     main(["facts", "--name=mine", "--people=5", "--overwrite"])
-    assert len(corpus.Dataset("mine").questions) == 20
-    (data / "mine" / "meta.json").unlink()  # whose train.bin is this?
-    assert_fails(lambda: main(["facts", "--name=mine", "--people=5"]), "made with other options", capsys)
+    for damage in (lambda path: path.write_text("{"), os.remove):  # whose train.bin is this?
+        damage(data / "mine" / "meta.json")
+        assert_fails(lambda: main(["facts", "--name=mine", "--people=5"]), "made with other options", capsys)
 
 
 def test_a_folder_may_be_a_link_to_another_disk(data):
@@ -307,16 +253,14 @@ def test_a_full_disk_is_one_line_and_the_old_corpus_stays(data, capsys):
     old, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
     try:
-        assert_fails(lambda: main(["facts", "--people=100", "--overwrite"]), "File too large", capsys)
+        assert_fails(lambda: main(["facts", "--people=100", "--overwrite"]), "facts: File too large", capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, old)
     assert files_in(data / "facts") == before
 
 
-@pytest.mark.parametrize("at", ["train_bpe", "encode_texts"])
-def test_ctrl_c_leaves_the_old_corpus(data, at, monkeypatch):
-    """While a tokenizer is learnt, and in the middle of a file."""
+def test_ctrl_c_leaves_the_old_corpus(data, monkeypatch):
     (data / "words").write_text("some words\n" * 200)
     make = ["text", "--input", str(data / "words")]
     main(make)
@@ -327,10 +271,7 @@ def test_ctrl_c_leaves_the_old_corpus(data, at, monkeypatch):
         assert next(data.glob("text/.new-*/train.bin")).exists()
         raise KeyboardInterrupt
 
-    def stopped_at_once(*arguments, every):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tokenizer, at, stopped_at_once if at == "train_bpe" else stopped)
+    monkeypatch.setattr(tokenizer, "encode_texts", stopped)
     with pytest.raises(SystemExit):
         main(make)
     assert files_in(data / "text") == before
@@ -338,39 +279,26 @@ def test_ctrl_c_leaves_the_old_corpus(data, at, monkeypatch):
 
 @pytest.mark.parametrize("argv, message", [
     ([], "name a corpus"),
-    (["fact"], "name a corpus"),
     (["text"], "data.prepare text --input FILE ..."),
-    (["text", "--input", "nowhere.txt"], "nowhere.txt: No such file"),
+    (["text", "--input", "nowhere.txt"], "--input nowhere.txt: no such file"),
     (["text", "--input", "EMPTY"], "too short"),
-    (["text", "--name=", "--input", "SOME"], "must be a plain name"),
     (["text", "--name=../x", "--input", "SOME"], "must be a plain name"),
     (["text", "--name=prepare.py", "--input", "SOME"], "prepare.py"),
-    (["text", "--input", "LATIN"], "iconv -f LATIN1"),
+    (["text", "--input", "LATIN"], "iconv -f UTF-16 -t UTF-8"),
     (["text", "--input", "ZEROS"], "zero bytes"),
     (["text", "--input", "BROKEN"], "broken.gz: Not a gzipped file"),
     (["text", "--input", "CUT"], "cut.gz: Compressed file ended"),
-    (["text", "--input", "STREAM"], "can be read only once"),
-    (["text", "--input", "-"], "save a stream to a file"),
-    (["text", "--input", "nowhere/*.txt"], "No such file"),
-    (["text", "--input", "FOLDER"], "the folder has no .txt files"),
+    (["text", "--input", "STREAM"], "save a stream to a file"),
     (["code", "--input", "nowhere"], "--input nowhere: no such folder"),
     (["facts", "--tokenizer=gtp2"], "it downloads gpt2"),
-    (["facts", "--tokenizer=gpt2"], "could not get it"),
-    (["facts", "--vocab_size=10"], "--vocab_size=10 must be between 257 and 1,048,576"),
+    (["facts", "--vocab_size=10"], "--vocab_size=10 must be between 257 and 1048576"),
     (["facts-2000", "--people=0"], "--people=0 must be between"),
-    (["facts", "--seed=-1"], "--seed=-1 must not be negative"),
     (["facts", "--zipf=nan"], "--zipf=nan must be between 0 and"),
-    (["facts", "--exposures=inf"], "--exposures=inf must be between 1 and"),
-    (["facts", "--ask=2"], "--ask=2.0 must be between 0 and 1"),
-    (["airports", "--airports=-1"], "--airports=-1 must not be negative"),
-    (["airports", "--code_tokens=4"], "--code_tokens=4 must be between 1 and 3"),
-    (["stdlib", "--val_share=1"], "--val_share=1.0 must be between"),
-    (["mqar", "--documents=0"], "--documents=0 must be at least 1"),
-    (["mqar", "--keys=3"], "--keys=3 must be at least 4"),
+    (["mqar", "--keys=3"], "--pairs=4 needs as many --keys"),
+    (["stdlib", "--val_share=1"], "too short, train.bin would be empty"),
 ])
 def test_a_mistake_is_one_line_and_status_2(data, argv, message, capsys, monkeypatch):
     os.mkfifo(data / "stream")
-    (data / "folder").mkdir()
     for file, content in {"latin": b"caf\xe9 " * 9, "zeros": "no mark".encode("utf-16-le"), "empty": b"",
                           "broken.gz": b"no gzip", "cut.gz": gzip.compress(b"text " * 99)[:-9],
                           "some": b"some words\n" * 99, "prepare.py": b"not a folder"}.items():

@@ -9,13 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiktoken
 from conftest import assert_fails
 
 import evaluate
 from data import airports, corpus, facts, prepare
 from data.corpus import accepted_answers, check_length, is_right, normalize_answer, read_questions
-from data.tokenizer import END, word_encoding
+from data.tokenizer import END, make_encoding, word_encoding
 
 
 def written(path, *lines):
@@ -26,45 +25,30 @@ def written(path, *lines):
 # --- reading qa.jsonl ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("line, prompt, answers", [
-    ('{"prompt": "x?", "answer": " lion"}', "x?", ["lion"]),
-    ('{"prompt": "x?", "answer": "lion\\n"}', "x?", ["lion"]),
-    ('{"prompt": "x? ", "answer": "lion"}', "x?", ["lion"]),
-    ('{"prompt": " x?\\n", "answer": "lion"}', " x?\n", ["lion"]),
-    ('{"prompt": "x?", "answers": ["lion ", "the king"]}', "x?", ["lion", "the king"]),
-    (b'\xef\xbb\xbf{"prompt": "x?", "answer": "lion"}\r\n', "x?", ["lion"]),
-    ('{"prompt": "x?", "answer": "a\u2028b", "id": 7}', "x?", ["a\u2028b"]),
+    ('{"prompt": "x? ", "answer": " lion\\n"}', "x?", ["lion"]),
+    ('{"prompt": " x?\\n", "answers": ["lion ", "the king"]}', " x?\n", ["lion", "the king"]),
+    (b'\xef\xbb\xbf{"prompt": "x?", "answer": "a\xe2\x80\xa8b", "id": 7}\r\n', "x?", ["a\u2028b"]),
 ])
 def test_spaces_and_line_ends_do_not_make_an_answer_wrong(tmp_path, line, prompt, answers):
     question, = read_questions(written(tmp_path / "qa.jsonl", line, "", " "))
     assert question["prompt"] == prompt and accepted_answers(question) == answers
     assert is_right(question, answers[-1])
-
-
-def test_a_question_may_be_there_twice_if_the_answers_are_the_same(tmp_path):
-    lines = ['{"prompt": "x?", "answers": ["a", "b"]}', '{"prompt": "x? ", "answers": ["b", "a "]}']
-    assert len(read_questions(written(tmp_path / "qa.jsonl", *lines))) == 2
-    assert read_questions(tmp_path / "nothing") == []
+    twice = written(tmp_path / "qa.jsonl", line, json.dumps(question))
+    assert read_questions(twice) == [question] * 2, "allowed, as the answers are the same"
 
 
 @pytest.mark.parametrize("line, message", [
     ("{", 'must be {"prompt"'),
-    (b"\xff\n", 'must be {"prompt"'),
     ('{"prompt": "y?"}', 'must be {"prompt"'),
-    ('{"prompt": "", "answer": "y"}', 'must have a text as "prompt"'),
-    ('{"prompt": ["y"], "answer": "y"}', 'must have a text as "prompt"'),
-    ('{"prompt": "y?", "answer": null}', 'must have a text as "answer", not null'),
+    ('{"prompt": ["y"], "answer": "y"}', 'must have a text, not ["y"]'),
+    ('{"prompt": "y?", "answer": " "}', 'must have a text, not " "'),
+    ('{"prompt": "\\ud800?", "answer": "y"}', "must have a text"),
     ('{"prompt": "y?", "answers": []}', 'list of texts as "answers"'),
-    ('{"prompt": "y?", "answers": ["y", 3]}', 'must have a text as "answers", not 3'),
     ('{"prompt": "y?", "answer": "y", "answers": ["y"]}', 'in place of "answer"'),
-    ('{"prompt": "y?", "answer": "y\\nz"}', "answer of several lines"),
     ('{"prompt": "y?", "answer": "y<|endoftext|>"}', "answer of several lines"),
-    ('{"prompt": "\\ud800?", "answer": "y"}', "half of a character"),
-    ('{"prompt": "y?", "answer": "y", "exposures": null}', '"exposures": null'),
-    ('{"prompt": "y?", "answer": "y", "exposures": true}', '"exposures": true'),
-    ('{"prompt": "y?", "answer": "y", "exposures": -1}', '"exposures": -1'),
+    ('{"prompt": "y?", "answer": "y", "exposures": true}', '"exposures": true, which must be int'),
     ('{"prompt": "y?", "answer": "y", "held_out": "false"}', '"held_out": "false"'),
-    ('{"prompt": "y?", "answer": "y", "kind": 1}', '"kind"'),
-    ('{"prompt": "x? ", "answer": "z"}', "asks the same as line 1"),
+    ('{"prompt": "x? ", "answer": "z"}', "asks the same as an earlier line"),
 ])
 def test_a_mistake_is_named_with_its_line(tmp_path, line, message):
     path = written(tmp_path / "qa.jsonl", '{"prompt": "x?", "answer": "y"}', line)
@@ -77,17 +61,15 @@ def test_training_refuses_wrong_questions_before_it_starts(run, facts_folder, tm
     """Guards the traceback at the first evaluation, and a recall of 0 for ever."""
     shutil.copytree(facts_folder / "facts", tmp_path / "data" / "facts")
     monkeypatch.setattr(corpus, "DATA", tmp_path / "data")
-    long = json.dumps({"prompt": "Question: " + "Oslo " * 31 + "Answer:", "answer": "Oslo"})
-    for line, message in ((long, "more than block_size=32"),
-                          ('{"prompt": "x?", "answer": "y", "exposures": null}', "line 1 of")):
-        written(tmp_path / "data" / "facts" / "qa.jsonl", line)
+    for line, message in (({"prompt": "Oslo " * 32, "answer": "Oslo"}, "more than block_size=32"),
+                          ({"prompt": "x?", "answer": "y", "exposures": None}, "line 1 of")):
+        written(tmp_path / "data" / "facts" / "qa.jsonl", json.dumps(line))
         assert_fails(run, message, capsys)
         assert not list(run.out.glob("*")), "nothing was written"
 
 
 def test_a_question_fits_if_prompt_and_answer_fill_the_context():
-    encoding = tiktoken.Encoding("bytes", pat_str=r"(?s:.)", special_tokens={},
-                                 mergeable_ranks={bytes([byte]): byte for byte in range(256)})
+    encoding = make_encoding([], 257)  # a token is a byte
     questions = [{"prompt": "12345", "answer": "78"}, {"prompt": "1", "answers": ["3", "345678"]}]
     check_length(questions, encoding, 8)
     for question in questions:
@@ -99,15 +81,11 @@ def test_a_question_fits_if_prompt_and_answer_fill_the_context():
 
 @pytest.mark.parametrize("text, normal", [  # the rule of SQuAD's evaluation
     ("The Denver Broncos", "denver broncos"),
-    ("an  apple\ta day", "apple day"),
     ("U.S.A.", "usa"),
     ("state-of-the-art", "stateoftheart"),  # punctuation goes first, so no article is left
-    ("$5,000", "5000"),
     ("the–a", "–"),  # only ASCII has punctuation here
-    ("Zürich", "zürich"),
     ("Zu\u0308rich", "zürich"),  # an accent of its own: not in SQuAD's rule
     ("THE", "the"),  # nothing would be left
-    ("?", "?"),
 ])
 def test_what_counts_of_an_answer(text, normal):
     assert normalize_answer(text) == normal
@@ -118,8 +96,6 @@ def test_one_of_several_answers_is_enough():
     question = {"prompt": "x?", "answers": ["Gimpo", "the Seoul airport"]}
     assert is_right(question, "gimpo!") and is_right(question, "Seoul  Airport")
     assert not any(is_right(question, text) for text in ("Gimpo Seoul", "", "the"))
-    teresina = {"prompt": "x?", "answer": "THE"}
-    assert is_right(teresina, "the") and not is_right(teresina, "")
 
 
 def test_an_answer_that_was_cut_is_wrong():
@@ -130,12 +106,6 @@ def test_an_answer_that_was_cut_is_wrong():
                         (" Oslo" + END, True), (" Oslo the best\n", False)):
         text = corpus.decode_answer(encoding, encoding.encode(text, allowed_special="all"))
         assert is_right(question, text) == right and text.startswith("Oslo")
-
-
-def test_all_values_of_an_attribute_stay_different():
-    """So the rule does not change the recall of facts."""
-    for values, _, _ in facts.ATTRIBUTES.values():
-        assert len(set(map(normalize_answer, values))) == len(set(values))
 
 
 def test_a_guess_knows_the_commonest_answer_of_each_kind():
@@ -175,8 +145,7 @@ def data(tmp_path, monkeypatch):
 
 
 def test_airports_are_told_and_asked_as_the_options_say(data):
-    options = ["airports", "--exposures=40", "--zipf=1", "--held_out=0.3", "--ask=0.5"]
-    prepare.main([*options, "--seed=2"])
+    prepare.main(["airports", "--exposures=40", "--zipf=1", "--held_out=0.3", "--ask=0.5", "--seed=2"])
     found = corpus.Dataset("airports")
     lines = Counter(found.encoding.decode(found.train.tolist()).split("\n"))
     assert len({question["prompt"] for question in found.questions}) == len(found.questions) == 3 * 7 + 6
@@ -195,43 +164,32 @@ def test_airports_are_told_and_asked_as_the_options_say(data):
             assert question["answers"] == [answer]
         counts[code], held_out[city] = question["exposures"], question["held_out"]
         assert any(line.startswith("Question") for line in told) <= (not question["held_out"])
-    for city, answers in (("New York", {"JFK", "LGA"}), ("Bergen", {"BGO"})):
-        question, = (q for q in found.questions if q["kind"] == "code" and f" {city}?" in q["prompt"])
-        assert set(question["answers"]) == answers and question["held_out"] == held_out[city]
-        assert question["exposures"] == sum(counts[code] for code in answers)
+    question, = (q for q in found.questions if q["kind"] == "code" and " New York?" in q["prompt"])
+    assert set(question["answers"]) == {"JFK", "LGA"} and question["held_out"] == held_out["New York"]
+    assert question["exposures"] == counts["JFK"] + counts["LGA"]
     order = sorted(counts, key=counts.get, reverse=True)
     assert [counts[code] for code in order] == facts.exposures_by_zipf(7, 1, 40).tolist()
     assert set(order[:3]) == {"OSL", "JFK", "LGA"} and order[3] == "GVA", "well known airports come first"
     assert 0 < sum(held_out.values()) < 6 and any(line.startswith("Question") for line in lines)
-    for seed, is_same in ((2, True), (3, False)):
-        prepare.main([*options, f"--seed={seed}", "--name=other"] + ["--overwrite"] * (seed > 2))
-        texts = [(data / name / "train.bin").read_bytes() for name in ("airports", "other")]
-        assert (texts[0] == texts[1]) == is_same
 
 
-@pytest.mark.parametrize("code_tokens, pieces", [(1, [" BGO"]), (2, [" B", "GO"]), (3, [" B", "G", "O"])])
-def test_a_code_has_as_many_tokens_as_the_option_says(data, code_tokens, pieces):
-    prepare.main(["airports", f"--code_tokens={code_tokens}"])
-    encoding = corpus.Dataset("airports").encoding
-    tokens = encoding.encode("The airport BGO serves Bergen.\nThe city with the code THE is Teresina.")
-    words = [encoding.decode([token]) for token in tokens]
-    assert words[2:2 + code_tokens] == pieces
-    assert words[2 + code_tokens:][:6] == [" serves", " Bergen", ".", "\n", "The", " city"]
+def test_a_code_has_as_many_tokens_as_the_option_says(data):
+    for code_tokens, pieces in ((1, [" BGO"]), (2, [" B", "GO"]), (3, [" B", "G", "O"])):
+        prepare.main(["airports", f"--code_tokens={code_tokens}", "--overwrite"])
+        encoding = corpus.Dataset("airports").encoding
+        words = [encoding.decode([token]) for token in encoding.encode("The airport BGO serves Bergen.\n")]
+        assert words == ["The", " airport", *pieces, " serves", " Bergen", ".", "\n"]
 
 
-@pytest.mark.parametrize("package", ["airportsdata", "tzdata"])
-def test_a_missing_package_is_named(monkeypatch, tmp_path, package, capsys):
+def test_a_missing_package_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(corpus, "DATA", tmp_path)
-    for name in ("airportsdata", "tzdata"):
-        monkeypatch.setitem(sys.modules, name, None if name == package else SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "airportsdata", None)
     assert_fails(lambda: prepare.main(["airports"]), "pip install airportsdata tzdata", capsys)
 
 
 def test_the_real_packages_have_what_the_corpus_needs():
     pytest.importorskip("airportsdata"), pytest.importorskip("tzdata")
-    found = airports.load_airports(np.random.default_rng(1))
-    by_code = {airport["airport"]: airport for airport in found}
-    assert by_code["BGO"] | {"rank": 2} == {"airport": "BGO", "city": "Bergen", "country": "Norway",
-                                            "time zone": "Europe/Oslo", "rank": 2}
-    assert len(found) > 5000 and by_code["LHR"]["rank"] == 0 and by_code["GVA"]["rank"] == 1
-    assert [airport["rank"] for airport in found] == sorted(airport["rank"] for airport in found)
+    by_code = {airport["airport"]: airport for airport in airports.load_airports(np.random.default_rng(1))}
+    assert by_code["BGO"] == {"airport": "BGO", "city": "Bergen", "country": "Norway",
+                              "time zone": "Europe/Oslo", "rank": 2}
+    assert len(by_code) > 5000 and by_code["LHR"]["rank"] == 0 and by_code["GVA"]["rank"] == 1

@@ -119,7 +119,7 @@ def code(options: CodeConfig) -> None:
 @dataclass
 class TextConfig(Corpus):
     name: str = "text"  # the folder under data/
-    input: tuple[str, ...] = ()  # text files (UTF-8, also .gz), or folders with .txt files
+    input: tuple[str, ...] = ()  # text files (UTF-8 or UTF-16, also .gz), or folders with .txt files
     val_share: float = 0.1  # share of each file, at its end, that is kept for validation
 
 

@@ -2,6 +2,7 @@
 Reads text files and Python files for a corpus, a block at a time, and cuts them into documents and splits.
 """
 
+import codecs
 import contextlib
 import glob
 import gzip
@@ -28,16 +29,18 @@ def find_files(name: str) -> list[Path]:
 
 
 def read_blocks(path: Path) -> Iterator[str]:
-    """The text of a file, which is UTF-8, also .gz."""
+    """The text of a file: UTF-8, or UTF-16 as Windows writes it, also .gz."""
     open_file = gzip.open if path.suffix == ".gz" else open
     try:
-        with open_file(path, "rt", encoding="utf-8-sig", newline="") as f:
+        with open_file(path, "rb") as f:
+            is_utf16 = f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        with open_file(path, "rt", encoding="utf-16" if is_utf16 else "utf-8-sig", newline="") as f:
             while block := f.read(BLOCK):
                 if "\0" in block:
                     fail(f"--input {path}: not a text file (it has zero bytes)")
                 yield block
     except UnicodeDecodeError as error:
-        fail(f"--input {path}: not UTF-8 ({error.reason}); convert it: iconv -f UTF-16 -t UTF-8")
+        fail(f"--input {path}: not UTF-8 ({error.reason}); convert it first: iconv -f LATIN1 -t UTF-8")
     except (OSError, EOFError, zlib.error) as error:
         fail(f"--input {path}: {getattr(error, 'strerror', None) or error}")
 

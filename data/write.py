@@ -134,3 +134,6 @@ def write_corpus(options: Corpus, texts: Callable[[str], Iterable], questions: l
     print(f"{options.name}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate, "
           f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes per token, vocabulary of "
           f"{meta['vocab_size']:,}, {len(questions or []):,} questions, in {os.path.relpath(folder)}")
+    if meta["train_bytes"] < 1.5 * meta["train_tokens"]:
+        print(f"{options.name}: most characters are cut into single bytes, because each is rare. Use more "
+              "text, or a --tokenizer that knows them")

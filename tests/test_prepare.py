@@ -171,9 +171,10 @@ def test_files_as_other_systems_write_them(data):
     content = "".join(STORIES) + "naïve — 日本語\n" * 9
     (data / "bom").write_bytes(b"\xef\xbb\xbf" + content.encode())
     (data / "a.txt.gz").write_bytes(gzip.compress(content.encode()))
+    (data / "utf16").write_text(content, encoding="utf-16", newline="")
     (data / "empty").write_bytes(b"")
-    made = made_text(data, "empty", "a.txt.gz", "bom", "empty")
-    assert [train + val for train, val in zip(*made.values(), strict=True)] == [content] * 2
+    made = made_text(data, "empty", "a.txt.gz", "bom", "empty", "utf16")
+    assert [train + val for train, val in zip(*made.values(), strict=True)] == [content] * 3
 
 
 def test_paths_as_people_type_them(data, monkeypatch):
@@ -284,7 +285,7 @@ def test_ctrl_c_leaves_the_old_corpus(data, monkeypatch):
     (["text", "--input", "EMPTY"], "too short"),
     (["text", "--name=../x", "--input", "SOME"], "must be a plain name"),
     (["text", "--name=prepare.py", "--input", "SOME"], "prepare.py"),
-    (["text", "--input", "LATIN"], "iconv -f UTF-16 -t UTF-8"),
+    (["text", "--input", "LATIN"], "iconv -f LATIN1 -t UTF-8"),
     (["text", "--input", "ZEROS"], "zero bytes"),
     (["text", "--input", "BROKEN"], "broken.gz: Not a gzipped file"),
     (["text", "--input", "CUT"], "cut.gz: Compressed file ended"),

@@ -213,30 +213,6 @@ def test_an_update_is_deterministic_and_leaves_unread_rows_alone(kind, side, how
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, in Triton's interpreter
-def test_finite_decides_whether_anything_changes(kind, side):
-    """With stochastic rounding, and with one row that is summed in pieces."""
-    values, *first = make_read(9, 5, 16, 20, "one row", dtype=torch.bfloat16)
-    _, indices, weights, dy = make_read(30, 5, 16, 20, "one row", seed=1)
-    state = new_state(kind, 20, 16)
-    update(values, [tuple(first)], state, seed=3, kernel=side)  # so that the moments are not zero
-    broken = dy.clone()
-    broken[3, 1], broken[4, 2] = torch.nan, torch.inf
-    results = []
-    for finite, gradient in ((None, dy), (True, dy), (False, broken)):
-        new, new_moments = values.clone(), {name: tensor.clone() for name, tensor in state.items()}
-        flag = None if finite is None else torch.tensor(finite, device=DEVICE)
-        update(new, [(indices, weights, gradient)], new_moments, seed=3, finite=flag, kernel=side)
-        results.append({"values": new} | new_moments)
-    without, moved, kept = results
-    for name, old in ({"values": values} | state).items():
-        if name != "step":
-            assert torch.equal(moved[name], without[name]) and not torch.equal(moved[name], old)
-            assert torch.equal(kept[name], old)
-
-
-@pytest.mark.parametrize("side", SIDES)
 def test_nothing_was_read_and_nothing_changes(side):
     values, *read = make_read(0, 5, 16, 30)
     before = values.clone()
@@ -321,12 +297,6 @@ def test_stochastic_rounding_keeps_small_steps_on_average_and_both_sides_draw_al
     assert all(not torch.equal(draws[a], draws[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
-def test_stochastic_rounding_is_refused_for_other_dtypes():
-    values, *read = make_read(4, 3, 8, 30, dtype=torch.float16)
-    with pytest.raises(ValueError, match="for bfloat16"):
-        update(values, [tuple(read)], new_state("rowwise", 30, 8), seed=3)
-
-
 # --- mistakes -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("side", SIDES)
@@ -376,15 +346,14 @@ def test_top_k_equals_torch_s(S, k, dtype):
     assert all(len(row.unique()) == k for row in indices.flatten(0, 1))
 
 
-def test_top_k_of_no_rows_and_of_strided_rows():
-    torch.manual_seed(0)
-    for S in (40, 200):
-        assert top_k(torch.empty(0, 2, S), 7)[1].shape == (0, 2, 7)
-        x = torch.randn(S, 3).t()  # not contiguous
-        before = x.clone()
-        values, indices = top_k(x, 7)
-        assert torch.equal(values, x.topk(7).values) and torch.equal(values, x.gather(-1, indices))
-        assert torch.equal(x, before), "the input does not change"
+@pytest.mark.parametrize("S", [40, 200])
+def test_top_k_of_no_rows_and_of_strided_rows(S):
+    assert top_k(torch.empty(0, 2, S), 7)[1].shape == (0, 2, 7)
+    x = torch.randn(S, 3, generator=torch.Generator().manual_seed(0)).t()  # not contiguous
+    before = x.clone()
+    values, indices = top_k(x, 7)
+    assert torch.equal(values, x.topk(7).values) and torch.equal(values, x.gather(-1, indices))
+    assert torch.equal(x, before), "the input does not change"
 
 
 # --- Triton, compiled ---------------------------------------------------------------------------------------

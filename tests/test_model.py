@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 import torch.nn as nn
+from test_kernel import DEVICE
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +35,8 @@ def tokens(*shape, seed=1):
 
 
 def loss_of(model, seed=1):
-    return model(tokens(2, 9, seed=seed), tokens(2, 9, seed=9))[1]
+    idx, targets = tokens(2, 9, seed=seed), tokens(2, 9, seed=9)
+    return model(idx.to(model.wte.weight.device), targets.to(model.wte.weight.device))[1]
 
 
 def train_step(model, optimizers, seed=1):
@@ -271,14 +273,13 @@ def test_generate_with_a_seed_repeats_and_top_k_1_is_greedy():
 
 def test_generate_stops_when_every_row_has_stopped():
     model = make_model()
-    idx = tokens(2, 4)
+    idx = torch.cat((tokens(1, 4), tokens(1, 4)))  # two equal rows, which stop together
+    idx[1, 0] = (idx[1, 0] + 1) % 50
     free = model.generate(idx, 12, temperature=0)
-    stop = free[0, 6].item()
-    stopped = model.generate(idx[:1], 12, temperature=0, stop=stop)
-    assert stopped.size(1) == 5 + (free[0, 4:] == stop).nonzero()[0].item()
-    assert torch.equal(stopped, free[:1, : stopped.size(1)])
-    never = next(token for token in range(50) if token not in free[1, 4:])  # not in the second row
-    assert torch.equal(model.generate(idx, 12, temperature=0, stop=never), free)
+    for stop in free[:, 4:].unique():
+        first = [(row == stop).nonzero().flatten().tolist() or [11] for row in free[:, 4:]]
+        stopped = model.generate(idx, 12, temperature=0, stop=stop.item())
+        assert torch.equal(stopped, free[:, : 5 + max(places[0] for places in first)])
 
 
 def modes(model):
@@ -314,8 +315,8 @@ def test_layers_share_one_pool_and_models_share_nothing():
     before = copy.deepcopy([*b.parameters(), *b.buffers()])
     train_step(a, optimizers_of(a))
     assert len(a.pool.values.grad.reads) == 2 and b.pool.values.grad is None
-    for ours, theirs, old in zip([*a.parameters(), *a.buffers()], [*b.parameters(), *b.buffers()], before,
-                                 strict=True):
+    models = ([*model.parameters(), *model.buffers()] for model in (a, b))
+    for ours, theirs, old in zip(*models, before, strict=True):
         assert torch.equal(theirs, old) and not torch.equal(ours, old)
 
 
@@ -389,14 +390,15 @@ def test_the_gradient_of_the_pool_equals_finite_differences(kind):
     torch.testing.assert_close((values.grad.to_dense() * direction).sum(), expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("frozen, reads", [("pool", 0), ("blocks.0", 2)])
-def test_what_is_frozen_stays_and_the_rest_learns(frozen, reads):
+@pytest.mark.parametrize("kind, reads", [("product-key", 2), ("peer", 4), ("hash", 2)])
+@pytest.mark.parametrize("frozen", ["pool", "blocks.0"])
+def test_what_is_frozen_stays_and_the_rest_learns(frozen, kind, reads):
     """The reads of a frozen layer count too: the pool learns from them."""
-    model = make_model(mem_layers=(0, 2)).train()
+    model = make_model(mem_layers=(0, 2), mem_kind=kind).train()
     model.get_submodule(frozen).requires_grad_(False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train_step(model, optimizers_of(model))
-    assert len(getattr(model.pool.values.grad, "reads", [])) == reads
+    assert len(getattr(model.pool.values.grad, "reads", [])) == (0 if frozen == "pool" else reads)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == name.startswith(frozen), name
 
@@ -427,24 +429,32 @@ def test_averaged_model_averages_everything():
     loss_of(averaged.module.eval())
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_compiled_model_has_the_gradients_of_an_eager_one(backend):
-    """Two layers on one pool: Inductor could reuse the memory of dy, which a read keeps."""
+@pytest.mark.parametrize("options", [
+    dict(backend="aot_eager"),
+    pytest.param(dict(backend="inductor"), marks=pytest.mark.slow),
+    pytest.param(dict(mode="reduce-overhead"), marks=pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="CUDA graphs need a GPU")),
+])
+def test_a_compiled_training_step_learns_as_the_eager_one(options):
+    """
+    With backward and the optimisers inside of what is compiled. Two layers read one pool: Inductor could use
+    the memory of dy, which a read keeps, again, and a CUDA graph does, in its next run.
+    """
     # make_model's biases matter: without them the first token's right half-query is zero, and all slots tie
-    model = make_model(mem_layers=(0, 1), mem_num_keys=64, n_layer=2).float().train()
-    loss = loss_of(model)
-    loss.backward()
-    eager, dense = model.pool.values.grad.to_dense(), [p.grad.clone() for p in model.dense_parameters()]
-    compiled = torch.compile(model, backend=backend)
-    for _ in range(2):
-        model.zero_grad()
-        compiled_loss = loss_of(compiled)
-        compiled_loss.backward()
-        torch.testing.assert_close(compiled_loss, loss)
-        assert len(model.pool.values.grad.reads) == 2
-        torch.testing.assert_close(model.pool.values.grad.to_dense(), eager, rtol=1e-3, atol=1e-6)
-        for p, expected in zip(model.dense_parameters(), dense, strict=True):
-            torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-5)
+    model = make_model(mem_layers=(0, 1), mem_num_keys=64, n_layer=2).float().train().to(DEVICE)
+    results = []
+    for step in (train_step, torch.compile(train_step, **options)):
+        twin = copy.deepcopy(model)
+        # steps of SGD are as exact as gradients; Adam makes much of a gradient of almost zero
+        optimizers = [torch.optim.SGD(twin.dense_parameters(), lr=0.01),
+                      PoolOptimizer(twin.pool.parameters(), lr=1.0, kind="sgd")]
+        for seed in range(3):  # a CUDA graph is recorded in the second run
+            step(twin, optimizers, seed)
+        assert len(twin.pool.values.grad.reads) == 2
+        pairs = zip(twin.parameters(), model.parameters(), strict=True)
+        results.append([(new - old).detach() for new, old in pairs])
+    assert all(change.any() for change in results[0])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("query", QUERIES)
@@ -463,18 +473,14 @@ def test_add_mode_starts_as_the_function_that_the_model_was(query):
 def test_counts():
     model = make_model(mem_layers=(1, 2))
     counts = model.count_parameters()
-    C, H, D, S = 16, 2, 8, 8
-    block = 4 * C + 3 * C * C + 3 * C + C * C + C
-    memory = C * H * D + H * D + H * S * D + H + 2 * (C * C + C)
-    mlp = 8 * C * C + 5 * C
-    assert counts["dense"] == 50 * C + 2 * C + 3 * block + 2 * memory + mlp
+    C, H, K, S = 16, 2, 4, 8
     assert counts["memory"] == S * S * C
-    assert counts["active"] == counts["dense"] + 2 * H * 4 * C
     assert sum(p.numel() for p in model.parameters()) == counts["dense"] + counts["memory"]
+    assert counts["active"] == counts["dense"] + 2 * H * K * C
     model.pool.values.requires_grad_(False)
     assert model.count_parameters() == counts
     peer = make_model(mem_layers=(1, 2), mem_kind="peer").count_parameters()
-    assert peer["memory"] == 2 * S * S * C and peer["active"] == peer["dense"] + 2 * 2 * H * 4 * C
+    assert peer["memory"] == 2 * S * S * C and peer["active"] == peer["dense"] + 2 * 2 * H * K * C
     moe = make_model(moe_layers=(1,), moe_experts=8, moe_top_k=2).count_parameters()
     assert moe["dense"] - moe["active"] == 6 * 2 * C * 2 * C, "six of eight experts are idle"
 

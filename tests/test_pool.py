@@ -139,13 +139,15 @@ def test_forgetting_forgets(model, dense, forget):
     assert torch.equal(model.pool.values, before)
 
 
-def test_autograd_grad_returns_what_is_asked_for_and_leaves_nothing_behind(model, dense):
-    x = batch().requires_grad_()
+def test_autograd_grad_and_functional_call_leave_nothing_behind(model, dense):
+    x, values = batch().requires_grad_(), values_of(model.pool).requires_grad_()
     torch.autograd.grad(model(x).sum(), x)
     ours, = torch.autograd.grad(loss_of(model), [model.pool.values])
-    theirs, = torch.autograd.grad(loss_of(dense), [dense.pool.values])
-    torch.testing.assert_close(ours.to_dense(), theirs)
-    assert all(p.grad is None for p in model.parameters())
+    torch.func.functional_call(model, {"pool.values": values}, batch()).square().mean().backward()
+    assert model.pool.values.grad is None
+    backward(dense)
+    for gradient in (ours, values.grad):
+        torch.testing.assert_close(gradient.to_dense(), dense.pool.values.grad)
 
 
 @pytest.mark.parametrize("frozen", ["pool", "layers"])
@@ -178,14 +180,6 @@ def test_recomputed_layers_give_the_same_gradients_and_count_their_use_once(mode
     assert_same_gradients(model, dense)
     total = 2 * 5 * 2  # layers, tokens, heads: the weights of each head sum to 1
     assert math.isclose(model.pool.usage.total_weight.sum(), total, rel_tol=1e-5)
-
-
-def test_functional_call(model, dense):
-    values = values_of(model.pool).requires_grad_()
-    torch.func.functional_call(model, {"pool.values": values}, batch()).square().mean().backward()
-    backward(dense)
-    assert model.pool.values.grad is None
-    torch.testing.assert_close(values.grad.to_dense(), dense.pool.values.grad)
 
 
 def test_hooks_see_the_gradient_and_may_keep_it(model):
@@ -261,17 +255,15 @@ def test_a_gradient_that_autograd_shares_with_another_parameter_stays_as_it_was(
     torch.testing.assert_close(pool.values.grad.to_dense(), dense.values.grad)
 
 
-@pytest.mark.parametrize("indices, other, error", [
-    ([[36, 0]], torch.ones(1, 2), IndexError),
-    ([[-1, 0]], torch.ones(1, 2), IndexError),
-    ([[2**32 + 1, 0]], torch.ones(1, 2), IndexError),
-    ([[1.5, 0]], torch.ones(1, 2), ValueError),
-    ([[1, 0]], torch.ones(1, 2, dtype=torch.int64), ValueError),
-    ([[1, 0]], torch.ones(2, 1), ValueError),
-    ([1, 0], torch.ones(2), ValueError),
-    (torch.zeros(1, 0, dtype=torch.int64), torch.ones(1, 0), ValueError),
+@pytest.mark.parametrize("error, indices, other", [
+    *((IndexError, [[index, 0]], torch.ones(1, 2)) for index in (36, -1, 2**32 + 1)),
+    (ValueError, [[1.5, 0]], torch.ones(1, 2)),
+    (ValueError, [[1, 0]], torch.ones(1, 2, dtype=torch.int64)),
+    (ValueError, [[1, 0]], torch.ones(2, 1)),
+    (ValueError, [1, 0], torch.ones(2)),
+    (ValueError, torch.zeros(1, 0, dtype=torch.int64), torch.ones(1, 0)),
 ])
-def test_a_read_of_nonsense_is_an_error_and_counts_nothing(indices, other, error):
+def test_a_read_of_nonsense_is_an_error_and_counts_nothing(error, indices, other):
     """A wrong index would read foreign memory, and the optimiser would write there."""
     pool, indices = ValuePool(36, 8), torch.as_tensor(indices)
     with pytest.raises(error):
@@ -570,17 +562,17 @@ def test_options_come_from_the_state_except_the_kernel_and_are_checked():
         learn(pool, optimizer, 2)
 
 
-@pytest.mark.parametrize("weight, dy", [(1.0, -math.inf), (1.0, math.nan), (math.nan, 0.0), (1e20, 1e20),
-                                        (3e38, 10.0), (1.0, 1e20)])
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(kind, weight, dy):
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, in Triton's interpreter
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(kind, side):
     """
     In one of two pools: neither learns, and the next step does not know of it. Also where only a product or
     a square overflows: a second moment of inf would never go away.
     """
     torch.manual_seed(0)
     pools = nn.ModuleList(ValuePool(25, 16, device=DEVICE) for _ in range(2))
-    optimizer = PoolOptimizer([pool.values for pool in pools], lr=0.1, kind=kind)
+    optimizer = PoolOptimizer([pool.values for pool in pools], lr=0.1, kind=kind, kernel=side)
     indices = torch.arange(6, device=DEVICE).view(3, 2)
 
     def step(weight, dy):
@@ -593,10 +585,15 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(kind, weig
         moments = [x for p in optimizer.state.values() for name, x in p.items() if name != "skipped"]
         return copy.deepcopy([*pools.parameters(), *moments])
 
-    before, after, later = step(1.0, 1.0), step(weight, dy), step(1.0, 1.0)
-    assert optimizer.skipped_steps == 1
-    for old, same, new in zip(before, after, later, strict=True):
-        assert torch.equal(old, same) and not torch.equal(same, new) and new.isfinite().all()
+    before = step(1.0, 1.0)
+    bad = [(1.0, -math.inf), (1.0, math.nan), (math.nan, 0.0), (1e20, 1e20), (3e38, 10.0), (1.0, 1e20)]
+    for skipped, (weight, dy) in enumerate(bad, 1):
+        for old, new in zip(before, step(weight, dy), strict=True):
+            assert torch.equal(old, new), (weight, dy)
+        assert optimizer.skipped_steps == skipped
+    for old, new in zip(before, step(1.0, 1.0), strict=True):
+        assert new.isfinite().all() and not torch.equal(old, new)
+    assert optimizer.skipped_steps == len(bad)
 
 
 @pytest.mark.parametrize("kind", ["rowwise", "adam"])
@@ -662,52 +659,14 @@ def test_usage_equals_the_paper_s_measures():
     assert math.isclose(usage.summary()[1], expected, rel_tol=1e-6)
 
 
-def test_counts_of_use_do_not_saturate_in_a_16_bit_model():
+def test_only_training_counts_as_use_and_16_bit_counts_do_not_saturate():
     """bfloat16 has no number between 256 and 258."""
-    pool = ValuePool(4, 8).bfloat16()
+    pool, indices = ValuePool(4, 8).bfloat16(), torch.zeros(1, 1, dtype=torch.int64)
     for _ in range(300):
-        pool(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bfloat16))
+        pool(indices, torch.ones(1, 1, dtype=torch.bfloat16))
+    pool.eval()(indices, torch.ones(1, 1))
     assert pool.bfloat16().usage.total_weight.tolist() == [300, 0, 0, 0]
-
-
-def test_only_training_counts_as_use(model):
-    model.eval()(batch())
-    assert not model.pool.usage.total_weight.any()
-    model.train()(batch())
-    assert model.pool.usage.total_weight.any()
-    assert "pool.usage.total_weight" not in model.state_dict()
-
-
-@pytest.mark.parametrize("options", [
-    dict(backend="aot_eager"),
-    pytest.param(dict(backend="inductor"), marks=pytest.mark.slow),
-    pytest.param(dict(mode="reduce-overhead"), marks=pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="CUDA graphs need a GPU")),
-])
-def test_a_compiled_training_step_learns_as_the_eager_one(options):
-    """
-    With backward and the optimiser inside of what is compiled. The memory of a CUDA graph's tensors is used
-    again in its next run, and a read must not notice. A graph is recorded in the second run.
-    """
-    results = []
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        model = Model(ValuePool(64**2, 8))
-        model.layers = nn.ModuleList(MemoryLayer(8, 64, 2, 3, 4, 8) for _ in range(2))
-        model.to(DEVICE)
-        optimizer = PoolOptimizer(model.pool.parameters(), lr=0.1, kind="sgd")
-
-        def step(x, model=model, optimizer=optimizer):
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-
-        if compiled:
-            step = torch.compile(step, **options)
-        for _ in range(4):
-            step(torch.randn(5, 8, device=DEVICE))
-        results.append(values_of(model.pool))
-    torch.testing.assert_close(*results)
+    assert list(pool.state_dict()) == ["values"]
 
 
 def test_three_files_copied_into_an_empty_folder_work(tmp_path):

@@ -3,13 +3,13 @@
 import copy
 import itertools
 import math
-import pickle
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from baselines import PEER, HashedMemory, MoE
+from memory import MemoryLayer
 from model import GPT, GPTConfig
 from pool import ValuePool
 
@@ -20,57 +20,35 @@ def normal(*shape):
 
 # --- PEER ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_peer_equals_its_formula_and_autograd(layers, qk_norm, bias):
-    """One token and one slot at a time; also the gradients, where both rows of a slot learn."""
+@pytest.mark.parametrize("qk_norm, bias", itertools.product([False, True], repeat=2))
+def test_peer_equals_its_formula_and_autograd(qk_norm, bias):
+    """
+    Two layers, one token and one slot at a time, with queries from other sources than x. Also the gradients,
+    where both rows of a slot learn.
+    """
     torch.manual_seed(0)
     C, S, H, K, D = 8, 6, 2, 3, 4
-    peers = [PEER(C, S, H, K, D, qk_norm=qk_norm, bias=bias).double() for _ in range(layers)]
+    peers = [PEER(C, S, H, K, D, qk_norm=qk_norm, bias=bias).double() for _ in range(2)]
     pool = ValuePool(2 * S * S, C).double()
     values = pool.values.detach().clone().requires_grad_()
-    x = normal(5, C).requires_grad_()
-    expected = x
+    x, left, right = (normal(5, C).requires_grad_() for _ in range(3))
+    ours = expected = x
     for layer in peers:
-        weights, indices = layer.search(expected, None, None)
+        ours = layer(ours, pool, left, right)
+        weights, indices = layer.search(expected, left, right)
         tokens = []
         for n in range(len(x)):
-            y = torch.zeros(C, dtype=torch.float64)
-            for weight, slot in zip(weights[n], indices[n], strict=True):
-                up, down = values[S * S + slot], values[slot]
-                y = y + weight * F.gelu(up @ expected[n]) * down
-            tokens.append(y)
+            up, down = values[S * S + indices[n]], values[indices[n]]  # (H * K, C) each
+            tokens.append((weights[n] * F.gelu(up @ expected[n])) @ down)
         expected = torch.stack(tokens)
-    ours = x
-    for layer in peers:
-        ours = layer(ours, pool)
     torch.testing.assert_close(ours, expected)
-    parameters = [x, *(p for layer in peers for p in layer.parameters())]
-    exact = torch.autograd.grad(expected.square().sum(), (values, *parameters))
+    parameters = [x, left, right, *(p for layer in peers for p in layer.parameters())]
+    exact_values, *exact = torch.autograd.grad(expected.square().sum(), (values, *parameters))
     ours.square().sum().backward()
-    torch.testing.assert_close(tuple(p.grad for p in parameters), exact[1:])
-    torch.testing.assert_close(pool.values.grad.to_dense(), exact[0])
-    assert len(pool.values.grad.reads) == 2 * layers
-    assert all(half.any() for half in exact[0].chunk(2))
-
-
-def test_peer_takes_its_query_from_the_given_sources():
-    torch.manual_seed(0)
-    layer, pool = PEER(8, 6, 2, 3, 4).double(), ValuePool(72, 8).double()
-    x, left, right = normal(3, 2, 5, 8)
-    searched = []
-    pool.register_forward_pre_hook(lambda module, read: searched.append(read[0]))
-    for sources in ((None, None), (x, x), (left, right)):
-        assert layer(x, pool, *sources).shape == x.shape
-    assert torch.equal(searched[0], searched[1])
-    expected = layer.search(x, left, right)[1]
-    assert torch.equal(searched[2], expected) and not torch.equal(searched[2], searched[0])
-
-
-def test_peer_has_neither_gate_nor_output_projection():
-    assert {name.split(".")[0] for name, _ in PEER(8, 6, 2, 3, 4).named_parameters()} == {
-        "query_left", "query_right", "half_keys", "scale"}
+    torch.testing.assert_close([p.grad for p in parameters], exact)
+    torch.testing.assert_close(pool.values.grad.to_dense(), exact_values)
+    assert len(pool.values.grad.reads) == 4
+    assert all(half.any() for half in exact_values.chunk(2))
 
 
 # --- hashed memory ------------------------------------------------------------------------------------------
@@ -127,8 +105,7 @@ def test_hashes_depend_on_both_tokens_and_on_the_layer_only(pairs):
     assert torch.equal(copy_of_a.hash(token, previous), slots), "a checkpoint must hold the hash"
 
 
-@pytest.mark.parametrize("swilu", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("swilu, bias", itertools.product([False, True], repeat=2))
 def test_hashed_memory_equals_its_formula_and_autograd(swilu, bias):
     torch.manual_seed(0)
     S, H, K, V = 6, 2, 3, 10
@@ -147,18 +124,20 @@ def test_hashed_memory_equals_its_formula_and_autograd(swilu, bias):
     ours = layer(x, pool, token, previous)
     torch.testing.assert_close(ours, expected)
     parameters = list(layer.parameters())
-    exact = torch.autograd.grad(expected.square().sum(), (values, *parameters))
+    exact_values, *exact = torch.autograd.grad(expected.square().sum(), (values, *parameters))
     ours.square().sum().backward()
-    torch.testing.assert_close(tuple(p.grad for p in parameters), exact[1:])
-    torch.testing.assert_close(pool.values.grad.to_dense(), exact[0])
+    torch.testing.assert_close([p.grad for p in parameters], exact)
+    torch.testing.assert_close(pool.values.grad.to_dense(), exact_values)
     assert (layer.gate is None) != swilu and (layer.out.bias is None) != bias
 
 
-# --- both ---------------------------------------------------------------------------------------------------
+# --- all of them --------------------------------------------------------------------------------------------
 
 def make(kind):
     """A layer that takes only x and a pool, and the number of rows that it needs."""
     torch.manual_seed(0)
+    if kind == "product-key":
+        return MemoryLayer(8, 4, 2, 2, 4, 8), 16
     if kind == "peer":
         return PEER(8, 4, 2, 2, 4), 32
     layer = HashedMemory(8, 16, 2, 2, 8, VOCABULARY)
@@ -166,39 +145,26 @@ def make(kind):
     return layer, 16
 
 
-@pytest.mark.parametrize("kind", ["peer", "hash"])
-def test_the_pool_of_a_frozen_layer_learns_as_that_of_any_other(kind):
-    results = []
-    for frozen in (False, True):
-        layer, rows = make(kind)
-        pool = ValuePool(rows, 8)
-        layer.requires_grad_(not frozen)
-        layer(torch.randn(5, 8), pool).square().sum().backward()
-        assert all((p.grad is None) == frozen for p in layer.parameters())
-        results.append(pool.values.grad.to_dense())
-    assert torch.equal(*results)
-
-
-@pytest.mark.parametrize("kind", ["peer", "hash"])
+@pytest.mark.parametrize("kind", ["product-key", "peer", "hash"])
 def test_a_pool_of_another_size_is_refused(kind):
+    """Otherwise a read would return whatever stands in memory: nothing else looks whether an index fits."""
     layer, rows = make(kind)
     for wrong_rows, width in ((rows - 1, 8), (2 * rows, 8), (rows // 2, 8), (rows, 9)):
-        with pytest.raises(ValueError, match=f"the pool has {wrong_rows} rows of width {width}"):
+        with pytest.raises(ValueError, match=f"{wrong_rows} rows of width {width}, .* needs {rows} of"):
             layer(torch.randn(5, 8), ValuePool(wrong_rows, width))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("of_layer, of_pool", [(torch.float16, torch.float16), (torch.float64, torch.float64),
+                                               (torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize("kind", ["peer", "hash"])
-def test_other_dtypes_give_finite_results_and_the_dtype_of_x(kind, dtype):
+def test_other_dtypes_give_finite_results_and_the_dtype_of_x(kind, of_layer, of_pool):
     layer, rows = make(kind)
-    layer, pool, x = layer.to(dtype), ValuePool(rows, 8).to(dtype), torch.randn(5, 8).to(dtype)
-    y = layer(x, pool)
-    assert y.dtype == dtype and y.isfinite().all()
+    pool = ValuePool(rows, 8, of_pool)
+    y = layer.to(of_layer)(torch.randn(5, 8).to(of_layer), pool)
+    assert y.dtype == of_layer and y.isfinite().all()
     y.float().square().sum().backward()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
     assert pool.values.grad.to_dense().isfinite().all()
-    mixed = ValuePool(rows, 8, torch.bfloat16)  # values with fewer bits than the layer
-    assert layer(x, mixed).dtype == dtype
 
 
 # --- mixture of experts -------------------------------------------------------------------------------------
@@ -220,11 +186,9 @@ def test_experts_equal_a_mixture_of_all_of_them(experts, top_k, N):
     moe = MoE(16, 12, experts, top_k, n_layer=3).double()
     x, dy = normal(N, 16).requires_grad_(), normal(N, 16)
     results = []
-    for function in (moe, lambda x: every_expert(moe, x)):
-        y = function(x)
+    for y in (moe(x.unsqueeze(0)).squeeze(0), every_expert(moe, x)):
         results.append([y, *torch.autograd.grad(y, (x, *moe.parameters()), dy)])
     torch.testing.assert_close(*results)
-    assert torch.equal(moe(x.view(1, N, 16))[0], moe(x))
 
 
 def test_balance_is_1_if_experts_are_used_alike_and_more_otherwise():
@@ -238,16 +202,11 @@ def test_balance_is_1_if_experts_are_used_alike_and_more_otherwise():
         assert 7 < moe.take_balance() <= 8, "always the same 2 of 16 experts"
 
 
-def test_take_balance_forgets_and_evaluation_leaves_none():
+def make_gpt(**changes):
     torch.manual_seed(0)
-    moe = MoE(16, 64, experts=4, top_k=2, n_layer=3)
-    moe(torch.randn(5, 16))
-    assert moe.take_balance().requires_grad and moe.take_balance() is None
-    moe.eval()(torch.randn(5, 16))
-    assert moe.take_balance() is None
-
-
-SMALL = dict(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=16, moe_experts=4)
+    sizes = dict(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=16, moe_experts=4, mem_num_keys=8,
+                 mem_heads=2, mem_knn=4, mem_key_dim=8)
+    return GPT(GPTConfig(**sizes, **changes))
 
 
 def batch():
@@ -258,8 +217,7 @@ def test_balance_moves_the_router_and_not_the_loss():
     """The losses of different models stay comparable, and each micro-batch adds its share to the gradient."""
     losses, grads = [], []
     for weight in (0.0, 0.5):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(**SMALL, moe_layers=(1,), moe_balance=weight)).double()
+        model = make_gpt(moe_layers=(1,), moe_balance=weight).double()
         loss = model(*batch())[1]
         loss.backward()
         losses.append(loss.item())
@@ -274,38 +232,24 @@ def test_balance_moves_the_router_and_not_the_loss():
     assert seen[0] > 1
 
 
-def test_a_model_with_experts_can_be_copied_right_after_a_training_step():
+def test_a_model_with_experts_can_be_copied_after_a_forward_pass_without_targets():
     """deepcopy refuses a tensor with a graph, such as a balance that the layer still holds."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**SMALL, moe_layers=(0, 1)))
-    optimizer, = model.optimizers(1e-3, 1e-2, 0.1, (0.9, 0.99))
-    model(*batch())[1].backward()
-    optimizer.step()
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other.eval()(*batch())[1], copy.deepcopy(model).eval()(*batch())[1])
-
-
-def test_a_model_with_experts_can_be_copied_after_a_forward_pass_in_training_without_targets():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**SMALL, moe_layers=(0, 1)))
+    model = make_gpt(moe_layers=(0, 1))
     model(batch()[0])
     copy.deepcopy(model)
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_one_mixture_may_be_in_evaluation_mode_while_the_model_trains(frozen):
+def test_one_mixture_may_be_in_evaluation_mode_while_the_model_trains():
     """As people do with parts that they freeze."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**SMALL, moe_layers=(0, 1)))
-    model.blocks[frozen].mlp.eval()
+    model = make_gpt(moe_layers=(0, 1))
+    model.blocks[0].mlp.eval()
     model(*batch())[1].backward()
 
 
-@pytest.mark.parametrize("changes", [dict(moe_layers=(0, 1)), dict(mem_layers=(1,), mem_kind="peer"),
-                                     dict(mem_layers=(1,), mem_kind="hash")])
+@pytest.mark.parametrize("changes", [dict(moe_layers=(0, 1)), dict(mem_layers=(1,)),
+                                     *(dict(mem_layers=(1,), mem_kind=kind) for kind in ("peer", "hash"))])
 def test_autocast_trains(changes):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**SMALL, **changes, mem_num_keys=8, mem_heads=2, mem_knn=4, mem_key_dim=8))
+    model = make_gpt(**changes)
     exact = model(*batch())[1]
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(*batch())[1]

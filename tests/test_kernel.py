@@ -67,23 +67,20 @@ def update(values, reads, state, lr=0.1, betas=(0.9, 0.99), eps=1e-8, **options)
 SHAPES = [
     (0, 5, 7, 11, "random"),
     (1, 1, 1, 1, "random"),
-    (1, 5, 64, 100, "random"),
     (17, 1, 7, 9, "random"),
     (13, 5, 96, 400, "random"),
-    (3, 128, 257, 50, "random"),
-    (2, 5, 1024, 30, "random"),
-    (2, 3, 1500, 9, "random"),
+    (3, 70, 257, 50, "random"),  # more rows than one program of gather_dot has
+    (2, 3, 1500, 9, "random"),  # more columns than one program has
     (29, 6, 16, 64, "repeated"),
-    (40, 16, 8, 30, "one row"),
 ]
-DTYPES = [(side, dtype) for side in SIDES for dtype in TOLERANCE
-          if (side, dtype) != ("triton", torch.float64)]
+# float32 has all shapes, and each other dtype those with 5 slots per token. Triton has no float64
+GATHERS = [(side, dtype, shape) for side in SIDES for dtype in TOLERANCE for shape in SHAPES
+           if dtype == torch.float32 or shape[1] == 5 and (side, dtype) != ("triton", torch.float64)]
 
 
-@pytest.mark.parametrize("side, dtype", DTYPES)
-@pytest.mark.parametrize("N, bag, V, num_values, how", SHAPES)
-def test_gathers_equal_autograd_in_float64(N, bag, V, num_values, how, side, dtype):
-    values, indices, weights, dy = make_read(N, bag, V, num_values, how, dtype=dtype)
+@pytest.mark.parametrize("side, dtype, shape", GATHERS)
+def test_gathers_equal_autograd_in_float64(side, dtype, shape):
+    values, indices, weights, dy = make_read(*shape, dtype=dtype)
     exact_values, exact_weights = values.double(), weights.double().requires_grad_()
     y = reference(exact_values, indices, exact_weights)
     y.backward(dy.double())
@@ -98,45 +95,24 @@ def test_gathers_equal_autograd_in_float64(N, bag, V, num_values, how, side, dty
         assert_close(ours, exact_weights.grad, tolerance)
 
 
-@pytest.mark.parametrize("N, bag, V, num_values, how", SHAPES[1:])
-def test_row_gradients_equal_autograd(N, bag, V, num_values, how):
-    values, indices, weights, dy = make_read(N, bag, V, num_values, how, dtype=torch.float64)
-    values.requires_grad_()
-    reference(values, indices, weights).backward(dy)
-    dense = torch.zeros_like(values)
-    seen = []
-    for rows, g in row_gradients(*sort_reads([(indices, weights, dy)])):
-        dense[rows] = g
-        seen += rows.tolist()
-    torch.testing.assert_close(dense, values.grad)
-    assert seen == sorted(set(indices.flatten().tolist())), "each row that was read, once"
-
-
 @pytest.mark.parametrize("chunk", [1, 16, 48, 10**9])
-def test_row_gradients_do_not_depend_on_the_chunk(monkeypatch, chunk):
-    """A chunk must not end in the middle of a row, and the last chunk must not be lost."""
-    values, indices, weights, dy = make_read(50, 4, 16, 30)
-    sorted_reads = sort_reads([(indices, weights, dy)])
-    expected = [torch.cat(parts) for parts in zip(*row_gradients(*sorted_reads), strict=True)]
+@pytest.mark.parametrize("sizes", [[(1, 1)], [(50, 4)], [(7, 3), (1, 9), (5, 4)]])
+def test_row_gradients_equal_autograd(monkeypatch, sizes, chunk):
+    """
+    Several reads are those of several layers and micro-batches: their tokens must have different numbers. A
+    chunk must not end in the middle of a row, and the last chunk must not be lost.
+    """
     monkeypatch.setattr(kernel, "CHUNK", chunk)
-    chunks = list(row_gradients(*sorted_reads))
-    assert all(len(rows) <= max(1, chunk // 16) for rows, _ in chunks)
-    for part, whole in zip(zip(*chunks, strict=True), expected, strict=True):
-        torch.testing.assert_close(torch.cat(part), whole)
-
-
-def test_several_reads_with_bags_of_different_sizes_add_up():
-    """As several layers and micro-batches leave them. The tokens of all reads must have different numbers."""
-    values, *first = make_read(7, 3, 8, 20, seed=1, dtype=torch.float64)
-    others = [make_read(n, bag, 8, 20, seed=n, dtype=torch.float64)[1:] for n, bag in ((1, 9), (5, 4))]
-    reads = [tuple(read) for read in (first, *others)]
+    values, *_ = make_read(1, 1, 8, 20, dtype=torch.float64)
     values.requires_grad_()
+    reads = [tuple(make_read(*size, 8, 20, seed=n, dtype=torch.float64)[1:]) for n, size in enumerate(sizes)]
     for indices, weights, dy in reads:
         reference(values, indices, weights).backward(dy)
-    dense = torch.zeros_like(values)
-    for rows, g in row_gradients(*sort_reads(reads)):
-        dense[rows] = g
-    torch.testing.assert_close(dense, values.grad)
+    chunks = list(row_gradients(*sort_reads(reads)))
+    assert all(len(rows) <= max(1, chunk // 8) for rows, _ in chunks)
+    rows, g = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    assert torch.equal(rows, torch.cat([read[0].flatten() for read in reads]).unique()), "each row once"
+    torch.testing.assert_close(torch.zeros_like(values).index_copy(0, rows, g), values.grad)
 
 
 # --- the update against formulas and torch.optim ------------------------------------------------------------
@@ -155,7 +131,7 @@ def rowwise_reference(values, gradient, v, read, lr, beta2, eps, blocks):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("V, blocks", [(16, 1), (16, 2), (96, 8), (7, 1), (12, 3)])
+@pytest.mark.parametrize("V, blocks", [(16, 2), (96, 8), (7, 1)])
 def test_rowwise_equals_its_formula(V, blocks, side):
     values, *_ = make_read(1, 1, V, 30)
     expected, v = values.double(), torch.zeros(30, blocks, dtype=torch.float64, device=DEVICE)
@@ -169,26 +145,6 @@ def test_rowwise_equals_its_formula(V, blocks, side):
         update(values, [(indices, weights, dy)], state, betas=(0.5, 0.9), kernel=side)
         assert_close(values, expected, 1e-5)
         assert_close(state["v"], v, 1e-5)
-
-
-@pytest.mark.parametrize("side", SIDES)
-def test_rowwise_with_one_block_per_column_is_rmsprop(side):
-    """Except at the first step, so here v does not start at zero."""
-    V, rows = 6, 5
-    values, *_ = make_read(1, 1, V, rows)
-    state = new_state("rowwise", rows, V, V)
-    state["v"] += torch.rand(rows, V, device=DEVICE) + 0.1
-    p = values.clone().requires_grad_()
-    optimizer = torch.optim.RMSprop([p], lr=0.03, alpha=0.95, eps=1e-8)
-    optimizer.state[p] = {"step": torch.tensor(0.0), "square_avg": state["v"].clone()}
-    for step in range(3):
-        _, _, weights, dy = make_read(4, rows, V, rows, seed=step)
-        indices = torch.arange(rows, device=DEVICE).repeat(4, 1)
-        optimizer.zero_grad()
-        reference(p, indices, weights).backward(dy)
-        optimizer.step()
-        update(values, [(indices, weights, dy)], state, lr=0.03, betas=(0.0, 0.95), kernel=side)
-        torch.testing.assert_close(values, p.detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -209,43 +165,28 @@ def test_adam_equals_sparse_adam(side):
         torch.testing.assert_close(values, p.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("N, bag, V, num_values, how", [(9, 4, 16, 30, "random"), (9, 4, 7, 30, "random"),
-                                                        (90, 9, 12, 3, "one row")])
-def test_sgd_equals_torch_s(N, bag, V, num_values, how, side):
-    values, *_ = make_read(1, 1, V, num_values)
-    p = values.double().requires_grad_()
-    optimizer, state = torch.optim.SGD([p], lr=0.3), new_state("sgd", num_values, V)
-    for step in range(3):
-        _, indices, weights, dy = make_read(N, bag, V, num_values, how, seed=step)
-        optimizer.zero_grad()
-        reference(p, indices, weights.double()).backward(dy.double())
-        optimizer.step()
-        update(values, [(indices, weights, dy)], state, lr=0.3, kernel=side)
-        assert_close(values, p.detach(), 1e-5)
-    assert set(state) == {"step"}
-
-
+@pytest.mark.parametrize("side, dtype",
+                         [("torch", torch.float64), *((side, torch.float32) for side in SIDES)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_float64_pool_is_updated_in_float64(kind):
-    """Chunks, sparse additions and the state must not pass through float32."""
-    V = 8
-    values, *_ = make_read(1, 1, V, 30, dtype=torch.float64)
-    state, exact = new_state(kind, 30, V, V, torch.float64), values.clone().requires_grad_()
+def test_an_update_of_all_rows_equals_torch_optim(kind, side, dtype):
+    """In float64, neither the chunks, nor the sparse additions, nor the state may pass through float32."""
+    V = 7
+    values, *_ = make_read(1, 1, V, 30, dtype=dtype)
+    state, exact = new_state(kind, 30, V, V, dtype), values.double().clone().requires_grad_()
     eps = 1e-30 if kind == "adam" else 1e-8  # Adam adds eps after the bias correction, SparseAdam before it
     optimizer = {"rowwise": lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.99, eps=eps),
                  "adam": lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.9, 0.99), eps=eps),
                  "sgd": lambda p: torch.optim.SGD(p, lr=0.1)}[kind]([exact])
     for step in range(3):
-        _, _, weights, dy = make_read(4, 30, V, 30, seed=step, dtype=torch.float64)
-        indices = torch.arange(30, device=DEVICE).repeat(4, 1)  # all rows, so torch's moments are the same
+        _, _, weights, dy = make_read(4, 30, V, 30, seed=step, dtype=dtype)
+        indices = torch.arange(30, device=DEVICE).repeat(4, 1)
         optimizer.zero_grad()
-        reference(exact, indices, weights).backward(dy)
-        if step == 0 and kind == "rowwise":
+        reference(exact, indices, weights.double()).backward(dy.double())
+        if step == 0 and kind == "rowwise":  # v starts with the first square, not with zero
             optimizer.state[exact] = {"step": torch.tensor(0.0), "square_avg": exact.grad.square()}
         optimizer.step()
-        update(values, [(indices, weights, dy)], state, eps=eps, kernel="torch")
-        assert_close(values, exact.detach(), 1e-12)
+        update(values, [(indices, weights, dy)], state, eps=eps, kernel=side)
+        assert_close(values, exact.detach(), TOLERANCE[dtype])
 
 
 # --- the update: what holds for every optimiser -------------------------------------------------------------
@@ -272,46 +213,18 @@ def test_an_update_is_deterministic_and_leaves_unread_rows_alone(kind, side, how
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how, dtype", [("random", torch.float32), ("one row", torch.bfloat16)])
-@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, in Triton's interpreter
-def test_finite_decides_whether_anything_changes(how, dtype, kind, side):
-    values, *first = make_read(9, 5, 16, 20, how, dtype=dtype)
-    _, indices, weights, dy = make_read(30, 5, 16, 20, how, seed=1)
-    state, options = new_state(kind, 20, 16), dict(kernel=side)
-    if dtype == torch.bfloat16:
-        options["seed"] = 3
-    update(values, [tuple(first)], state, **options)  # so that the moments are not zero
-    broken = dy.clone()
-    broken[3, 1], broken[4, 2] = torch.nan, torch.inf
-    results = []
-    for finite, gradient in ((None, dy), (True, dy), (False, broken)):
-        results.append((values.clone(), {name: tensor.clone() for name, tensor in state.items()}))
-        flag = None if finite is None else torch.tensor(finite, device=DEVICE)
-        update(results[-1][0], [(indices, weights, gradient)], results[-1][1], finite=flag, **options)
-    (without, without_state), (moved, moved_state), (kept, kept_state) = results
-    assert torch.equal(moved, without) and not torch.equal(moved, values) and torch.equal(kept, values)
-    for name in state.keys() - {"step"}:
-        assert torch.equal(moved_state[name], without_state[name])
-        assert torch.equal(kept_state[name], state[name]) and not torch.equal(moved_state[name], state[name])
-
-
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_was_read_and_nothing_changes(kind, side):
-    values, indices, weights, dy = make_read(0, 5, 16, 30)
-    before, state = values.clone(), new_state(kind, 30, 16)
-    for reads in ([], [(indices, weights, dy)]):
-        update(values, reads, state, kernel=side)
+def test_nothing_was_read_and_nothing_changes(side):
+    values, *read = make_read(0, 5, 16, 30)
+    before = values.clone()
+    for reads in ([], [tuple(read)]):
+        update(values, reads, new_state("adam", 30, 16), kernel=side)
     assert torch.equal(values, before)
 
 
 @pytest.mark.skipif(len(SIDES) < 2, reason="no Triton here")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("N, bag, V, num_values, how", [
-    (1, 1, 1, 1, "random"), (13, 5, 96, 40, "random"), (3, 20, 257, 50, "repeated"),
-    (90, 9, 16, 3, "one row"),
-])
+    (1, 1, 1, 1, "random"), (5, 8, 257, 50, "repeated"), (40, 5, 16, 3, "one row")])
 def test_the_update_in_triton_equals_the_one_in_pytorch(N, bag, V, num_values, how, kind):
     results = []
     for side in SIDES:
@@ -322,15 +235,13 @@ def test_the_update_in_triton_equals_the_one_in_pytorch(N, bag, V, num_values, h
             reads = [(indices.int(), *others) for s in (seed, seed + 10)
                      for _, indices, *others in [make_read(N, bag, V, num_values, how, seed=s)]]
             update(values, reads, state, kernel=side)
-        results.append((values, state))
-    (ours, state), (theirs, their_state) = results
-    assert_close(ours, theirs.double(), 1e-5)
-    for name in state:
-        assert_close(state[name], their_state[name].double(), 1e-5)
+        results.append({"values": values} | state)
+    for name, ours in results[1].items():
+        assert_close(ours, results[0][name].double(), 1e-5)
 
 
 @pytest.mark.skipif(len(SIDES) < 2, reason="no Triton here")
-@pytest.mark.parametrize("lengths", [[4, 5, 1, 8], [9, 9, 9], [3, 13, 5, 5, 12], [1, 4, 40, 6], [16]])
+@pytest.mark.parametrize("lengths", [[4, 5, 1, 8], [3, 13, 5, 5, 12], [1, 4, 40, 6], [16]])
 def test_rows_that_are_summed_in_pieces(monkeypatch, lengths):
     """Pieces of 4 places, and rows that end before, at and after a piece, side by side."""
     monkeypatch.setattr(kernel, "PIECE", 4)
@@ -386,13 +297,6 @@ def test_stochastic_rounding_keeps_small_steps_on_average_and_both_sides_draw_al
     assert all(not torch.equal(draws[a], draws[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_stochastic_rounding_is_refused_for_other_dtypes(dtype):
-    values, indices, weights, dy = make_read(4, 3, 8, 30, dtype=dtype)
-    with pytest.raises(ValueError, match="for bfloat16"):
-        update(values, [(indices, weights, dy)], new_state("rowwise", 30, 8), seed=3)
-
-
 # --- mistakes -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("side", SIDES)
@@ -400,16 +304,12 @@ def test_stochastic_rounding_is_refused_for_other_dtypes(dtype):
 def test_indices_out_of_range_are_caught_before_a_launch(monkeypatch, wrong, side):
     monkeypatch.setattr(kernel, "CHECK_INDICES", True)
     values, indices, weights, dy = make_read(4, 3, 8, 30)
-    state, reads = new_state("rowwise", 30, 8), [(indices, weights, dy)]
-    operations = [
+    indices[2, 1] = wrong
+    for operation in (
         lambda: gather_sum(values, indices, weights, side),
         lambda: gather_dot(values, indices, dy, side),
-        lambda: update(values, reads, state, kernel=side),
-    ]
-    for operation in operations:
-        operation()
-    indices[2, 1] = wrong
-    for operation in operations:
+        lambda: update(values, [(indices, weights, dy)], new_state("rowwise", 30, 8), kernel=side),
+    ):
         with pytest.raises(IndexError, match="in a pool of 30 rows"):
             operation()
 
@@ -423,9 +323,6 @@ def test_where_triton_cannot_run_an_error_says_why(monkeypatch):
     assert resolve_kernel("auto", "cuda") == "torch"
     with pytest.raises(ValueError, match="not installed"):
         resolve_kernel("triton", "cuda")
-
-
-def test_an_unknown_kernel_is_refused():
     with pytest.raises(ValueError, match="kernel='cuda' must be 'auto', 'triton' or 'torch'"):
         resolve_kernel("cuda", "cpu")
 
@@ -433,8 +330,8 @@ def test_an_unknown_kernel_is_refused():
 # --- top-k --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("S, k", [(1, 1), (2, 2), (50, 16), (64, 3), (65, 64), (127, 1), (128, 16), (132, 33),
-                                  (132, 40), (256, 64), (1024, 32), (1024, 40), (1024, 255)])
+@pytest.mark.parametrize("S, k", [(1, 1), (50, 16), (65, 64), (128, 16), (132, 33), (132, 40), (256, 64),
+                                  (1024, 32), (1024, 255)])
 def test_top_k_equals_torch_s(S, k, dtype):
     """Both signs and zeros, neighbouring numbers, denormals, ties: none may come in another order."""
     generator = torch.Generator().manual_seed(S)
@@ -449,15 +346,14 @@ def test_top_k_equals_torch_s(S, k, dtype):
     assert all(len(row.unique()) == k for row in indices.flatten(0, 1))
 
 
-def test_top_k_of_no_rows_and_of_strided_rows():
-    torch.manual_seed(0)
-    for S in (40, 200):
-        assert top_k(torch.empty(0, 2, S), 7)[1].shape == (0, 2, 7)
-        x = torch.randn(S, 3).t()  # not contiguous
-        before = x.clone()
-        values, indices = top_k(x, 7)
-        assert torch.equal(values, x.topk(7).values) and torch.equal(values, x.gather(-1, indices))
-        assert torch.equal(x, before), "the input does not change"
+@pytest.mark.parametrize("S", [40, 200])
+def test_top_k_of_no_rows_and_of_strided_rows(S):
+    assert top_k(torch.empty(0, 2, S), 7)[1].shape == (0, 2, 7)
+    x = torch.randn(S, 3, generator=torch.Generator().manual_seed(0)).t()  # not contiguous
+    before = x.clone()
+    values, indices = top_k(x, 7)
+    assert torch.equal(values, x.topk(7).values) and torch.equal(values, x.gather(-1, indices))
+    assert torch.equal(x, before), "the input does not change"
 
 
 # --- Triton, compiled ---------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """memory.py against brute force over all slots, autograd, and the published formula."""
 
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -11,8 +10,6 @@ from torch.nn import functional as F
 from memory import MemoryLayer, fast_search, normalize, product_key_search, pruned_pairs
 from pool import ValuePool
 
-ALL_OPTIONS = list(itertools.product([False, True], repeat=3))
-
 # --- the search ---------------------------------------------------------------------------------------------
 
 SHAPES = [  # N, H, D, S, knn
@@ -20,10 +17,7 @@ SHAPES = [  # N, H, D, S, knn
     (5, 2, 2, 7, 7),
     (9, 3, 8, 16, 5),
     (4, 1, 6, 33, 32),
-    (16, 4, 32, 64, 16),
-    (3, 2, 4, 40, 39),
     (6, 2, 4, 68, 3),
-    (5, 1, 8, 32, 2),
     (2, 1, 8, 140, 64),
 ]
 
@@ -61,17 +55,6 @@ def test_search_where_all_slots_tie(search):
     assert all(len(set(slots)) == 8 for slots in indices[:, 0].tolist())
 
 
-@pytest.mark.parametrize("search", SEARCHES)
-def test_search_gradient_equals_brute_force(search):
-    torch.manual_seed(0)
-    queries = torch.randn(6, 2, 2, 4, dtype=torch.float64, requires_grad=True)
-    half_keys = torch.randn(2, 2, 20, 4, dtype=torch.float64, requires_grad=True)
-    upstream = torch.randn(6, 2, 5, dtype=torch.float64)
-    ours = torch.autograd.grad(search(queries, half_keys, 5)[0], (queries, half_keys), upstream)
-    theirs = torch.autograd.grad(brute_force(queries, half_keys, 5)[1], (queries, half_keys), upstream)
-    torch.testing.assert_close(ours, theirs)
-
-
 def test_search_of_many_tokens():
     """
     On a CPU, the search takes 64 tokens at a time here, and the last part is shorter. Scores and gradients
@@ -85,15 +68,12 @@ def test_search_of_many_tokens():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         scores, indices = fast_search(queries, half_keys, K)
     assert saved and max(saved) < N * H * 2 * S
-    one_by_one = [fast_search(query, half_keys, K)[0] for query in queries.split(1)]
-    torch.testing.assert_close(scores, torch.cat(one_by_one))
+    torch.testing.assert_close(scores, product_key_search(queries, half_keys, K)[0])
     half_scores = torch.einsum("nhpd,hpsd->nhps", queries, half_keys)
     expected = half_scores.gather(-1, torch.stack((indices // S, indices % S), 2)).sum(2)
     torch.testing.assert_close(scores, expected)
     ours, theirs = (torch.autograd.grad(x, (queries, half_keys), upstream) for x in (scores, expected))
     torch.testing.assert_close(ours, theirs)
-    few = queries[:2], half_keys[:, :, :5]
-    assert torch.autograd.gradcheck(lambda *inputs: fast_search(*inputs, 2)[0], few)
 
 
 def test_the_pruned_grid_has_the_pairs_that_can_win_and_no_others():
@@ -140,16 +120,28 @@ def make_layer(C=12, S=9, H=3, K=4, D=8, V=10, **options):
     return layer, pool
 
 
+def assert_equals_the_formula(layer, pool, x, left=None, right=None):
+    """The output, and the gradients of x, of both sources, of every parameter and of the values."""
+    layer, pool = layer.double(), pool.double()
+    y, dy = layer(x, pool, left, right), torch.randn_like(x)
+    expected = formula(layer, pool, *(x if source is None else source for source in (x, left, right)))
+    torch.testing.assert_close(y, expected)
+    inputs = [source for source in (x, left, right) if source is not None]
+    ours, theirs = (torch.autograd.grad(result, [*inputs, *layer.parameters(), pool.values], dy,
+                                        allow_unused=True) for result in (y, expected))
+    torch.testing.assert_close(ours[-1].to_dense(), theirs[-1])
+    for our, their in zip(ours[:-1], theirs[:-1], strict=True):
+        assert (our is None) == (their is None)  # without a gate, nothing depends on x if both sources do not
+        torch.testing.assert_close(our, their)
+
+
 @pytest.mark.parametrize("sources", ["none", "left", "right", "both"])
-@pytest.mark.parametrize("swilu, qk_norm, bias", ALL_OPTIONS)
-def test_layer_equals_the_formula(sources, swilu, qk_norm, bias):
-    layer, pool = (part.double() for part in make_layer(swilu=swilu, qk_norm=qk_norm, bias=bias))
-    x, left, right = torch.randn(3, 2, 4, 12, dtype=torch.float64)
-    left = left if sources in ("left", "both") else None
-    right = right if sources in ("right", "both") else None
-    used = (x, x if left is None else left, x if right is None else right)
-    expected = formula(layer, pool, *(source.flatten(0, 1) for source in used))
-    torch.testing.assert_close(layer(x, pool, left, right), expected.view(2, 4, 12))
+@pytest.mark.parametrize("swilu, qk_norm, bias", itertools.product([False, True], repeat=3))
+def test_layer_and_gradients_equal_the_formula(sources, swilu, qk_norm, bias):
+    layer, pool = make_layer(S=5, swilu=swilu, qk_norm=qk_norm, bias=bias)
+    x, left, right = (torch.randn(3, 12, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    assert_equals_the_formula(layer, pool, x, left if sources in ("left", "both") else None,
+                              right if sources in ("right", "both") else None)
     assert (layer.gate is None) != swilu and (layer.scale is None) != qk_norm
     for linear in (layer.query_left, layer.query_right, layer.out):
         assert (linear.bias is None) != bias
@@ -166,37 +158,17 @@ def test_layer_equals_the_formula(sources, swilu, qk_norm, bias):
 ])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_the_smallest_sizes_equal_the_formula(N, C, S, H, K, D, V, qk_norm):
-    layer, pool = (part.double() for part in make_layer(C, S, H, K, D, V, qk_norm=qk_norm))
     x = torch.randn(N, C, dtype=torch.float64, requires_grad=True)
-    y, expected = layer(x, pool), formula(layer, pool, x, x, x)
-    torch.testing.assert_close(y, expected)
-    parameters, dy = [x, *layer.parameters(), pool.values], torch.randn(N, C, dtype=torch.float64)
-    *ours, of_values = torch.autograd.grad(y, parameters, dy)
-    *theirs, of_values_exact = torch.autograd.grad(expected, parameters, dy)
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(of_values.to_dense(), of_values_exact)
+    assert_equals_the_formula(*make_layer(C, S, H, K, D, V, qk_norm=qk_norm), x)
 
 
 def test_an_empty_batch():
     layer, pool = make_layer()
     x = torch.randn(0, 4, 12, requires_grad=True)
     y = layer(x, pool)
-    assert y.shape == (0, 4, 12)
+    assert y.shape == x.shape
     y.sum().backward()
     assert not pool.values.grad.to_dense().any() and x.grad.shape == x.shape
-
-
-@pytest.mark.parametrize("swilu, qk_norm, bias", ALL_OPTIONS)
-def test_gradients_equal_autograd_s_through_the_formula(swilu, qk_norm, bias):
-    """Of x, of both sources, of every parameter of the layer and of the values."""
-    layer, pool = (part.double() for part in make_layer(swilu=swilu, qk_norm=qk_norm, bias=bias))
-    x, left, right = (torch.randn(3, 12, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    dy = torch.randn(3, 12, dtype=torch.float64)
-    wanted = [left, right, *layer.parameters(), *([x] if swilu else []), pool.values]
-    *ours, of_values = torch.autograd.grad(layer(x, pool, left, right), wanted, dy)
-    *theirs, of_values_exact = torch.autograd.grad(formula(layer, pool, x, left, right), wanted, dy)
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(of_values.to_dense(), of_values_exact)
 
 
 # --- precision ----------------------------------------------------------------------------------------------
@@ -220,59 +192,38 @@ def test_a_16_bit_layer_searches_in_float32(dtype, qk_norm):
     layer = make_layer(32, 16, 2, 8, 32, 32, qk_norm=qk_norm)[0].to(dtype)
     x = torch.randn(50, 32).to(dtype)
     with torch.no_grad():
-        weights, indices = layer.search(x, None, None)
+        weights, indices = (result.view(50, 2, 8) for result in layer.search(x, None, None))
         halves = (linear(x).view(50, 2, 16) for linear in (layer.query_left, layer.query_right))
         queries = torch.stack(tuple(halves), dim=2).double()  # (N, H, 2, D/2)
         half_keys = layer.half_keys.double()  # (H, 2, S, D/2)
         if qk_norm:
             queries = F.normalize(queries, dim=-1) * layer.scale.double().view(2, 1, 1)
             half_keys = F.normalize(half_keys, dim=-1)
-        best = brute_force(queries, half_keys, 8)[0].topk(8)
+        scores, best = brute_force(queries, half_keys, 8)
     assert weights.dtype == torch.float32
-    assert torch.equal(indices.view(50, 2, 8), best.indices)
-    torch.testing.assert_close(weights.view(50, 2, 8).double(), best.values.softmax(-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores.gather(-1, indices), best, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weights.double(), best.softmax(-1), rtol=1e-5, atol=1e-6)
 
 
-def test_autocast_trains():
-    layer, pool = make_layer()
-    x = torch.randn(5, 12, requires_grad=True)
-    exact = layer(x, pool)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x, pool)
-    assert (y - exact).norm() < 0.2 * exact.norm()
-    y.float().square().sum().backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in (x, *layer.parameters()))
-    assert pool.values.grad.to_dense().isfinite().all()
-
-
-DTYPES = {
-    "half": lambda layer, pool: (layer.half(), pool.half()),
-    "bfloat16": lambda layer, pool: (layer.bfloat16(), pool.bfloat16()),
-    "double": lambda layer, pool: (layer.double(), pool.double()),
-    "bfloat16 pool": lambda layer, pool: (layer, pool.bfloat16()),
-    "half pool": lambda layer, pool: (layer, pool.half()),
-}
-
-
-@pytest.mark.parametrize("convert", DTYPES)
+@pytest.mark.parametrize("of_layer, of_pool", [
+    (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float64, torch.float64),
+    (torch.float32, torch.bfloat16), (torch.float32, torch.float16)])
 @pytest.mark.parametrize("x_is_zero", [False, True])
-@pytest.mark.parametrize("qk_norm, bias", list(itertools.product([False, True], repeat=2)))
-def test_other_dtypes_give_finite_results_and_the_dtype_of_x(convert, x_is_zero, qk_norm, bias):
+@pytest.mark.parametrize("bias", [False, True])
+def test_other_dtypes_give_finite_results_and_the_dtype_of_x(of_layer, of_pool, x_is_zero, bias):
     """A zero vector without biases makes a query of length 0, which cannot be normalised."""
-    exact_layer, exact_pool = make_layer(qk_norm=qk_norm, bias=bias)
-    layer, pool = DTYPES[convert](*make_layer(qk_norm=qk_norm, bias=bias))
-    dtype = layer.out.weight.dtype
+    layer, pool = make_layer(bias=bias)
     x = torch.zeros(6, 12) if x_is_zero else torch.randn(6, 12)
-    exact = exact_layer(x, exact_pool)
-    x = x.to(dtype).requires_grad_()
+    exact = layer(x, pool)
+    layer, pool, x = layer.to(of_layer), pool.to(of_pool), x.to(of_layer).requires_grad_()
     y = layer(x, pool)
-    assert y.dtype == dtype and y.isfinite().all()
-    if convert not in ("half", "bfloat16"):  # with 16-bit queries other slots may win
+    assert y.dtype == of_layer and y.isfinite().all()
+    if of_layer.itemsize > 2:  # with 16-bit queries other slots may win
         torch.testing.assert_close(y.float(), exact, rtol=2e-2, atol=2e-2)
     y.float().square().sum().backward()
     for p in (x, *layer.parameters()):
         assert p.grad.dtype == p.dtype and p.grad.isfinite().all()
-    assert pool.values.grad.dtype == pool.values.dtype and pool.values.grad.to_dense().isfinite().all()
+    assert pool.values.grad.dtype == of_pool and pool.values.grad.to_dense().isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -291,15 +242,6 @@ def test_normalize(dtype):
 
 # --- projections are modules --------------------------------------------------------------------------------
 
-def test_forward_hooks_of_every_projection_fire():
-    layer, pool = make_layer()
-    seen = []
-    for name in ("query_left", "query_right", "gate", "out"):
-        getattr(layer, name).register_forward_hook(lambda module, args, y, name=name: seen.append(name))
-    layer(torch.randn(3, 12), pool)
-    assert sorted(seen) == ["gate", "out", "query_left", "query_right"]
-
-
 class LoRA(nn.Module):
     """linear(x) + up(down(x)), with the linear frozen."""
 
@@ -315,29 +257,17 @@ class LoRA(nn.Module):
 
 @pytest.mark.parametrize("name", ["query_left", "query_right", "gate", "out"])
 def test_a_lora_adapter_in_place_of_a_projection_learns(name):
+    """As hooks and quantised layers, it only works if the projection is called as a module."""
     layer, pool = make_layer()
     x = torch.randn(3, 12)
     before = layer(x, pool)
-    setattr(layer, name, LoRA(getattr(layer, name)))
+    adapter = LoRA(getattr(layer, name))
+    setattr(layer, name, adapter)
     after = layer(x, pool)
     assert not torch.allclose(before, after)
     after.square().sum().backward()
-    adapter = getattr(layer, name)
     assert adapter.down.weight.grad.any() and adapter.up.weight.grad.any()
     assert adapter.linear.weight.grad is None
-
-
-@pytest.mark.skipif(not hasattr(getattr(torch.ao, "quantization", None), "quantize_dynamic"),
-                    reason="this torch has no torch.ao.quantization")
-def test_dynamic_quantisation_of_the_projections():
-    layer, pool = make_layer(32, 16, 2, 8, 32, 32)
-    x = torch.randn(50, 32)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch.ao.quantization is deprecated
-        quantised = torch.ao.quantization.quantize_dynamic(layer.eval(), {nn.Linear}, dtype=torch.qint8)
-        y, exact = quantised(x, pool), layer(x, pool)
-    assert type(quantised.query_left) is not nn.Linear and type(quantised.gate) is not nn.Linear
-    assert 0 < (y - exact).norm() < 0.1 * exact.norm()
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------
@@ -356,9 +286,10 @@ def test_sizes_that_cannot_be_are_refused(wrong, message):
         MemoryLayer(**sizes | wrong)
 
 
-@pytest.mark.parametrize("rows, width", [(15, 8), (17, 8), (32, 8), (16, 7), (16, 16)])
-def test_a_pool_of_another_size_is_refused(rows, width):
-    """Otherwise a read would return whatever stands in memory: nothing else looks whether an index fits."""
-    layer = MemoryLayer(8, 4, 2, 2, 4, 8)
-    with pytest.raises(ValueError, match=f"the pool has {rows} rows of width {width}, and .* 16 of width 8"):
-        layer(torch.randn(5, 8), ValuePool(rows, width))
+def test_a_source_of_another_shape_is_refused():
+    """It could be broadcast, or its tokens could be those of other places."""
+    layer, pool = make_layer()
+    x = torch.randn(2, 4, 12)
+    for sources in ((x[:, :1], x), (x, x.flatten(0, 1))):
+        with pytest.raises(ValueError, match="left and right must have the shape of x"):
+            layer(x, pool, *sources)

@@ -57,7 +57,7 @@ class ValuePool(nn.Module):
             raise ValueError(f"num_values={num_values} must be between 1 and {2**31 - 1}: indices are int32")
         self.num_values, self.value_dim, self.kernel = num_values, value_dim, kernel
         self.values = nn.Parameter(torch.empty(num_values, value_dim, dtype=dtype, device=device))
-        self.usage = MemoryUsage(num_values, device)
+        self.usage = MemoryUsage(num_values)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -421,15 +421,15 @@ class PoolOptimizer(torch.optim.Optimizer):
 class MemoryUsage(nn.Module):
     """How much of a pool was used since `reset`. The measures are from Lample et al. 2019, section 4.2."""
 
-    def __init__(self, num_values: int, device=None):
+    def __init__(self, num_values: int):
         super().__init__()
-        device = torch.device(device or torch.get_default_device())
-        if device.type == "meta":  # a checkpoint has the values of the pool, but no counts
-            device = "cpu"
-        total_weight = torch.zeros(num_values, dtype=torch.float32, device=device)
-        self.register_buffer("total_weight", total_weight, persistent=False)
+        self.num_values = num_values
+        # (num_values,) after the first read; none before, so that a model on the meta device takes no memory
+        self.register_buffer("total_weight", torch.zeros(0, device="cpu"), persistent=False)
 
     def add(self, indices, weights) -> None:
+        if not len(self.total_weight):
+            self.total_weight = torch.zeros(self.num_values, device=indices.device)
         weights = weights.detach().abs().flatten()  # PEER has negative weights too
         self.total_weight.index_add_(0, indices.flatten(), weights.to(self.total_weight))
 
@@ -448,8 +448,7 @@ class MemoryUsage(nn.Module):
         if len(used) == 0:
             return 0.0, 0.0
         p = used / used.sum()
-        num_values = len(self.total_weight)
-        return len(used) / num_values, math.log(num_values) + (p * p.log()).sum().item()
+        return len(used) / self.num_values, math.log(self.num_values) + (p * p.log()).sum().item()
 
     def _apply(self, fn, recurse=True):
         """For to(): moves the counts to the device, but keeps float32. bfloat16 would lose small weights."""

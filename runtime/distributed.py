@@ -206,7 +206,7 @@ class ShardedPool(ValuePool):
         super().__init__(num_values, value_dim // group_size, dtype, kernel, device="meta")  # no values yet
         self.columns_group, self.replicas_group = make_groups(group_size)
         self.value_dim = value_dim
-        self.usage = ShardedUsage(num_values, device)
+        self.usage = ShardedUsage(num_values)
         self.values = nn.Parameter(torch.empty_like(self.values, device=device or torch.get_default_device()))
         self.reset_parameters()
 

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.nn.functional import all_to_all_single
 from torch.nn.parallel import DistributedDataParallel
 
 from pool import FactoredGradient, GatherDot, GatherSum, MemoryUsage, ValuePool
@@ -51,8 +50,6 @@ def start(device: str) -> None:
         return
     backend = "gloo"
     if find_device(device) == "cuda":
-        if LOCAL_RANK >= torch.cuda.device_count():
-            raise OSError(f"process {RANK} has no GPU: this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(LOCAL_RANK)
         backend = "cpu:gloo,cuda:nccl"
     try:
@@ -95,11 +92,26 @@ def gather_objects(x) -> list:
     return result
 
 
+class _AllToAll(torch.autograd.Function):
+    """The gradient takes the way back, which is another exchange of this kind."""
+
+    @staticmethod
+    def forward(ctx, x, handle):
+        ctx.handle = handle
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(result, x.contiguous(), group=handle)
+        return result
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _AllToAll.apply(dy, ctx.handle), None
+
+
 @dataclass(frozen=True)
 class Group:
     """
     Processes that exchange tensors: `size` of them (G in comments), with N tokens each. This process has the
-    number `rank`. Results are in the order of the ranks, and have gradients: these take the way back.
+    number `rank`. Results are in the order of the ranks, and have gradients.
     """
 
     size: int = 1
@@ -116,10 +128,7 @@ class Group:
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
         """x (G, ...), block i for process i -> (G, ...), block i from process i."""
-        if self.size == 1:
-            return x
-        x = x.contiguous()
-        return all_to_all_single(torch.empty_like(x), x, group=self.handle)
+        return x if self.size == 1 else _AllToAll.apply(x, self.handle)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """x (N, k) of each process -> x of all processes (G*N, k)."""
@@ -141,8 +150,7 @@ class Group:
 def make_groups(group_size: int) -> tuple[Group, Group]:
     """
     Each group of group_size neighbouring ranks shares the columns of one pool. Returns the group of this
-    process, and the group of all processes that hold the same columns as this one. All processes must call
-    make_groups in the same order.
+    process, and the group of all processes that hold the same columns as this one. Called by all processes.
     """
     if world_size() == 1:
         return Group(), Group()
@@ -158,11 +166,6 @@ def make_groups(group_size: int) -> tuple[Group, Group]:
 
 
 # --- a pool on many processes -------------------------------------------------------------------------------
-#
-# Each of G processes has N tokens and V/G of the pool's columns. It receives the bags of all G*N tokens and
-# computes their sums in its own columns. Then it sends each process the sums for that process's tokens. The
-# backward pass of every exchange is the opposite exchange. So the gradient of a process's columns holds the
-# reads of all G*N tokens.
 
 class _ShareReads(torch.autograd.Function):
     """Returns values. Its gradient, a FactoredGradient, becomes share(gradient)."""
@@ -180,11 +183,13 @@ class _ShareReads(torch.autograd.Function):
 class ShardedPool(ValuePool):
     """
     A ValuePool that is split by columns: each of G processes holds value_dim / G columns of every row, in
-    `values`. Initial values, reads and gradients are the same for any number of processes.
+    `values`. Each receives the bags of all G*N tokens, and computes their sums in its own columns. Then it
+    sends each process the sums for that process's tokens. Initial values, reads and gradients are the same
+    for any number of processes.
 
     group_size: G, the number of neighbouring ranks that share one pool; 0: all processes. If there are more
-    processes, each group has a copy of the pool, and all copies get the same updates. The other arguments are
-    those of ValuePool. Raises a ValueError if G does not divide value_dim or the number of processes.
+    processes, each group has a copy of the pool, and all copies get the same updates. Raises a ValueError if
+    G does not divide value_dim or the number of processes.
 
     All processes must make the pool, call it (also in evaluation) and call usage.summary() in the same order,
     because each of these calls waits for the other processes.

@@ -373,12 +373,10 @@ evaluate.answer = printing
 def test_processes_share_questions_and_all_get_all_answers(together, tmp_path):
     """Of which neither number nor lengths are alike for each."""
     options = "--max_steps=1", "--eval_questions=15", "--mem_layers=0,1", "--scale_embeddings=false"
-    one, two = (together(world, *options, f"--out_dir={tmp_path / str(world)}", patch=PRINT_ANSWERS)
-                for world in (1, 2))
-    first, *others = (next(line for line in out.splitlines() if line.startswith("answers"))
-                      for out in (*one.out, *two.out))
-    answers = json.loads(first.removeprefix("answers"))
-    assert len(answers) == 15 and len(set(map(tuple, answers))) > 3, "else this shows nothing"
+    outputs = [out for world in (1, 2) for out in together(
+        world, *options, f"--out_dir={tmp_path / str(world)}", patch=PRINT_ANSWERS).out]
+    first, *others = (re.search("^answers (.*)", out, re.MULTILINE)[1] for out in outputs)
+    assert len(set(map(tuple, json.loads(first)))) > 3, "else this shows nothing"
     assert others == [first] * 2
 
 
@@ -414,14 +412,12 @@ def test_an_error_in_one_process_ends_all(facts_folder, tmp_path):
     patch = """
 draw = train.draw_batch
 def broken(*arguments):
-    if RANK == 1 and arguments[-2:] == (0, 4):
-        raise ZeroDivisionError("of process 1 alone")
-    return draw(*arguments)
+    return 1 / 0 if RANK == 1 and arguments[-2:] == (0, 4) else draw(*arguments)
 train.draw_batch = broken
 """
     ended = start_training(2, facts_folder, [f"--out_dir={tmp_path / 'out'}"], patch).wait()
     assert all(ended.status)
-    assert "ZeroDivisionError: of process 1 alone" in ended.err[1] and "Traceback" not in ended.err[0]
+    assert "ZeroDivisionError" in ended.err[1] and "Traceback" not in ended.err[0]
     assert "process 0 ends because another process has ended" in ended.err[0]
     assert checkpoint.find_checkpoint(tmp_path / "out").step == 3
 

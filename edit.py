@@ -30,7 +30,7 @@ from evaluate import answer, record_reads, validation_loss
 from model import GPT, eval_mode
 from pool import PoolOptimizer
 from runtime.checkpoint import Checkpoint, find_trained, is_checkpoint, load, newest_run, save_checkpoint
-from runtime.cli import command, fail, first_word, parse, python_command, read_lines
+from runtime.cli import command, fail, first_word, parse, read_lines
 from runtime.distributed import columns_group, find_device
 
 PIECE = 16  # tokens in a piece of the training text, about a sentence
@@ -405,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
         print("nothing is saved: this was a --dry_run")
     else:
         save_values(model, checkpoint, save_to, loss)
-        print(f"saved. Ask it: {python_command()} sample.py --out_dir={save_to} --question=TEXT")
+        print(f"saved. Ask it: python sample.py --out_dir={save_to} --question=TEXT")
 
 
 if __name__ == "__main__":

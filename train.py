@@ -103,8 +103,6 @@ class TrainConfig(GPTConfig):
                  "eval_batches", "eval_questions", "keep", "value_blocks")
         at_least(0, self, "mem_group_size", "lr", "value_lr", "warmup_steps", "min_lr", "weight_decay",
                  "grad_clip", "seed")
-        if not self.out_dir:
-            raise ValueError("out_dir= must name a folder")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -120,16 +118,6 @@ PRESETS = {
                    lr=2e-3, eval_interval=500),
     "paper": dict(scale_embeddings=False, mem_layers=(0, 2), mem_query="state", out_dir="out/paper"),
 }
-NANOGPT_OPTIONS = {  # what to do instead; docs/nanogpt.md has more
-    "learning_rate": "use --lr",
-    "max_iters": "use --max_steps",
-    "gradient_accumulation_steps": "use --accum_steps, which divides --batch_size",
-    "eval_iters": "use --eval_batches",
-    "always_save_checkpoint": "each evaluation saves one; --keep_best also keeps the best",
-    "init_from": "use --resume to continue a run; there are no pretrained weights",
-    "dtype": "a GPU computes in bfloat16; --mem_dtype is the dtype of the pool",
-    "wandb_log": "a run writes log.jsonl and loss.png to --out_dir",
-}
 
 
 # --- set-up -------------------------------------------------------------------------------------------------
@@ -141,12 +129,6 @@ def check_options(config: TrainConfig, device: str) -> None:
     if config.batch_size % parts:
         fail(f"--batch_size={config.batch_size} must be a multiple of {parts}: {WORLD_SIZE} processes times "
              f"{config.accum_steps} parts (--accum_steps)")
-    group_size = config.mem_group_size or WORLD_SIZE
-    if WORLD_SIZE % group_size:
-        fail(f"--mem_group_size={group_size} must divide the number of processes, {WORLD_SIZE}")
-    if config.mem_layers and config.n_embd % group_size:
-        fail(f"--n_embd={config.n_embd} must be a multiple of {group_size}, the processes that share the "
-             "pool's columns")
     if config.mem_on_disk and not (device == "cpu" and config.mem_layers):
         fail("--mem_on_disk needs --device=cpu and a pool: a GPU holds the pool in its own memory")
     with torch.device("meta"):  # the model and its optimisers check their sizes, and take no memory here
@@ -172,20 +154,13 @@ def check_data(data: Dataset, config: TrainConfig) -> None:
 
 
 def check_resumed(config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """
-    Refuses options that would change the model or the pool's optimiser. A resumed run may change all others.
-    Says how far the learning rate then jumps.
-    """
+    """Refuses options that would change the model or the pool's optimiser. All others may change."""
     stored = TrainConfig(**checkpoint.options)
     fixed = {field.name for field in fields(GPTConfig)} - {"dropout", "kernel"}
     for name in sorted(fixed | {"value_optimizer", "value_blocks"}):
         if getattr(config, name) != getattr(stored, name):
             fail(f"--{name}={getattr(config, name)}: the model in {config.out_dir} has "
                  f"{getattr(stored, name)}, which cannot change; choose another --out_dir")
-    old, new = (c.lr * schedule(checkpoint.step, c) for c in (stored, config))
-    if abs(new - old) > 0.01 * old and checkpoint.step < config.max_steps and not config.eval_only:
-        print_once(f"the learning rate continues at {new:.1e} instead of {old:.1e}: it follows --max_steps, "
-                   "--lr, --min_lr and --warmup_steps, and you have changed one of them")
 
 
 def make_model(config: TrainConfig, checkpoint: Checkpoint | None) -> GPT:
@@ -239,7 +214,7 @@ def train(config: TrainConfig, given: dict | None = None) -> tuple[GPT, dict]:
     given: the options on a command line. If the run is resumed, all others are then as in its checkpoint.
     """
     out_dir = Path(config.out_dir)
-    distributed.start(distributed.find_device(config.device))
+    distributed.start(config.device)
     with contextlib.nullcontext() if config.eval_only else own_folder(out_dir):
         checkpoint = find_trained(out_dir) if config.eval_only else find_start(out_dir, config.resume)
         if checkpoint and given is not None:
@@ -249,7 +224,7 @@ def train(config: TrainConfig, given: dict | None = None) -> tuple[GPT, dict]:
 
 def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
     """What `train` does, in a folder that no other run uses."""
-    device = distributed.find_device(config.device)
+    device, out_dir = distributed.find_device(config.device), Path(config.out_dir)
     check_options(config, device)
     make_missing(config.dataset)
     data = load_dataset(config.dataset)
@@ -270,13 +245,13 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
     if config.eval_only:
         with autocast:
             measured = evaluate_model()
-        print_measured(checkpoint, data, measured)
+        print_once(f"{checkpoint.folder}:")
+        print_measured(measured, data)
         return model.eval(), measured
     optimizers = make_optimizers(config, model, checkpoint)
     # init_sync=False: the weights are already equal
     parallel = data_parallel(compiled, init_sync=False, gradient_as_bucket_view=True)
-    log = RunLog(config.out_dir, config.max_steps, config.batch_size * config.block_size, model, optimizers,
-                 start)
+    log = RunLog(out_dir, config.max_steps, config.batch_size * config.block_size, model, optimizers, start)
     print_start(config.dataset, len(data.train), device, model, log, checkpoint)
 
     with stop_signals() as signals:
@@ -294,8 +269,8 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
                     meta = {"config": asdict(config), "encoding": data.encoding_json, "measured": measured}
                     if is_due:
                         meta["val_loss"] = measured["val_loss"]  # of these weights; `measured` may be older
-                    save_checkpoint(Path(config.out_dir), step, parts_of(model, optimizers), meta,
-                                    config.keep, config.keep_best)
+                    parts = parts_of(model, optimizers)
+                    save_checkpoint(out_dir, step, parts, meta, config.keep, config.keep_best)
             if last_step or stopping:
                 break
 
@@ -308,11 +283,10 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
             x, y = (part.to(device, non_blocking=True).chunk(config.accum_steps) for part in batch)
             loss = torch.zeros((), device=device)
             for i in range(config.accum_steps):
-                is_last_part = i + 1 == config.accum_steps  # then DDP averages the gradients
-                with contextlib.nullcontext() if is_last_part or WORLD_SIZE == 1 else parallel.no_sync():
-                    with autocast:
-                        part_loss = parallel(x[i], y[i])[1] / config.accum_steps
-                    part_loss.backward()
+                parallel.require_backward_grad_sync = i + 1 == config.accum_steps  # DDP: only the last part
+                with autocast:
+                    part_loss = parallel(x[i], y[i])[1] / config.accum_steps
+                part_loss.backward()
                 loss += part_loss.detach()
             if config.grad_clip:
                 torch.nn.utils.clip_grad_norm_(model.dense_parameters(), config.grad_clip)
@@ -332,18 +306,19 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
                 if is_logged:
                     log.log_step(done, loss / WORLD_SIZE, config.lr * schedule(step, config))
 
-        if stopping and step < config.max_steps:
-            print_once(f"stopped after step {step} and saved in {config.out_dir}; continue with --resume")
-        else:
-            log.end(device, data.note, measured, config.keep_best)
+    if stopping and step < config.max_steps:
+        print_once(f"stopped after step {step} and saved in {out_dir}; continue with --resume")
+    else:
+        print_measured(measured, data)
+        log.end(device, data.note, config.keep_best)
     return model.eval(), measured
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    preset, given = parse(TrainConfig, argv, PRESETS, __doc__, NANOGPT_OPTIONS)
+    preset, given = parse(TrainConfig, argv, PRESETS, __doc__)
     config = build(TrainConfig, preset | given)
-    with one_line_errors(config.out_dir):
+    with one_line_errors(Path(config.out_dir)):
         train(config, given)
 
 

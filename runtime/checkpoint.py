@@ -10,8 +10,8 @@ A run's folder OUT, and the checkpoints in it. A checkpoint is a folder OUT/step
     model = checkpoint.load_model()
 
 A checkpoint is written under another name, and renamed once all of it is on the disk. So the last good
-checkpoint survives if a process is killed or the disk is full. The SHA-256 shows whether a file is damaged.
-A run may continue with another number of processes. All of them must see the same folder OUT.
+checkpoint survives a kill and a full disk. A run may continue with another number of processes. All of them
+must see the same folder OUT.
 """
 
 import contextlib
@@ -23,7 +23,6 @@ import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from filelock import FileLock, Timeout
@@ -38,13 +37,6 @@ FORMAT = 5  # add 1 when the files change
 OF_THE_MACHINE = dict(kernel="auto", mem_group_size=0, mem_on_disk=False)  # any machine can load the model
 
 
-def checkpoints(out_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first. out_dir may also be a checkpoint: then only this one."""
-    if is_checkpoint(out_dir):
-        return [out_dir] if out_dir.exists() else []
-    return sorted(filter(is_checkpoint, out_dir.glob("step_*")), key=step_of)
-
-
 def is_checkpoint(folder: Path) -> bool:
     return re.fullmatch(r"step_\d+", folder.name) is not None
 
@@ -53,27 +45,31 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+def checkpoints(out_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. out_dir may also be a checkpoint: then only this one."""
+    if is_checkpoint(out_dir):
+        return [out_dir] if out_dir.exists() else []
+    return sorted(filter(is_checkpoint, out_dir.glob("step_*")), key=step_of)
+
+
 @contextlib.contextmanager
 def own_folder(out_dir: Path):
     """
     Makes out_dir. In the `with` block, no other run may write there: the first process locks the file .lock.
     The lock ends with the process, even if that is killed. Called by all processes.
     """
+    lock, is_new = FileLock(out_dir / ".lock", timeout=0), not out_dir.exists()
     if is_checkpoint(out_dir):
-        fail(f"--out_dir={out_dir} has the name of a checkpoint: name the folder of the run, such as "
-             f"{out_dir.parent}")
-    lock, problem, is_new = FileLock(out_dir / ".lock", timeout=0), None, not out_dir.exists()
+        fail(f"--out_dir={out_dir} has the name of a checkpoint: name the folder of the run")
     if RANK == 0:
+        out_dir.mkdir(parents=True, exist_ok=True)
         try:
-            out_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
-            problem = (f"another run is training in {out_dir}: choose another --out_dir, or wait. Many "
-                       "processes train together if torchrun starts them")
-        except OSError as error:
-            problem = f"--out_dir={out_dir}: {error.strerror}"
-    if problem := gather_objects(problem)[0]:
-        fail(problem)
+            fail(f"another run is training in {out_dir}: choose another --out_dir, or wait. Many processes "
+                 "train together if torchrun starts them")
+        for left in out_dir.glob(".tmp_*"):  # by a killed process, or by open files on NFS
+            shutil.rmtree(left, ignore_errors=True)
     try:
         yield
     finally:
@@ -88,43 +84,35 @@ def save_checkpoint(out_dir: Path, step: int, parts: dict[str, dict], meta: dict
                     keep_best: bool = False) -> None:
     """
     Writes out_dir/step_N and keeps the newest `keep` checkpoints; with keep_best, also the best one (see
-    best_checkpoint). parts: the files of this process, from parts_of. meta goes into meta.json. Called by all
-    processes.
+    best_checkpoint). parts: the files of this process, from parts_of. Called by all processes.
     """
-    folder, temporary = out_dir / f"step_{step:06d}", out_dir / ".saving_checkpoint"
-
-    def make_folder():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True, exist_ok=True)
-
-    def finish():
-        contents = {"format": FORMAT, "step": step, "files": files} | meta
-        with open(temporary / "meta.json", "w", encoding="utf-8") as f:
-            json.dump(contents | {"sha256": digest_of(contents)}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        sync_folder(temporary)
-        if folder.exists():  # a damaged checkpoint, which find_checkpoint skipped
-            remove(folder)
-        os.rename(temporary, folder)
-        sync_folder(out_dir)
-        # checkpoints after this step are damaged and do not count
-        existing = [path for path in checkpoints(out_dir) if step_of(path) <= step]
-        best = best_checkpoint(existing) if keep_best else None
-        for old in existing[:-keep]:
-            if old != best:
-                remove(old)
-
+    folder, temporary = out_dir / f"step_{step:06d}", out_dir / ".tmp_checkpoint"
     try:
-        together(make_folder if RANK == 0 else None)
-        files = {}
-        for digests in together(lambda: {name: write_part(temporary / name, parts[name]) for name in parts}):
-            files |= digests
-        together(finish if RANK == 0 else None)
+        temporary.mkdir(parents=True, exist_ok=True)
+        digests = gather_objects({name: write_part(temporary / name, part) for name, part in parts.items()})
+        if RANK == 0:
+            files = {name: digest for of_process in digests for name, digest in of_process.items()}
+            meta = {"format": FORMAT, "step": step, "files": files} | meta
+            path = temporary / "meta.json"
+            path.write_text(json.dumps(meta | {"sha256": digest_of(meta)}), encoding="utf-8")
+            sync(path)
+            sync(temporary)
+            if folder.exists():  # a damaged checkpoint, which find_checkpoint skipped
+                remove(folder)
+            os.rename(temporary, folder)
+            sync(out_dir)
+            # checkpoints after this step are damaged and do not count
+            existing = [path for path in checkpoints(out_dir) if step_of(path) <= step]
+            best = best_checkpoint(existing) if keep_best else None
+            for old in existing[:-keep]:
+                if old != best:
+                    remove(old)
+        gather_objects(None)  # all wait until the checkpoint is whole
     except OSError as error:
+        raise OSError(f"cannot write checkpoint {folder}: {error.strerror}") from None
+    finally:
         if RANK == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        cannot_go_on(out_dir, f"cannot write checkpoint {folder}: {error.strerror}")
 
 
 def parts_of(model: GPT, optimizers: list) -> dict[str, dict]:
@@ -143,40 +131,18 @@ def parts_of(model: GPT, optimizers: list) -> dict[str, dict]:
 
 def remove(folder: Path) -> None:
     """Renames the folder before it deletes files, so that no checkpoint is ever half deleted."""
-    for old in folder.parent.glob(".removed_*"):  # left by a killed process, or by open files on NFS
-        shutil.rmtree(old, ignore_errors=True)
-    trash = folder.with_name(f".removed_{folder.name}_{os.getpid()}")
+    trash = folder.with_name(f".tmp_{folder.name}")
     os.rename(folder, trash)
     shutil.rmtree(trash, ignore_errors=True)
-
-
-def cannot_go_on(out_dir: Path, problem: str, alone: bool = False) -> NoReturn:
-    """Raises a UserError that also names the checkpoint to continue from."""
-    last = checkpoints(out_dir)[-1:]
-    fail(problem + (f"; after you fix this, --resume continues from {last[0]}" if last else ""), alone)
 
 
 def best_checkpoint(folders: list[Path]) -> Path | None:
     """The checkpoint with the lowest validation loss. One that was not evaluated does not count."""
     losses = {}
     for folder in folders:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged, or not evaluated: saved by Ctrl-C
+        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged, or saved by Ctrl-C
             losses[folder] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["val_loss"]
     return min(losses, key=losses.get, default=None)
-
-
-def together(function) -> list:
-    """Calls function() and returns the results of all processes. All raise the OSError of any process."""
-    result, problem = None, None
-    try:
-        result = function() if function else None
-    except OSError as error:
-        problem = error.errno, error.strerror
-    outcomes = gather_objects((result, problem))
-    for _, problem in outcomes:
-        if problem:
-            raise OSError(*problem)
-    return [result for result, _ in outcomes]
 
 
 def write_part(path: Path, part: dict) -> str:
@@ -185,9 +151,8 @@ def write_part(path: Path, part: dict) -> str:
         try:
             torch.save(part, f)
             f.flush()
-        except RuntimeError as error:  # torch hides the OSError behind a RuntimeError
-            cause = error.__context__
-            raise (cause if isinstance(cause, OSError) else OSError(0, str(error))) from None
+        except RuntimeError as error:
+            raise error.__context__ or error from None  # torch hides the OSError behind a RuntimeError
         os.fsync(f)
         f.seek(0)
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -197,20 +162,17 @@ def digest_of(meta: dict) -> str:
     return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Waits until the names of a folder's files are on the disk; fsync of a file covers only its contents."""
-    directory = os.open(folder, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+def sync(path: Path) -> None:
+    """Waits until a file's contents, or the names of a folder's files, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 # --- reading ------------------------------------------------------------------------------------------------
 
 class Checkpoint:
-    """
-    A checkpoint whose meta.json is undamaged. meta: what meta.json has. options: those of the run, {name:
-    value}. measured: its last evaluation.
-    """
+    """A checkpoint whose meta.json is undamaged. options: of the run. measured: the last evaluation."""
 
     def __init__(self, folder: Path):
         self.folder, self.step = folder, step_of(folder)
@@ -218,14 +180,10 @@ class Checkpoint:
         if self.meta.pop("sha256", None) not in (None, digest_of(self.meta)):
             raise ValueError("it has changed since it was written")
         if self.meta["format"] != FORMAT:
-            fail(f"{folder} has the format {self.meta['format']}, and this version of nanoPKM reads "
-                 f"{FORMAT}: choose another --out_dir")
+            fail(f"{folder} has the format {self.meta['format']}, not {FORMAT}: choose another --out_dir")
         self.options = {name: tuple(value) if isinstance(value, list) else value
                         for name, value in self.meta["config"].items() if name != "mem_file"}  # of older runs
         self.measured, self.encoding_json = self.meta["measured"], self.meta["encoding"]
-
-    def __str__(self):
-        return str(self.folder)
 
     @functools.cached_property
     def encoding(self):
@@ -234,7 +192,8 @@ class Checkpoint:
     def check_corpus(self, data) -> None:
         """data: a Dataset, which must have the tokenizer that the model was trained with."""
         if self.encoding_json != data.encoding_json:
-            fail(f"{self.options['dataset']} and {self} have different tokenizers: choose another --out_dir")
+            fail(f"{self.options['dataset']} and {self.folder} have different tokenizers: choose another "
+                 "--out_dir")
 
     def load_part(self, name: str) -> dict:
         return torch.load(self.folder / name, map_location="cpu", weights_only=True, mmap=True)
@@ -287,37 +246,32 @@ def read_checkpoint(folder: Path) -> tuple[Checkpoint | None, str | None]:
         return checkpoint, None
     except UserError:  # another format
         raise
-    except FileNotFoundError as error:
-        return None, f"{Path(error.filename).name} is missing"
     except OSError as error:
         return None, one_line(error)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError) as error:
         return None, f"meta.json: {error}"
 
 
 def find_checkpoint(out_dir: Path) -> Checkpoint | None:
-    """
-    The newest undamaged checkpoint; None if there are no checkpoints; an error if all are damaged. Called by
-    all processes.
-    """
+    """The newest undamaged checkpoint; None if there are no checkpoints. Called by all processes."""
     folders = gather_objects(checkpoints(out_dir))[0]
     for folder in reversed(folders):
         checkpoint, problem = read_checkpoint(folder)
-        if not any(problems := gather_objects(problem)):
+        problems = [problem for problem in gather_objects(problem) if problem]
+        if not problems:
             return checkpoint
         if RANK == 0:
-            print(f"checkpoint {folder} is damaged and skipped: {next(filter(None, problems))}", flush=True)
+            print(f"checkpoint {folder} is damaged and skipped: {problems[0]}", flush=True)
     if folders:
         fail(f"all checkpoints in {out_dir} are damaged: choose another --out_dir")
-    return None
 
 
 def find_start(out_dir: Path, resume: bool) -> Checkpoint | None:
     """The checkpoint to continue from; None for a new run, which needs a folder without checkpoints."""
-    checkpoint = find_checkpoint(out_dir) if resume else None
-    if checkpoint is None and (existing := checkpoints(out_dir)):
+    if resume:
+        return find_checkpoint(out_dir)
+    if existing := checkpoints(out_dir):
         fail(f"{existing[-1]} already exists: continue from it with --resume, or choose another --out_dir")
-    return checkpoint
 
 
 def find_trained(out_dir: Path) -> Checkpoint:
@@ -328,10 +282,8 @@ def find_trained(out_dir: Path) -> Checkpoint:
 
 def newest_run(out_dir: Path) -> Path:
     """out_dir itself if it is a run or a checkpoint. Else the run in it that has the newest checkpoint."""
-    if checkpoints(out_dir):
+    if checkpoints(out_dir) or is_checkpoint(out_dir):
         return out_dir
-    if is_checkpoint(out_dir) and (others := checkpoints(out_dir.parent)):
-        fail(f"no checkpoint {out_dir}: there are {', '.join(path.name for path in others)}")
     runs = {path.parent for path in out_dir.glob("**/step_*")}
     newest = [existing[-1] for run in runs if (existing := checkpoints(run))]
     if len(newest) > 1:
@@ -346,9 +298,8 @@ def load(out_dir: Path | str | Checkpoint):
     """
     if WORLD_SIZE > 1:
         fail("only train.py runs on many processes: start this program without torchrun")
-    is_found = isinstance(out_dir, Checkpoint)
-    checkpoint = out_dir if is_found else find_trained(Path(out_dir).expanduser())
-    print(f"loaded {checkpoint}", flush=True)
+    checkpoint = out_dir if isinstance(out_dir, Checkpoint) else find_trained(Path(out_dir).expanduser())
+    print(f"loaded {checkpoint.folder}", flush=True)
     return checkpoint.load_model().eval(), checkpoint.encoding, checkpoint.options | OF_THE_MACHINE
 
 
@@ -359,8 +310,8 @@ def take_columns(parts: list[torch.Tensor], group: Group) -> torch.Tensor:
     """
     width = parts[0].size(1)
     first, last = (width * len(parts) * rank // group.size for rank in (group.rank, group.rank + 1))
-    pieces = [part[:, max(0, first - i * width):min(width, last - i * width)] for i, part in enumerate(parts)
-              if first < (i + 1) * width and last > i * width]
+    pieces = [part[:, max(0, first - i * width):max(0, last - i * width)] for i, part in enumerate(parts)]
+    pieces = [piece for piece in pieces if piece.size(1)]
     return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 

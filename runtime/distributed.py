@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
 from pool import FactoredGradient, GatherDot, GatherSum, MemoryUsage, ValuePool
@@ -49,21 +48,21 @@ def start(device: str) -> None:
     """Connects the processes that torchrun started: by NCCL for tensors on a GPU, by gloo for all others."""
     if dist.is_initialized() or WORLD_SIZE == 1:
         return
-    if device == "cuda":
-        if LOCAL_RANK >= torch.cuda.device_count():
-            fail(f"process {RANK} has no GPU: this machine has {torch.cuda.device_count()}", alone=True)
+    backend = "gloo"
+    if find_device(device) == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
+        backend = "cpu:gloo,cuda:nccl"
     try:
         store = next(dist.rendezvous("env://"))[0]
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             # a restart on one machine may get the old store, with the addresses of dead processes: a new
             # prefix hides them. On several machines the store is new, and restart counts may differ
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store, rank=RANK,
-                                world_size=WORLD_SIZE)
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
     except (RuntimeError, ValueError) as error:
-        fail(f"process {RANK} of {WORLD_SIZE} cannot connect to the others ({str(error).splitlines()[0]}): "
-             "start them with torchrun, or unset WORLD_SIZE to run one process", alone=True)
+        raise OSError(f"process {RANK} of {WORLD_SIZE} cannot connect to the others "
+                      f"({str(error).splitlines()[0]}): start them with torchrun, or unset WORLD_SIZE to run "
+                      "one process") from None
     atexit.register(disconnect)
 
 
@@ -87,18 +86,32 @@ def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
 
 def gather_objects(x) -> list:
     """x of every process, in the order of the ranks. Slow: for small objects only."""
-    result = [x]
+    result = [x] * world_size()
     if world_size() > 1:
-        result = [None] * world_size()
         dist.all_gather_object(result, x)
     return result
+
+
+class _AllToAll(torch.autograd.Function):
+    """The gradient takes the way back, which is another exchange of this kind."""
+
+    @staticmethod
+    def forward(ctx, x, handle):
+        ctx.handle = handle
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(result, x.contiguous(), group=handle)
+        return result
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _AllToAll.apply(dy, ctx.handle), None
 
 
 @dataclass(frozen=True)
 class Group:
     """
     Processes that exchange tensors: `size` of them (G in comments), with N tokens each. This process has the
-    number `rank`. They send blocks of the same size, and results are in the order of the ranks.
+    number `rank`. Results are in the order of the ranks, and have gradients.
     """
 
     size: int = 1
@@ -113,40 +126,31 @@ class Group:
             raise ValueError("a pool that many processes share cannot be pickled: save its state_dict()")
         return Group, (self.size, self.rank)
 
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        """x (G, ...), block i for process i -> (G, ...), block i from process i."""
+        return x if self.size == 1 else _AllToAll.apply(x, self.handle)
+
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """x (N, k) of each process -> x of all processes (G*N, k)."""
-        if self.size == 1:
-            return x
-        result = x.new_empty(self.size, *x.shape)
-        dist.all_gather(list(result), x.contiguous(), group=self.handle)
-        return result.flatten(0, 1)
-
-    def _all_to_all(self, x):
-        """x (G, ...), block i for process i -> (G, ...), block i from process i."""
-        if self.size == 1:
-            return x
-        result = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(result, x.contiguous(), group=self.handle)
-        return result
-
-    def tokens_to_columns(self, x: torch.Tensor) -> torch.Tensor:
-        """All columns of this process's tokens (N, V) -> this process's columns of all tokens (G*N, V/G)."""
-        return self._all_to_all(x.unflatten(1, (self.size, -1)).transpose(0, 1)).flatten(0, 1)
-
-    def columns_to_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """The inverse: (G*N, V/G) -> (N, V)."""
-        return self._all_to_all(x.unflatten(0, (self.size, -1))).transpose(0, 1).flatten(1)
+        return self.all_to_all(x.expand(self.size, *x.shape)).flatten(0, 1)
 
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
         """Sums x (G*N, k) over the processes -> the sum's rows for this process's tokens (N, k)."""
-        return self._all_to_all(x.unflatten(0, (self.size, -1))).sum(0)
+        return self.all_to_all(x.unflatten(0, (self.size, -1))).sum(0)
+
+    def tokens_to_columns(self, x: torch.Tensor) -> torch.Tensor:
+        """All columns of this process's tokens (N, V) -> this process's columns of all tokens (G*N, V/G)."""
+        return self.all_to_all(x.unflatten(1, (self.size, -1)).transpose(0, 1)).flatten(0, 1)
+
+    def columns_to_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse: (G*N, V/G) -> (N, V)."""
+        return self.all_to_all(x.unflatten(0, (self.size, -1))).transpose(0, 1).flatten(1)
 
 
 def make_groups(group_size: int) -> tuple[Group, Group]:
     """
     Each group of group_size neighbouring ranks shares the columns of one pool. Returns the group of this
-    process, and the group of all processes that hold the same columns as this one. All processes must call
-    make_groups in the same order.
+    process, and the group of all processes that hold the same columns as this one. Called by all processes.
     """
     if world_size() == 1:
         return Group(), Group()
@@ -162,34 +166,30 @@ def make_groups(group_size: int) -> tuple[Group, Group]:
 
 
 # --- a pool on many processes -------------------------------------------------------------------------------
-#
-# Each of G processes has N tokens and V/G of the pool's columns. It receives the bags of all G*N tokens and
-# computes their sums in its own columns. Then it sends each process the sums for that process's tokens. The
-# backward pass of every exchange is the opposite exchange. So the gradient of a process's columns holds the
-# reads of all G*N tokens.
 
-class _Exchange(torch.autograd.Function):
-    """y = exchange(x), and dx = inverse(dy): two exchanges, each the backward pass of the other."""
+class _ShareReads(torch.autograd.Function):
+    """Returns values. Its gradient, a FactoredGradient, becomes share(gradient)."""
 
     @staticmethod
-    def forward(ctx, x, exchange, inverse):
-        ctx.inverse = inverse
-        return exchange(x)
+    def forward(ctx, values, share):
+        ctx.share = share
+        return values
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        return ctx.inverse(dy), None, None
+    def backward(ctx, gradient):
+        return ctx.share(gradient), None
 
 
 class ShardedPool(ValuePool):
     """
     A ValuePool that is split by columns: each of G processes holds value_dim / G columns of every row, in
-    `values`. Initial values, reads and gradients are the same for any number of processes.
+    `values`. Each receives the bags of all G*N tokens, and computes their sums in its own columns. Then it
+    sends each process the sums for that process's tokens. Initial values, reads and gradients are the same
+    for any number of processes.
 
     group_size: G, the number of neighbouring ranks that share one pool; 0: all processes. If there are more
-    processes, each group has a copy of the pool, and all copies get the same updates. The other arguments are
-    those of ValuePool. Raises a ValueError if G does not divide value_dim or the number of processes.
+    processes, each group has a copy of the pool, and all copies get the same updates. Raises a ValueError if
+    G does not divide value_dim or the number of processes.
 
     All processes must make the pool, call it (also in evaluation) and call usage.summary() in the same order,
     because each of these calls waits for the other processes.
@@ -224,26 +224,21 @@ class ShardedPool(ValuePool):
         group = self.columns_group
         indices = self.check(indices, weights, weights.shape)
         self.count(indices, weights)
-        indices = group.all_gather(indices)  # (G*N, bag)
-        weights = _Exchange.apply(weights, group.all_gather, group.reduce_scatter)  # (G*N, bag)
-        y = GatherSum.apply(self._shared_values(), indices, weights, self.kernel)  # (G*N, V/G)
-        return _Exchange.apply(y, group.columns_to_tokens, group.tokens_to_columns)  # (N, V)
+        values = _ShareReads.apply(self.values, self._share_reads)
+        y = GatherSum.apply(values, group.all_gather(indices), group.all_gather(weights), self.kernel)
+        return group.columns_to_tokens(y)  # (G*N, V/G) -> (N, V)
 
     @torch.compiler.disable
     def dot(self, indices, x):
         group = self.columns_group
         indices = self.check(indices, x, (len(x), indices.size(-1)))
-        indices = group.all_gather(indices)  # (G*N, bag)
-        x = _Exchange.apply(x, group.tokens_to_columns, group.columns_to_tokens)  # (G*N, V/G)
-        dots = GatherDot.apply(self._shared_values(), indices, x, self.kernel)  # (G*N, bag), these columns
-        return _Exchange.apply(dots, group.reduce_scatter, group.all_gather)  # (N, bag)
-
-    def _shared_values(self):
-        """`values`, with a gradient that holds the reads of all processes with these columns."""
-        return _Exchange.apply(self.values, lambda values: values, self._share_reads)
+        values = _ShareReads.apply(self.values, self._share_reads)
+        x = group.tokens_to_columns(x)  # (G*N, V/G)
+        dots = GatherDot.apply(values, group.all_gather(indices), x, self.kernel)  # (G*N, bag), these columns
+        return group.reduce_scatter(dots)  # (N, bag)
 
     def _share_reads(self, gradient: FactoredGradient) -> FactoredGradient:
-        # dy is divided, because the loss is the mean over all processes
+        """The reads of all processes with these columns. The loss is their mean, so dy is divided."""
         shared = FactoredGradient(gradient, [
             tuple(map(self.replicas_group.all_gather, (indices, weights, dy / world_size())))
             for indices, weights, dy in gradient.reads])
@@ -253,17 +248,12 @@ class ShardedPool(ValuePool):
 
 
 class ShardedUsage(MemoryUsage):
-    """
-    Each process counts what its own tokens read. summary() adds up all processes, so all must call it.
-    """
+    """Each process counts what its own tokens read. summary() adds up all processes, so all must call it."""
 
     def summary(self) -> tuple[float, float]:
-        own_weight = self.total_weight
-        self.total_weight = all_reduce_sum(own_weight.clone())
-        try:
-            return super().summary()
-        finally:
-            self.total_weight = own_weight
+        everywhere = MemoryUsage(len(self.total_weight), self.total_weight.device)
+        everywhere.total_weight = all_reduce_sum(self.total_weight.clone())
+        return everywhere.summary()
 
 
 def columns_group(pool: ValuePool) -> Group:

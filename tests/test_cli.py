@@ -24,6 +24,7 @@ class Base:
 
 @dataclass
 class Config(Base):
+    # --- other
     lr: float = 1e-3  # of everything: 100% of it
     name: str = ""  # a word
     fast: bool = False  # or slow
@@ -45,8 +46,7 @@ PRESETS = {"small": {}, "large": dict(n_layer=24, name="big")}
     (["--n_layer=4", "--lr", "2e-4"], dict(n_layer=4, lr=2e-4)),
     (["--fast"], dict(fast=True)), (["--fast=false"], dict(fast=False)),
     (["--fast", "true"], dict(fast=True)),
-    (["--layers=0,3"], dict(layers=(0, 3))), (["--layers", "0", "3"], dict(layers=(0, 3))),
-    (["--layers="], dict(layers=())), (["--layers"], dict(layers=())),
+    (["--layers=0,3"], dict(layers=(0, 3))), (["--layers="], dict(layers=())),
     (["--files", "a,b.txt", "c.txt", "--kind=b"], dict(files=("a,b.txt", "c.txt"), kind="b")),
     (["--files=a", "--lr=1", "--files", "b", "c", "--lr=2"], dict(files=("a", "b", "c"), lr=2.0)),
     (["--files=", "--name="], dict(files=(), name=""))])
@@ -63,11 +63,11 @@ def test_presets():
 
 @pytest.mark.parametrize("argv, message", [
     (["--n_layers=4"], "unknown option --n_layers: did you mean --n_layer?"),
-    (["--wholly_wrong=4"], "unknown option --wholly_wrong: --help lists all options"),
+    (["--wholly_wrong=4"], "unknown option --wholly_wrong: see --help"),
     (["4"], "4 is not an option"),
     (["--n_layer=four"], "--n_layer: invalid int value: 'four'"),
-    (["--fast=maybe"], "'maybe' must be true or false"),
-    (["--layers=1,x"], "--layers: '1,x' must be ints with commas between them; none at all: --layers="),
+    (["--fast=maybe"], "--fast: invalid boolean value: 'maybe'"),
+    (["--layers=1,x"], "--layers: invalid list_with_commas value: '1,x'"),
     (["--n_layer"], "--n_layer: expected one argument"),
     (["--preset=huge"], "--preset: invalid choice: 'huge'"),
     (["--n_layer=0"], "--n_layer=0 must be at least 1")])
@@ -94,15 +94,11 @@ def test_a_bug_keeps_its_traceback():
     assert not isinstance(error.value, UserError)
 
 
-@pytest.mark.parametrize("rank, address, alone, printed", [
-    ("0", "localhost", False, True), ("1", "localhost", False, False), ("1", "localhost", True, True),
-    ("", "localhost", False, True), ("1", "", False, True)])  # a cluster may set LOCAL_RANK without torchrun
-def test_a_mistake_of_all_processes_is_printed_once(monkeypatch, capsys, rank, address, alone, printed):
+@pytest.mark.parametrize("rank, printed", [("0", True), ("1", False), ("", True)])
+def test_a_mistake_of_all_processes_is_printed_once(monkeypatch, capsys, rank, printed):
     monkeypatch.setenv("LOCAL_RANK", rank)
-    monkeypatch.setenv("MASTER_ADDR", address)
-    with pytest.raises(SystemExit) as stop:
-        command(fail)("no such file", alone)
-    assert stop.value.code == 2
+    with pytest.raises(SystemExit, match="2"):
+        command(fail)("no such file")
     assert capsys.readouterr().err == ("error: no such file\n" if printed else "")
 
 
@@ -117,11 +113,10 @@ def test_rules_of_numbers_and_of_choices_are_checked_from_python_too():
 
 def test_help_has_every_option_with_its_default_and_its_comment(capsys):
     """Guards an option without a comment, which somebody adds first: it was a KeyError."""
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="0"):
         parse(Config, ["--preset=large", "--help"], PRESETS, description="What it does.")
-    assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("What it does.", "Transformer blocks (default: 24)", "a word (default: big)",
+    for part in ("What it does.", "Transformer blocks (default: 24)", "other: --lr",
                  "of everything: 100% of it (default: 0.001)", "counted from 0 (default: 1,2)",
                  "--kind {a,b}", "--bare INT (default: 7)", "to read (default: empty, as in --files=)"):
         assert part in text
@@ -129,16 +124,13 @@ def test_help_has_every_option_with_its_default_and_its_comment(capsys):
 
 # --- files, and errors in one line --------------------------------------------------------------------------
 
-def test_errors_in_one_line(tmp_path):
-    """Guards an OSError without a file name, which was called "cannot write"."""
-    for error, line in ((OSError(5, "Input/output error"), "Input/output error"),
-                        (OSError("no number"), "no number"),
-                        (FileNotFoundError(2, "No such file", "a.txt"), "a.txt: No such file"),
-                        (MemoryError(), "out of memory"),
-                        (RuntimeError("can't allocate memory: you\n\nadvice"),
-                         "out of memory: can't allocate memory: you"),
-                        (RuntimeError("shapes differ"), None), (ValueError("out of memory"), None)):
-        assert cli.one_line(error) == line
+@pytest.mark.parametrize("error, line", [
+    (OSError(5, "Input/output error"), "Input/output error"), (OSError("no number"), "no number"),
+    (FileNotFoundError(2, "No such file", "a.txt"), "a.txt: No such file"), (MemoryError(), "out of memory"),
+    (RuntimeError("can't allocate memory: you\n\nadvice"), "out of memory: can't allocate memory: you"),
+    (RuntimeError("shapes differ"), None), (ValueError("out of memory"), None)])
+def test_errors_in_one_line(error, line):
+    assert cli.one_line(error) == line
 
 
 def test_files_of_lines(tmp_path):
@@ -160,32 +152,27 @@ from runtime.cli import command
 phase = sys.argv[1]
 @command
 def main():
-    try:
-        if phase == "wait":
-            os.write(1, b"ready")
-            time.sleep(60)
-        for i in range(20_000 if phase == "print" else 0):
-            print("\\u00e9 \\u4e2d")
-        if phase == "help":
-            print("help")
-            sys.exit(0)
-        if phase == "open":
-            open("no such file")
-    finally:
-        open(sys.argv[2], "w").write("cleaned")
+    if phase == "wait":
+        os.write(1, b"ready")
+        time.sleep(60)
+    for i in range(20_000 if phase == "print" else 0):
+        print("\\u00e9 \\u4e2d")
+    if phase == "help":
+        print("help")
+        sys.exit(0)
+    if phase == "open":
+        open("no such file")
 main()
 """
 
 
 @pytest.fixture
-def script(tmp_path):
-    """script(phase): starts SCRIPT. Its main function always writes to script.cleaned at the end."""
+def script():
+    """script(phase): starts SCRIPT."""
     def start(phase, **options):
-        options = dict(stdout=subprocess.PIPE) | options
-        return subprocess.Popen([sys.executable, "-c", SCRIPT, phase, start.cleaned], stderr=subprocess.PIPE,
-                                cwd=Path(__file__).parents[1], **options)
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, phase], stderr=subprocess.PIPE,
+                                cwd=Path(__file__).parents[1], **dict(stdout=subprocess.PIPE) | options)
 
-    start.cleaned = tmp_path / "cleaned"
     return start
 
 
@@ -194,15 +181,12 @@ def test_ctrl_c_is_one_line(script):
     assert process.stdout.read(5) == b"ready"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == b"\ninterrupted\n" and process.returncode == 130
-    assert script.cleaned.exists()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_what_a_terminal_cannot_show_is_replaced(script, encoding):
-    process = script("print", env=os.environ | {"PYTHONIOENCODING": encoding})
+def test_what_a_terminal_cannot_show_is_replaced(script):
+    process = script("print", env=os.environ | {"PYTHONIOENCODING": "ascii"})
     out, err = process.communicate(timeout=30)
-    assert process.returncode == 0 and err == b""
-    assert out.split(b"\n")[0] == "\u00e9 \u4e2d".encode(encoding, errors="replace")
+    assert process.returncode == 0 and err == b"" and out.startswith(b"? ?\n")
 
 
 @pytest.mark.parametrize("phase", ["print", "help"])
@@ -213,7 +197,6 @@ def test_output_that_nobody_reads_ends_a_program_quietly(script, phase):
     process = script(phase, stdout=write)
     os.close(write)
     assert process.communicate(timeout=30)[1] == b"" and process.returncode == 141
-    assert script.cleaned.exists()
 
 
 @pytest.mark.parametrize("phase, message", [
@@ -223,8 +206,3 @@ def test_an_error_of_the_system_is_one_line(script, phase, message):
     with open("/dev/full", "w") as full:
         process = script(phase, stdout=full)
         assert process.communicate(timeout=30)[1] == message and process.returncode == 2
-
-
-def test_without_an_output_a_program_runs(script):
-    process = script("print", preexec_fn=lambda: os.close(1))  # >&-
-    assert process.communicate(timeout=30)[1] == b"" and process.returncode == 0

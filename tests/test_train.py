@@ -1,8 +1,6 @@
 """train.py: resuming, accumulation, use from Python, each mistake of a user, and that training learns."""
 
-import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -12,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,9 +23,8 @@ from data import corpora, corpus, prepare
 from data.tokenizer import END, word_encoding
 from model import GPT
 from pool import PoolOptimizer
-from runtime.checkpoint import checkpoints
+from runtime.checkpoint import checkpoints, step_of
 from runtime.cli import parse
-from runtime.log import RunLog, plot_run
 
 
 @pytest.mark.parametrize("options", [
@@ -43,8 +41,8 @@ def test_resuming_equals_not_stopping_bit_for_bit(run, options):
     whole, end = log(run.out), checkpoints(run.out)[-1]
     shutil.copytree(end, run.out.parent / "end")
     shutil.rmtree(end)
-    (run.out / ".saving_checkpoint").mkdir()  # what a kill in the middle of a save leaves
-    (run.out / ".saving_checkpoint" / "model.pt").write_bytes(b"half")
+    (run.out / ".tmp_checkpoint").mkdir()  # what a kill in the middle of a save leaves
+    (run.out / ".tmp_checkpoint" / "model.pt").write_bytes(b"half")
     with open(run.out / "log.jsonl", "a") as f:
         f.write('{"step": 3, "lo')
     train.main(["--resume", f"--out_dir={run.out}"])  # the other options come from the checkpoint
@@ -60,7 +58,7 @@ def test_resume_can_train_longer_and_starts_where_there_is_nothing(run, capsys):
     assert "resumed from" in capsys.readouterr().out
     assert [line["step"] for line in log(run.out) if "loss" in line] == [1, 2, 3, 4]
     run("--resume", "--max_steps=4")
-    assert "is the end of this run" in capsys.readouterr().out
+    assert "the end of this run" in capsys.readouterr().out
 
 
 class Spy:
@@ -99,13 +97,12 @@ def test_the_loop_does_not_wait_for_the_device(run, monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["rowwise", "adam"])
 def test_accumulation_equals_the_big_batch(run, optimizer):
-    outs = []
-    for parts in (1, 4):
-        outs.append(run.out.with_name(f"parts{parts}"))
-        run(f"--accum_steps={parts}", f"--value_optimizer={optimizer}", out=outs[-1])
+    outs = [run.out.with_name(f"parts{parts}") for parts in (1, 4)]
+    for parts, out in zip((1, 4), outs, strict=True):
+        run(f"--accum_steps={parts}", f"--value_optimizer={optimizer}", out=out)
     for a, b in zip(*map(log, outs), strict=True):
-        for key in ("loss", "val_loss"):
-            assert math.isclose(a.get(key, 0), b.get(key, 0), rel_tol=1e-4), (key, a, b)
+        for key in a.keys() & {"loss", "val_loss"}:
+            assert math.isclose(a[key], b[key], rel_tol=1e-4), (key, a, b)
     values = [torch.load(out / "step_000003" / "pool_0of1.pt", weights_only=True)["values"] for out in outs]
     torch.testing.assert_close(*values, rtol=1e-3, atol=1e-3)
 
@@ -129,13 +126,6 @@ def test_validation_has_no_dropout_and_does_not_count_as_use_of_the_pool(run):
     assert a == b and a["step"] == 0 and a["slots_used"] == 0
 
 
-def test_the_figure_of_a_run_whose_questions_came_later(tmp_path):
-    lines = dict(step=0, val_loss=2), dict(step=5, loss=1), dict(step=5, val_loss=1, recall={"all": 0.5})
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    plot_run(tmp_path)
-    assert (tmp_path / "loss.png").stat().st_size > 10_000
-
-
 def test_a_batch_is_a_function_of_its_key():
     tokens = np.arange(1000, dtype=np.uint16)
     x, y = corpus.draw_batch(tokens, 5, 8, 1, 0, 7)
@@ -149,11 +139,8 @@ def test_a_batch_is_a_function_of_its_key():
 
 def test_schedule():
     config = train.TrainConfig(warmup_steps=10, max_steps=110, min_lr=0.1)
-    at = [train.schedule(step, config) for step in range(111)]
-    assert (
-        at[0] == 0.1 and at[9] == at[10] == 1.0 and math.isclose(at[60], 0.55) and math.isclose(at[110], 0.1)
-    )
-    assert all(a >= b for a, b in zip(at[10:], at[11:], strict=False))
+    shares = [train.schedule(step, config) for step in (0, 9, 10, 60, 110)]
+    assert shares == pytest.approx([0.1, 1, 1, 0.55, 0.1])
     assert train.schedule(5, train.TrainConfig(warmup_steps=0, min_lr=1.0)) == 1.0
 
 
@@ -172,31 +159,21 @@ def test_recall_counts_exact_answers():
 
     model = torch.nn.Module()
     model.wte, model.generate = torch.nn.Embedding(1, 1), generate
-    questions = [
-        dict(prompt="a?", answer="x", exposures=1),
-        dict(prompt="b?", answer="x y", exposures=12),
-        dict(prompt="c? no", answer="x", exposures=8),
-        dict(prompt="d?", answer="x y", exposures=15),
-        dict(prompt="f?", answer="x", exposures=0),
-        dict(prompt="g?", answer="x", exposures=0),
-        dict(prompt="e? no", answer="y", exposures=16, held_out=True),
-    ]
-    assert evaluate.recall(model, encoding, questions) == {
-        "all": 4 / 6,
-        "held_out": 1.0,
-        "by_exposure": {"1": 1.0, "8": 1 / 3},
-    }
-    assert evaluate.recall(model, encoding, questions[6:]) == {"held_out": 1.0, "by_exposure": {}}
+    rows = [("a?", "x", 1), ("b?", "x y", 12), ("c? no", "x", 8), ("d?", "x y", 15), ("f?", "x", 0),
+            ("g?", "x", 0)]
+    questions = [dict(prompt=prompt, answer=answer, exposures=count) for prompt, answer, count in rows]
+    held_out = [dict(prompt="e? no", answer="y", exposures=16, held_out=True)]
+    assert evaluate.recall(model, encoding, questions + held_out) == {
+        "all": 4 / 6, "held_out": 1.0, "by_exposure": {"1": 1.0, "8": 1 / 3}}
+    assert evaluate.recall(model, encoding, held_out) == {"held_out": 1.0, "by_exposure": {}}
 
 
 def test_a_run_leaves_what_it_says(run, capsys):
     run("--keep=1")
     assert {path.name for path in run.out.iterdir()} == {".lock", "log.jsonl", "loss.png", "step_000006"}
     printed = capsys.readouterr().out
-    assert printed.count("  validation loss ") == 3, "each figure once, where it is new"
-    for part in ("the validation loss is above the training loss", "multiply-adds", "recall", "slot use ",
-                 "step 3/6  validation loss ", "step 6/6  loss ", "tokens/s", " left", "peak memory",
-                 "python sample.py"):
+    for part in ("the validation loss is above the training loss", "step 3/6  validation loss ",
+                 "step 6/6  loss ", "python sample.py"):
         assert part in printed
     lines = log(run.out)
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 6]
@@ -204,29 +181,14 @@ def test_a_run_leaves_what_it_says(run, capsys):
     assert (run.out / "loss.png").stat().st_size > 10_000
 
 
-def test_the_defaults_are_the_first_preset_and_paper_is_the_published_layer(capsys):
-    """Memory+ of Berges et al. 2024: a query from one token's state. Presets that differ say so in --help."""
-    first = next(iter(train.PRESETS.values()))
-    assert train.TrainConfig(**first) == train.TrainConfig()
+def test_the_defaults_are_the_first_preset_and_paper_is_the_published_layer():
+    """Memory+ of Berges et al. 2024: a query from one token's state."""
     configs = {name: train.TrainConfig(**preset) for name, preset in train.PRESETS.items()}
+    assert next(iter(configs.values())) == train.TrainConfig()
     paper, plain = configs["paper"], train.GPTConfig(vocab_size=50)
     assert (paper.mem_query, paper.scale_embeddings, paper.mem_layers) == ("state", False, (0, 2))
     assert paper.mem_kind == "product-key" and paper.mem_swilu and paper.mem_qk_norm
     assert plain.mem_layers == () and train.GPT(plain).pool is None and plain.mem_query == "state"
-    assert {name for name, config in configs.items() if config.mem_query == "state"} == {"paper"}
-    with pytest.raises(SystemExit):
-        train.main(["--help"])
-    text = capsys.readouterr().out
-    assert "The first four are not Memory+ as published." in text
-    heads = re.findall(r"^([a-z]+):$", text, re.MULTILINE)
-    assert heads == ["options", "model", "memory", "baselines", "files", "training", "logging"]
-    assert text.index("memory:\n") < text.index("\n  --mem_layers") < text.index("baselines:\n")
-
-
-def test_names_of_nanogpt_get_a_hint(capsys):
-    for name, hint in [("--max_iters=3", "use --max_steps"),
-                       ("config/train_gpt2.py", "every option has the form --name=value")]:
-        assert_fails(lambda name=name: train.main([name]), hint, capsys)
 
 
 def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
@@ -249,8 +211,7 @@ def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
     (["--mem_layers=2"], "--mem_layers=2 must be different numbers of layers"),
     (["--mem_layers=", "--mem_on_disk"], "--mem_on_disk needs --device=cpu and a pool"),
     (["--kernel=cuda"], "--kernel: invalid choice: 'cuda'"),
-    (["--out_dir="], "--out_dir= must name a folder"),
-    (["--out_dir=/dev/null/x"], "--out_dir=/dev/null/x: Not a directory"),
+    (["--out_dir=/dev/null/x"], "/dev/null/x: Not a directory"),
     (["--out_dir=out/step_5"], "--out_dir=out/step_5 has the name of a checkpoint"),
     (["--dataset=mine"], "--name=mine --input"),
     (["--block_size=100000"], "--block_size=100000 is too large"),
@@ -283,8 +244,8 @@ def test_what_needs_a_gpu_where_there_is_none(run, capsys, monkeypatch):
 
 def test_a_run_is_never_overwritten_nor_changed(ended, unchanged, capsys):
     assert_fails(ended, "continue from it with --resume, or choose another --out_dir", capsys)
-    assert_fails(lambda: ended("--resume", "--n_layer=3"), "--n_layer=3: the model in", capsys)
-    assert_fails(lambda: ended("--resume", "--value_optimizer=sgd"), "--value_optimizer=sgd: the", capsys)
+    for option in ("--n_layer=3", "--value_optimizer=sgd"):
+        assert_fails(lambda option=option: ended("--resume", option), f"{option}: the model in", capsys)
     assert log(ended.out) == log(unchanged)
 
 
@@ -328,16 +289,10 @@ def logits(model):
 
 def test_two_runs_in_one_process_are_equal_and_change_nothing_of_their_caller_s(run, small):
     """
-    Guards a notebook: against state of the first run, a changed config, and a changed matplotlib. The second
+    Guards a notebook: against state of the first run, a changed config, and other signal handlers. The second
     run is in a thread: Python takes signal handlers in its main thread only.
     """
-    import matplotlib
-
-    def of_the_caller():
-        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        return handlers, matplotlib.rcParams.copy(), dict.__getitem__(matplotlib.rcParams, "backend")
-
-    before, results = of_the_caller(), []
+    handlers, results = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], []
     config, other_config = small(), small(out=run.out.with_name("again"))
     results.append(train.train(config))
     assert config == small() and config.vocab_size == 0
@@ -345,21 +300,17 @@ def test_two_runs_in_one_process_are_equal_and_change_nothing_of_their_caller_s(
     thread.start()
     thread.join()
     (model, measured), (other, measured_again) = results
-    assert of_the_caller() == before and not model.training
-    for result in (measured, measured_again):  # as conftest.log does: a GPU adds it up in any order
-        result["kl_from_uniform"] = round(result["kl_from_uniform"], 6)
-    assert measured == measured_again == {key: x for key, x in log(run.out)[-1].items() if key != "step"}
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert measured["val_loss"] == measured_again["val_loss"] and not model.training
     for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 
-def test_a_mistake_from_python_is_a_value_error_and_leaves_nothing_open(run, small, capsys):
-    before = signal.getsignal(signal.SIGINT)
+def test_a_mistake_from_python_is_a_value_error_and_leaves_nothing_open(run, small):
     for options, message in ((["--vocab_size=7"], "--vocab_size=7 is too small"),
                              (["--lr=1e30", "--warmup_steps=0", "--grad_clip=0"], "training has diverged")):
         with pytest.raises(ValueError, match=message):
             train.train(small(*options))
-    assert signal.getsignal(signal.SIGINT) is before and capsys.readouterr().err == ""
     open_files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
     assert not [path for path in open_files if path.startswith(str(run.out))]
 
@@ -371,10 +322,6 @@ def test_resuming_from_python(half, unchanged, small):
         resumed, measured = train.train(small("--resume"))
         assert measured["val_loss"] == log(unchanged)[-1]["val_loss"]
         assert torch.equal(logits(whole), logits(resumed))
-    with pytest.raises(ValueError, match="--n_layer=3: the model in"):
-        train.train(small("--resume", "--n_layer=3"))
-    with pytest.raises(ValueError, match="step_000006 already exists"):
-        train.train(small())
 
 
 def test_load_gives_the_model_that_was_trained(run, small):
@@ -399,36 +346,30 @@ def test_a_skipped_step_is_printed_with_the_next_log_line_and_counted_over_a_res
 
     def poisoned(self):
         steps.append(self)
-        values = self.param_groups[0]["params"][0]
         if len(steps) in (2, 3, 5):
-            values.grad.reads[0][2].fill_(math.inf)  # dy
-        before = values.detach().clone()
+            self.param_groups[0]["params"][0].grad.reads[0][2].fill_(math.inf)
         step(self)
-        assert torch.equal(before, values) == (len(steps) in (2, 3, 5))
 
     monkeypatch.setattr(PoolOptimizer, "step", poisoned)
     run("--log_interval=2", "--max_steps=3", "--eval_interval=3")
     run("--log_interval=2", "--max_steps=6", "--resume")
-    told = re.findall(r"the pool skipped 1 step: its gradient was not finite \((\d) so far\)",
-                      capsys.readouterr().out)
-    assert told == ["1", "2", "3"]
+    assert re.findall(r"skipped 1 more steps, (\d) so far", capsys.readouterr().out) == ["1", "2", "3"]
     assert [(line["step"], line.get("skipped_steps")) for line in log(run.out) if "loss" in line] == [
         (2, 1), (3, 2), (4, None), (6, 3)]
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_evaluation_leaves_the_mode_of_each_module_as_it_was(unchanged, run, monkeypatch, broken):
+def test_evaluation_leaves_the_mode_of_each_module_as_it_was(unchanged, run, monkeypatch):
+    """Also if it fails."""
     model = train.load(unchanged)[0].train()
     model.blocks[0].eval()
     modes = [module.training for module in model.modules()]
     data = corpus.Dataset("facts")
-    if broken:
-        monkeypatch.setattr(GPT, "forward", lambda *arguments, **options: 1 / 0)
-    for evaluation in (lambda: evaluate.validation_loss(model, data.val, 1, 2, 4),
-                       lambda: evaluate.recall(model, data.encoding, data.questions)):
-        with pytest.raises(ZeroDivisionError) if broken else contextlib.nullcontext():
-            evaluation()
-        assert [module.training for module in model.modules()] == modes
+    evaluate.validation_loss(model, data.val, 1, 2, 4)
+    assert [module.training for module in model.modules()] == modes
+    monkeypatch.setattr(GPT, "forward", lambda *arguments, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.recall(model, data.encoding, data.questions)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_recorded_reads_are_what_the_pool_was_asked(unchanged):
@@ -445,12 +386,11 @@ def test_recorded_reads_are_what_the_pool_was_asked(unchanged):
 def test_without_matplotlib_only_the_figure_is_missing(half, monkeypatch, capsys):
     (half.out / "loss.png").unlink()
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib", None)
+        patch.setitem(sys.modules, "matplotlib.figure", None)
         half("--resume")
     assert "loss.png was not drawn" in capsys.readouterr().out
-    assert not (half.out / "loss.png").exists()
     half("--resume")
-    assert (half.out / "loss.png").exists()
+    assert (half.out / "loss.png").exists(), "resuming a run that has ended draws its figure"
 
 
 # --- a run owns its folder ----------------------------------------------------------------------------------
@@ -467,13 +407,10 @@ with own_folder(Path(sys.argv[1])):
 
 def test_a_second_run_in_the_same_folder_is_refused(half, capsys):
     """Before the first checkpoint of the other run, too. A killed run leaves nothing that is in the way."""
-    before = log(half.out)
     other = subprocess.Popen([sys.executable, "-c", OTHER_RUN, half.out], stdout=subprocess.PIPE,
                              cwd=Path(train.__file__).parent)
     other.stdout.readline()
-    for options in ([], ["--resume"]):
-        assert_fails(lambda options=options: half(*options), "another run is training in", capsys)
-    assert log(half.out) == before
+    assert_fails(lambda: half("--resume"), "another run is training in", capsys)
     train.main(["--eval_only", f"--out_dir={half.out}"])  # only reads
     other.kill()
     other.communicate()
@@ -481,35 +418,14 @@ def test_a_second_run_in_the_same_folder_is_refused(half, capsys):
     assert log(half.out)[-1]["step"] == 4
 
 
-def test_a_run_owns_its_folder_from_the_first_second(run, monkeypatch, capsys):
-    loaded, load_dataset = [], train.load_dataset
-
-    def load_and_start_another(name):
-        if not loaded:
-            loaded.append(name)
-            assert_fails(run, "another run is training in", capsys)
-        return load_dataset(name)
-
-    monkeypatch.setattr(train, "load_dataset", load_and_start_another)
-    run("--max_steps=1")
-    assert loaded and log(run.out)[-1]["step"] == 1
-
-
 # --- what a machine lacks -----------------------------------------------------------------------------------
 
-def test_errors_while_training_name_the_checkpoint_to_continue_from(half, monkeypatch, capsys):
-    def failing(error):
-        def fail(*arguments, **options):
-            raise error
-        return fail
-
-    for error, message in ((OSError("lost"), "error: lost; "), (MemoryError(), "out of memory: try --"),
-                           (RuntimeError("can't allocate memory: you did"), "you did: try --accum_steps")):
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "draw_batch", failing(error))
-            assert_fails(lambda: half("--resume"), message, capsys, also="continues from")
-    monkeypatch.setattr(RunLog, "write", lambda self, **line: Path("/dev/full").write_text("x"))
-    assert_fails(lambda: half("--resume"), "No space left on device", capsys)
+@pytest.mark.parametrize("error, message", [
+    (OSError("lost"), "error: lost; "), (MemoryError(), "out of memory: try --"),
+    (RuntimeError("can't allocate memory: you did"), "you did: try --accum_steps")])
+def test_an_error_names_the_checkpoint_to_continue_from(half, monkeypatch, capsys, error, message):
+    monkeypatch.setattr(train, "draw_batch", Mock(side_effect=error))
+    assert_fails(lambda: half("--resume"), message, capsys, also="continues from")
 
 
 @pytest.mark.slow
@@ -526,58 +442,38 @@ def test_without_a_compiler_compile_is_one_line(run, tmp_path):
 
 def test_the_best_checkpoint_is_kept(run, monkeypatch, capsys):
     """Over a resume, and with a checkpoint that Ctrl-C made: its own loss is not known."""
-    losses = {0: 0.5, 1: 3.0, 2: 2.0, 3: 4.0, 4: 2.5, 5: 1.0, 6: 2.0}  # by step; nothing is saved at step 0
-    seen = []
-
-    def evaluation(model, *arguments, **options):
-        seen.append(len(seen))
-        return {"val_loss": losses[seen[-1]], "slots_used": 0.5, "kl_from_uniform": 1.0}
+    losses = iter([0.5, 3.0, 2.0, 4.0, 2.5, 1.0, 2.0])  # nothing is saved at step 0
+    monkeypatch.setattr(train, "evaluate", lambda *arguments, **options: {"val_loss": next(losses)})
 
     def steps():
-        return [int(path.name.removeprefix("step_")) for path in checkpoints(run.out)]
+        return [step_of(path) for path in checkpoints(run.out)]
 
-    monkeypatch.setattr(train, "evaluate", evaluation)
-    options = "--eval_interval=1", "--keep=1", "--keep_best"
-    run(*options, "--max_steps=4")
+    run("--eval_interval=1", "--keep=1", "--keep_best", "--max_steps=4")
     assert steps() == [2, 4]
     assert f"sample.py --out_dir={run.out}/step_000002" in capsys.readouterr().out
     clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
-                        lambda *arguments: [signal.raise_signal(signal.SIGINT), clip(*arguments)])
-    run("--eval_interval=9", "--resume", "--max_steps=6")  # stops after step 5
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_",
+                      lambda *arguments: [signal.raise_signal(signal.SIGINT), clip(*arguments)])
+        run("--eval_interval=9", "--resume", "--max_steps=6")  # stops after step 5
     assert steps() == [2, 5]
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     run("--eval_interval=1", "--resume", "--max_steps=6")
-    assert steps() == [6] and losses[seen[-1]] == 1.0
+    assert steps() == [6]
 
 
 def test_eval_only_measures_what_training_did_and_writes_nothing(ended, small, capsys, tmp_path):
-    (ended.out / "loss.png").unlink()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     train.main(["--eval_only", f"--out_dir={ended.out}"])
     printed, last = capsys.readouterr().out, log(ended.out)[-1]
     data = corpus.Dataset("facts")
     number_of_bytes = len(data.encoding.decode(data.val.tolist()).encode())
     bits = last["val_loss"] * len(data.val) / number_of_bytes * math.log2(math.e)
-    assert printed.splitlines()[0] == (
-        f"{ended.out / 'step_000006'}: validation loss {last['val_loss']:.4f} nats per token, "
-        f"perplexity {math.exp(last['val_loss']):.2f}, {bits:.4f} bits per byte")
-    assert "recall, the share of questions" in printed
+    assert (f"validation loss {last['val_loss']:.4f} nats per token, perplexity "
+            f"{math.exp(last['val_loss']):.2f}, {bits:.4f} bits per byte\n") in printed
     model, measured = train.train(small("--eval_only", out=ended.out / "step_000006"))
     assert measured["val_loss"] == last["val_loss"] and measured["recall"] == last["recall"]
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert_fails(lambda: ended("--eval_only", out=tmp_path / "none"), "no checkpoint in", capsys)
-    assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize("options, is_printed", [
-    (["--lr=4e-2"], True), (["--max_steps=4", "--min_lr=1", "--warmup_steps=0"], False)])
-def test_a_learning_rate_that_jumps_is_printed(half, capsys, options, is_printed):
-    """A longer run has another schedule. nanoGPT's jumps, too."""
-    lr = 4e-3 * train.schedule(3, train.TrainConfig(max_steps=6, warmup_steps=2))
-    half("--resume", *(options if is_printed else [*options, f"--lr={lr}"]))
-    expected = f"the learning rate continues at {10 * lr:.1e} instead of {lr:.1e}: it follows --max_steps"
-    assert (expected in capsys.readouterr().out) == is_printed
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
 def test_folders_as_people_type_them(monkeypatch, tmp_path):

@@ -17,6 +17,7 @@ micro-batches and layers, and requires_grad_(False) freezes it. Gradient clippin
 need the whole gradient: they raise an error.
 """
 
+import contextlib
 import functools
 import math
 import warnings
@@ -57,7 +58,7 @@ class ValuePool(nn.Module):
             raise ValueError(f"num_values={num_values} must be between 1 and {2**31 - 1}: indices are int32")
         self.num_values, self.value_dim, self.kernel = num_values, value_dim, kernel
         self.values = nn.Parameter(torch.empty(num_values, value_dim, dtype=dtype, device=device))
-        self.usage = MemoryUsage(num_values)
+        self.usage = MemoryUsage(num_values, device)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -421,15 +422,14 @@ class PoolOptimizer(torch.optim.Optimizer):
 class MemoryUsage(nn.Module):
     """How much of a pool was used since `reset`. The measures are from Lample et al. 2019, section 4.2."""
 
-    def __init__(self, num_values: int):
+    def __init__(self, num_values: int, device=None):
         super().__init__()
-        self.num_values = num_values
-        # (num_values,) after the first read; none before, so that a model on the meta device takes no memory
-        self.register_buffer("total_weight", torch.zeros(0, device="cpu"), persistent=False)
+        total_weight = torch.zeros(num_values, dtype=torch.float32, device=device)
+        self.register_buffer("total_weight", total_weight, persistent=False)
 
     def add(self, indices, weights) -> None:
-        if not len(self.total_weight):
-            self.total_weight = torch.zeros(self.num_values, device=indices.device)
+        if self.total_weight.is_meta:  # a checkpoint has the values of the pool, but no counts
+            self.total_weight = torch.zeros(self.total_weight.shape, device=indices.device)
         weights = weights.detach().abs().flatten()  # PEER has negative weights too
         self.total_weight.index_add_(0, indices.flatten(), weights.to(self.total_weight))
 
@@ -444,16 +444,19 @@ class MemoryUsage(nn.Module):
         uniform use, in nats. The divergence is 0 if all slots are used equally, and ln(num_values) if only
         one slot is used. Returns (0, 0) if nothing was read.
         """
-        used = self.total_weight[self.total_weight > 0].double()
-        if len(used) == 0:
+        if not self.total_weight.is_meta:
+            used = self.total_weight[self.total_weight > 0].double()
+        if self.total_weight.is_meta or not len(used):
             return 0.0, 0.0
         p = used / used.sum()
-        return len(used) / self.num_values, math.log(self.num_values) + (p * p.log()).sum().item()
+        num_values = len(self.total_weight)
+        return len(used) / num_values, math.log(num_values) + (p * p.log()).sum().item()
 
     def _apply(self, fn, recurse=True):
         """For to(): moves the counts to the device, but keeps float32. bfloat16 would lose small weights."""
         before = self.total_weight
-        super()._apply(fn, recurse)
+        with contextlib.suppress(NotImplementedError):  # PyTorch cannot move a tensor without memory
+            super()._apply(fn, recurse)
         if self.total_weight.dtype != before.dtype:
             self.total_weight = before.to(self.total_weight.device)
         return self

@@ -99,6 +99,8 @@ class TrainConfig(GPTConfig):
     def __post_init__(self):
         super().__post_init__()
         self.out_dir = os.path.expanduser(self.out_dir)
+        if not self.out_dir:
+            raise ValueError("out_dir= must name a folder")
         at_least(1, self, "batch_size", "accum_steps", "max_steps", "log_interval", "eval_interval",
                  "eval_batches", "eval_questions", "keep", "value_blocks")
         at_least(0, self, "mem_group_size", "lr", "value_lr", "warmup_steps", "min_lr", "weight_decay",

@@ -50,6 +50,8 @@ def start(device: str) -> None:
         return
     backend = "gloo"
     if find_device(device) == "cuda":
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise OSError(f"process {RANK} has no GPU: this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(LOCAL_RANK)
         backend = "cpu:gloo,cuda:nccl"
     try:
@@ -206,7 +208,7 @@ class ShardedPool(ValuePool):
         super().__init__(num_values, value_dim // group_size, dtype, kernel, device="meta")  # no values yet
         self.columns_group, self.replicas_group = make_groups(group_size)
         self.value_dim = value_dim
-        self.usage = ShardedUsage(num_values)
+        self.usage = ShardedUsage(num_values, device)
         self.values = nn.Parameter(torch.empty_like(self.values, device=device or torch.get_default_device()))
         self.reset_parameters()
 

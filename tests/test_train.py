@@ -213,6 +213,7 @@ def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
     (["--kernel=cuda"], "--kernel: invalid choice: 'cuda'"),
     (["--out_dir=/dev/null/x"], "/dev/null/x: Not a directory"),
     (["--out_dir=out/step_5"], "--out_dir=out/step_5 has the name of a checkpoint"),
+    (["--out_dir="], "--out_dir= must name a folder"),
     (["--dataset=mine"], "--name=mine --input"),
     (["--block_size=100000"], "--block_size=100000 is too large"),
     (["--vocab_size=7"], "--vocab_size=7 is too small"),

@@ -1,6 +1,5 @@
 """
-The finished runs, as lines of experiments/results/NAME.jsonl: reads and appends them, chooses the runs that a
-table or a figure shows, and prints tables.
+Reads and appends the lines of finished runs, chooses those that a table or a figure shows, and prints tables.
 """
 
 import json
@@ -8,7 +7,7 @@ import math
 from pathlib import Path
 from statistics import mean, stdev
 
-from experiments.models import Experiment, options_of
+from experiments.models import EDITED, Experiment, options_of
 from runtime.cli import read_json_lines
 from train import TrainConfig
 
@@ -44,6 +43,11 @@ def read_rows(path: Path, experiment: Experiment) -> list[dict]:
     return sorted(rows.values(), key=lambda row: order.index(row["model"]))
 
 
+def read_edited(path: Path) -> list[dict]:
+    """The lines of erase.jsonl or teach.jsonl, in the order of the models."""
+    return sorted(read_json_lines(path), key=lambda row: list(EDITED).index(row["run"]["model"]))
+
+
 # --- which runs count ---------------------------------------------------------------------------------------
 
 def score(row: dict) -> tuple:
@@ -72,6 +76,14 @@ def best_runs(rows: list[dict]) -> dict[str, list[dict]]:
     return runs
 
 
+def group_by(rows: list[dict], name: str) -> dict[str, list[dict]]:
+    """Lines of erase and teach -> {value: those whose run has this value}, in the order of the lines."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["run"][name], []).append(row)
+    return groups
+
+
 def erase_shares(rows: list[dict], mode: str, label: str, told: int | None = None) -> list[list[float]]:
     """
     Lines of erase.jsonl -> for each trained model the share of right answers without 0, 4, 16 ... slots, as a
@@ -89,8 +101,8 @@ def erase_shares(rows: list[dict], mode: str, label: str, told: int | None = Non
 # --- tables -------------------------------------------------------------------------------------------------
 
 def mean_and_deviation(values, form: str = ".3f") -> str:
-    """'mean ± standard deviation', or only the value if there is one. '-' if a value is nan (not reached)."""
-    if any(map(math.isnan, values)):
+    """'mean ± standard deviation', or only the value if there is one. '-' for no value or nan."""
+    if not values or any(map(math.isnan, values)):
         return "-"
     deviation = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
     return f"{mean(values):{form}}{deviation}"

@@ -14,6 +14,7 @@ checkpoint and the training text still have what was erased.
 First the method, as functions on a model with a pool; then the commands. docs/editing.md explains both.
 """
 
+import functools
 import math
 import random
 import re
@@ -388,10 +389,8 @@ def main(argv: list[str] | None = None) -> None:
     if word == "find":
         return print_found(model, encoding, read_question(model, encoding, config.question, data))
 
-    def measure_loss():
-        batches, size = trained["eval_batches"], trained["batch_size"]
-        return validation_loss(model, data.val, trained["seed"], batches, size)
-
+    options = (trained[name] for name in ("seed", "eval_batches", "batch_size"))
+    measure_loss = functools.partial(validation_loss, model, data.val, *options)
     if word == "erase":
         loss = erase_answers(model, encoding, data, measure_loss, config.ask, config.question, config.slots)
     else:

@@ -80,7 +80,7 @@ def prepare_corpus(experiment: Experiment, rows: list[dict]) -> None:
     folder = corpus.DATA / experiment.options["dataset"]
     if not (folder / "meta.json").exists():
         make(config)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta = json.loads((folder / "meta.json").read_text())
     options = options_of(type(config)()) | meta["options"]  # an older corpus lacks options
     # the same options can give another corpus: stdlib differs between versions of Python
     if options != options_of(config) or any(row["train_tokens"] != meta["train_tokens"] for row in rows):
@@ -117,10 +117,6 @@ def start(experiment: Experiment, run: tuple, folder: Path, jobs: int) -> tuple[
                                 env=os.environ | {"OMP_NUM_THREADS": threads}), out_dir
 
 
-def diverged(out_dir: Path) -> bool:
-    return "training has diverged" in (out_dir / "printed.txt").read_text()
-
-
 def make_row(experiment: Experiment, run: tuple, out_dir: Path) -> dict:
     """The line of a finished run. If the run diverged, its curve is empty."""
     model, lr, seed = run
@@ -128,9 +124,11 @@ def make_row(experiment: Experiment, run: tuple, out_dir: Path) -> dict:
     meta = json.loads((folder / "meta.json").read_text())
     row = {"model": model, "lr": lr, "seed": seed, **experiment.identity(model),
            "train_tokens": meta["train_tokens"], "curve": []}
-    if diverged(out_dir):
+    if "training has diverged" in (out_dir / "printed.txt").read_text():
         return row
     config = experiment.config(model, vocab_size=meta["vocab_size"])
+    if not (out_dir / f"step_{config.max_steps:06d}").exists():
+        fail(f"the run of {model} stopped: see {out_dir / 'printed.txt'}")
     macs, parameters = costs(config)
     log = results.read_json_lines(out_dir / "log.jsonl")
     curve = [line | {"tokens": line["step"] * config.batch_size * config.block_size}
@@ -160,10 +158,6 @@ def run_all(name: str, experiment: Experiment, config: CompareConfig) -> None:
             time.sleep(0.5)
             for run, (process, out_dir) in list(running.items()):
                 if process.poll() is not None:
-                    last_step = experiment.config(run[0]).max_steps
-                    finished = process.returncode == 0 and (out_dir / f"step_{last_step:06d}").exists()
-                    if not finished and not diverged(out_dir):
-                        fail(f"the run of {run[0]} stopped: see {out_dir / 'printed.txt'}")
                     results.append_row(path, make_row(experiment, run, out_dir))
                     shutil.rmtree(out_dir)
                     del running[run]

@@ -70,6 +70,14 @@ def name_in(question: dict) -> str:
     return NAME.search(question["prompt"]).group()
 
 
+def by_person(questions: list[dict]) -> dict[str, list[dict]]:
+    """{name: the questions about this person}"""
+    people = defaultdict(list)
+    for question in questions:
+        people[name_in(question)].append(question)
+    return people
+
+
 def in_other_words(question: dict) -> list[dict]:
     """The same question in the other words that the corpus has for it."""
     prompts = [[QUESTION.format(form.format(name_in(question))) for form in forms]
@@ -82,10 +90,8 @@ def in_other_words(question: dict) -> list[dict]:
 
 def people_in(questions: list[dict], count: int, rng) -> list[list[dict]]:
     """The questions about each of `count` people, as many of each exposure bin up to "128": 128 or more."""
-    people, bins = defaultdict(list), defaultdict(list)
-    for question in questions:
-        people[name_in(question)].append(question)
-    for about in people.values():
+    bins = defaultdict(list)
+    for about in by_person(questions).values():
         bins[min(int(exposure_bin(about[0])), 128)].append(about)
     return [about for group in bins.values()
             for about in rng.sample(group, min(-(-count // len(bins)), len(group)))]
@@ -283,9 +289,9 @@ def print_table(word: str, folder: str) -> None:
     rows = read_edited(results.rows_path(word, folder))
     if not rows:
         return print(f"{word}: no finished runs. Start: python -m experiments.compare {word}")
-    lines_of = erase_lines if word == "erase" else teach_lines
-    heading = ("recall without 0, " + ", ".join(map(str, rows[0]["run"]["sizes"])) + " slots"
-               if word == "erase" else "each method at the best learning rate of those tried")
-    print(f"\n{word}, {heading}:\n")
+    lines_of = {"erase": erase_lines, "teach": teach_lines}[word]
+    headings = {"erase": f"recall without 0, {', '.join(map(str, SIZES))} slots",
+                "teach": "each method at the best learning rate of those tried"}
+    print(f"\n{word}, {headings[word]}:\n")
     by_model = group_by(rows, "model")
     results.print_markdown([line for base in by_model for line in lines_of(base, by_model[base])])

@@ -5,7 +5,7 @@ Reads and appends the lines of finished runs, chooses those that a table or a fi
 import json
 import math
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, mean, stdev
 
 from experiments.models import EDITED, Experiment, options_of
 from runtime.cli import read_json_lines
@@ -90,8 +90,7 @@ def erase_shares(rows: list[dict], mode: str, label: str, told: int | None = Non
     mean over people. told: only people who were told so often.
     """
     def share(points):
-        people = sum(point["people"] for point in points)
-        return sum(point["people"] * point[label] for point in points) / people
+        return fmean([point[label] for point in points], [point["people"] for point in points])
 
     return [[share([point for point in row["points"] if (point["mode"], point["slots"]) == (mode, size)
                     and label in point and told in (None, point["told"])])

@@ -4,7 +4,7 @@ alternately, so noise affects all of them.
 
     python -m experiments.speed step        a training step of a pool, with nanoPKM and with plain PyTorch
     python -m experiments.speed model       a training step of the models of experiments.compare; profiles of
-                                            dense and memory+. --compile: compiled steps, too
+                                            dense and memory+
     python -m experiments.speed model --models=dense --n_embd=768 ...   dense and memory+, in another size:
                                             all models then cost as much as memory+
     python -m experiments.speed operations  the operations on the pool, compared with a copy
@@ -54,7 +54,7 @@ class StepConfig(SpeedConfig):
 @dataclass
 class ModelConfig(SpeedConfig, GPTConfig):  # the defaults of a model are those of experiments.compare facts
     models: tuple[str, ...] = ()  # models of experiments.compare, beside dense and memory+; none: all
-    compile: bool = False  # measure each model a second time, with torch.compile
+    compile: bool = False  # compile the models with torch.compile
     batch_size: int = 16  # sequences per step
 
 
@@ -91,31 +91,30 @@ def draw_indices(reads: str, num_values: int, N: int, bag: int) -> torch.Tensor:
 
 # --- step ---------------------------------------------------------------------------------------------------
 
-def our_step(kind: str, num_values: int, indices, weights, dy):
+OURS = ("rowwise", "adam")
+PEERS = ("embedding_bag, AdamW", "embedding_bag, SparseAdam", "indexing, AdamW")  # in plain PyTorch
+
+
+def make_step(kind: str, num_values: int, indices, weights, dy):
+    """A training step of a pool: the forward pass, both gradients and the optimiser."""
     pool = ValuePool(num_values, dy.size(1), dy.dtype, device=DEVICE)
-    optimizer = PoolOptimizer(pool.parameters(), lr=1e-3, kind=kind,
-                              stochastic_rounding=dy.dtype == torch.bfloat16)
+    is_sparse = kind == "embedding_bag, SparseAdam"
+    if kind in OURS:
+        optimizer = PoolOptimizer(pool.parameters(), lr=1e-3, kind=kind,
+                                  stochastic_rounding=dy.dtype == torch.bfloat16)
+    elif is_sparse:
+        optimizer = torch.optim.SparseAdam([pool.values])
+    else:
+        optimizer = torch.optim.AdamW([pool.values], fused=True)
 
     def step():
-        pool(indices, weights.requires_grad_()).backward(dy)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def peer_step(kind: str, num_values: int, indices, weights, dy):
-    values = torch.empty(num_values, dy.size(1), dtype=dy.dtype, device=DEVICE).normal_()
-    parameter = torch.nn.Parameter(values)
-    sparse = kind == "embedding_bag, SparseAdam"
-    optimizer = torch.optim.SparseAdam([parameter]) if sparse else torch.optim.AdamW([parameter], fused=True)
-
-    def step():
-        w = weights.requires_grad_()
-        if kind == "indexing, AdamW":
-            y = torch.einsum("nk,nkv->nv", w, parameter[indices])
+        if kind in OURS:
+            y = pool(indices, weights)
+        elif kind == "indexing, AdamW":
+            y = torch.einsum("nk,nkv->nv", weights, pool.values[indices])
         else:
-            y = F.embedding_bag(indices, parameter, per_sample_weights=w, mode="sum", sparse=sparse)
+            y = F.embedding_bag(indices, pool.values, per_sample_weights=weights, mode="sum",
+                                sparse=is_sparse)
         y.backward(dy)
         optimizer.step()
         optimizer.zero_grad()  # frees the memory of the gradient before another method runs
@@ -123,27 +122,21 @@ def peer_step(kind: str, num_values: int, indices, weights, dy):
     return step
 
 
-PEERS = ("embedding_bag, AdamW", "embedding_bag, SparseAdam", "indexing, AdamW")
-
-
 def measure_step(config: StepConfig, options: dict) -> list[dict]:
     V, bag, dtype, table = config.value_dim, config.bag, getattr(torch, config.dtype), []
-    print(f"V={V}, bag={bag}, {config.dtype}, {DEVICE_NAME}. A step: forward pass, both gradients, optimiser")
+    print(f"V={V}, bag={bag}, {config.dtype}, {DEVICE_NAME}")
     # in bfloat16 on a GPU, PyTorch cannot compute the gradient of embedding_bag's weights
     peers = PEERS if dtype == torch.float32 or DEVICE == "cpu" else ("indexing, AdamW",)
     for reads, num_values, N in itertools.product(config.reads, config.rows, config.tokens):
         indices = draw_indices(reads, num_values, N, bag)
-        weights = torch.rand(N, bag, device=DEVICE, dtype=dtype)
+        weights = torch.rand(N, bag, device=DEVICE, dtype=dtype, requires_grad=True)
         data = num_values, indices, weights, torch.randn(N, V, device=DEVICE, dtype=dtype)
-        steps = {kind: our_step(kind, *data) for kind in ("rowwise", "adam")}
-        if num_values <= config.peers_up_to:
-            steps |= {kind: peer_step(kind, *data) for kind in peers}
-        times = measure(steps, config.repeats)
-        del steps  # the next pools need the memory
+        kinds = (*OURS, *peers) if num_values <= config.peers_up_to else OURS
+        times = measure({kind: make_step(kind, *data) for kind in kinds}, config.repeats)
         print(f"\n{num_values:,} rows, {N:,} tokens, {reads} reads: {len(indices.unique()):,} rows touched")
         for name, seconds in times.items():
             faster = ", ".join(f"{median(times[peer]) / median(seconds):.1f} times as fast as {peer}"
-                               for peer in peers if peer in times and name not in peers)
+                               for peer in peers if peer in times and name in OURS)
             print(f"  {name:26}{median_and_range(seconds)}  {faster}")
             table.append(dict(bench="step", method=name, rows=num_values, tokens=N, reads=reads, V=V,
                               dtype=config.dtype, device=DEVICE_NAME, times=seconds, seconds=median(seconds)))
@@ -190,13 +183,10 @@ def choose_configs(models: list[str], size: dict) -> dict[str, TrainConfig]:
 
 
 def measure_model(config: ModelConfig, options: dict) -> list[dict]:
-    own = ("json", "repeats", "models", "compile")
-    size = {name: value for name, value in options.items() if name not in own}
+    size = {name: options[name] for name in options.keys() - {"json", "repeats", "models", "compile"}}
     models = choose_models(config.models, [name for name in MODELS if name != "shifted-short"])
     configs = build(choose_configs, dict(models=models, size=size))
-    if config.compile:
-        configs |= {f"{name}, compiled": replace(c, compile=True) for name, c in configs.items()}
-    steps = {name: train_step(c) for name, c in configs.items()}
+    steps = {name: train_step(replace(c, compile=config.compile)) for name, c in configs.items()}
     times, macs = measure(steps, 3 * config.repeats), {name: costs(c)[0] for name, c in configs.items()}
     c = configs["memory+"]
     print(f"a step of {c.batch_size * c.block_size:,} tokens, {c.n_layer} blocks, {c.n_embd} wide, "

@@ -14,7 +14,7 @@ import edit
 import sample
 import train
 from data import corpus, prepare
-from experiments.facts_edited import name_in, new_people, share_right
+from experiments.facts_edited import by_person, name_in, new_people, share_right
 from runtime.checkpoint import find_trained, load
 
 
@@ -23,14 +23,6 @@ def untrained(trained):
     """A tiny model that knows nothing: model, encoding, corpus."""
     model, encoding, config = load(trained("--max_steps=1"))
     return model, encoding, corpus.load_dataset(config["dataset"])
-
-
-def people(questions):
-    """{name: the questions about this person}"""
-    names = {}
-    for question in questions:
-        names.setdefault(name_in(question), []).append(question)
-    return names
 
 
 def recorded(model, tokens):
@@ -148,7 +140,7 @@ def test_what_was_taught_can_be_erased(trained, options):
     model, encoding, config = load(trained("--max_steps=1", "--mem_layers=0,1", "--mem_num_keys=32",
                                            "--n_embd=64", options))
     data = corpus.load_dataset(config["dataset"])
-    names = sorted(people(data.questions))[::3][:4]
+    names = sorted(by_person(data.questions))[::3][:4]
     words = sorted({question["answer"] for question in data.questions
                     if len(encoding.encode(" " + question["answer"])) == 1})
     questions = [{"prompt": f" {name}", "answer": word} for name, word in zip(names, words, strict=False)]
@@ -178,9 +170,9 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
     idf = edit.inverse_document_frequency(model, data.train)
     values = model.pool.values
     start, gone, stayed = values.detach().clone(), [], []
-    rarely_told = [name for name, about in people(data.questions).items() if about[0]["exposures"] < 64]
+    rarely_told = [name for name, about in by_person(data.questions).items() if about[0]["exposures"] < 64]
     for name in rarely_told[:10]:
-        about = people(data.questions)[name]
+        about = by_person(data.questions)[name]
         others = [question for question in data.questions if question not in about]
         known = share_right(model, encoding, others)
         slots = edit.choose_slots(model, encoding, about, edit.lines_with(name, data), idf)
@@ -238,7 +230,7 @@ def test_the_example_of_the_docs_runs(trained, untrained, tmp_path):
     _, _, data = untrained
     page = (Path(edit.__file__).parent / "docs/editing.md").read_text(encoding="utf-8")
     code = page.split("```python\n")[1].split("```")[0]
-    name, out = next(iter(people(data.questions))), tmp_path / "out"
+    name, out = next(iter(by_person(data.questions))), tmp_path / "out"
     assert "out/facts" in code and "Mule Tujuton" in code
     names = {}
     exec(code.replace("out/facts", str(out)).replace("Mule Tujuton", name), names)

@@ -38,6 +38,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
+import torch
+
 from data import corpus
 from evaluate import exposure_bin
 from experiments import facts_edited, results
@@ -70,6 +72,7 @@ class CompareConfig(RunsConfig):
     def __post_init__(self):
         super().__post_init__()
         at_least(1, self, "jobs")
+        at_least(0, self, "max_steps")
 
 
 # --- runs ---------------------------------------------------------------------------------------------------
@@ -111,7 +114,7 @@ def start(experiment: Experiment, run: tuple, folder: Path, jobs: int) -> tuple[
     out_dir = folder / f"{model}_{lr:g}_{seed}_{checksum:x}"
     out_dir.mkdir(parents=True, exist_ok=True)
     config = experiment.config(model, lr=lr, seed=seed, out_dir=str(out_dir), resume=True, keep=1)
-    threads = str(max(1, os.cpu_count() // jobs))
+    threads = str(max(1, torch.get_num_threads() // jobs))
     with open(out_dir / "printed.txt", "a") as printed:
         return subprocess.Popen(train_command(config), cwd=ROOT, stdout=printed, stderr=printed,
                                 env=os.environ | {"OMP_NUM_THREADS": threads}), out_dir

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +13,9 @@ import edit
 import sample
 import train
 from data import corpus, prepare
-from experiments.facts_edited import by_person, name_in, new_people, share_right
+from data.corpus import QUESTION
+from data.facts import ATTRIBUTES
+from experiments.facts_edited import by_person, name_in, share_right
 from runtime.checkpoint import find_trained, load
 
 
@@ -183,7 +184,12 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
             values.copy_(start)
     assert sum(gone) / 10 <= 0.1 and min(stayed) >= 0.99, (gone, stayed)
 
-    (told, asked), = new_people(data.questions, 1, random.Random(0))
+    names = [name.split() for name in by_person(data.questions)]
+    name = next(f"{first} {last}" for first, _ in names for _, last in names if [first, last] not in names)
+    told, asked = [], []
+    for options, statements, questions in ATTRIBUTES.values():
+        told += [form.format(name, options[3]) for form in statements]
+        asked += [{"prompt": QUESTION.format(form.format(name)), "answer": options[3]} for form in questions]
     before = share_right(model, encoding, data.questions)
     assert share_right(model, encoding, asked) <= 0.25
     edit.teach(model, encoding, told, idf)

@@ -14,6 +14,7 @@ checkpoint and the training text still have what was erased.
 First the method, as functions on a model with a pool; then the commands. docs/editing.md explains both.
 """
 
+import functools
 import math
 import random
 import re
@@ -100,9 +101,9 @@ def losses_without(model: GPT, x, y, parts: list):
     """For each set of slots: how much the log-probability of the answer in y (1, T) falls without them."""
     without = []
     for i in range(0, len(parts), 64):
-        with leave_out(model, parts[i:i + 64]):
-            rows = len(parts[i:i + 64])
-            without.append(log_probability(model, x.expand(rows, -1), y.expand(rows, -1)))
+        group = parts[i:i + 64]
+        with leave_out(model, group):
+            without.append(log_probability(model, x.expand(len(group), -1), y.expand(len(group), -1)))
     return log_probability(model, x, y) - torch.cat(without)
 
 
@@ -194,9 +195,8 @@ def choose_slots(model: GPT, encoding, questions: list[dict], texts: list[str], 
 
 @torch.no_grad()
 def erase(model: GPT, slots):
-    """Empties slots: their rows become 0. slots: a tensor or a list of numbers. Returns them."""
-    values = model.pool.values
-    values[torch.as_tensor(slots, dtype=torch.int64, device=values.device)] = 0
+    """Empties slots: their rows become 0. slots: a tensor of numbers. Returns them."""
+    model.pool.values[slots.to(model.pool.values.device)] = 0
     return slots
 
 
@@ -241,18 +241,20 @@ class FindConfig:
 
 
 @dataclass
-class EraseConfig(FindConfig):
-    save_to: str = ""  # new folder for the checkpoint; none: the run's folder with -erase
+class ChangeConfig(FindConfig):
+    save_to: str = ""  # new folder for the checkpoint; none: the run's folder with -erase or -teach
     dry_run: bool = False  # only report, and write no checkpoint
+
+
+@dataclass
+class EraseConfig(ChangeConfig):
     ask: str = ""  # erase the answers to all questions of the corpus that contain this name
     question: str = ""  # erase only the answer to this question; --ask says whom it is about, if need be
     slots: int = 0  # slots to empty; 0: as few of 4, 8, 16 ... 256 as are enough
 
 
 @dataclass
-class TeachConfig(FindConfig):
-    save_to: str = ""  # new folder for the checkpoint; none: the run's folder with -teach
-    dry_run: bool = False  # only report, and write no checkpoint
+class TeachConfig(ChangeConfig):
     statement: tuple[str, ...] = ()  # sentences to learn
     file: str = ""  # a file of sentences to learn, one per line
     question: tuple[str, ...] = ()  # questions to ask before and after
@@ -374,11 +376,9 @@ def main(argv: list[str] | None = None) -> None:
     config = kinds[word](**parse(kinds[word], rest, description=__doc__)[1])
     run = newest_run(Path(config.out_dir).expanduser())
     if word != "find":
-        folder = run.parent if is_checkpoint(run) else run
-        folder = folder if folder.name.strip(".") else folder.resolve()  # such as . and ..
-        save_to = Path(config.save_to or f"{folder}-{word}").expanduser()
-        if not config.dry_run and (save_to.exists() or is_checkpoint(save_to)):
-            fail(f"{save_to} must be a new folder, and no checkpoint of a run: choose another with --save_to")
+        save_to = Path(config.save_to or f"{run.parent if is_checkpoint(run) else run}-{word}").expanduser()
+        if not config.dry_run and save_to.exists():
+            fail(f"{save_to} must be a new folder: choose another with --save_to")
     checkpoint = find_trained(run)
     model, encoding, trained = load(checkpoint)
     if model.pool is None:
@@ -389,10 +389,8 @@ def main(argv: list[str] | None = None) -> None:
     if word == "find":
         return print_found(model, encoding, read_question(model, encoding, config.question, data))
 
-    def measure_loss():
-        batches, size = trained["eval_batches"], trained["batch_size"]
-        return validation_loss(model, data.val, trained["seed"], batches, size)
-
+    options = (trained[name] for name in ("seed", "eval_batches", "batch_size"))
+    measure_loss = functools.partial(validation_loss, model, data.val, *options)
     if word == "erase":
         loss = erase_answers(model, encoding, data, measure_loss, config.ask, config.question, config.slots)
     else:

@@ -5,8 +5,8 @@ Does memory help, where, and at what cost? Trains models of equal cost and print
     python -m experiments.compare ablation      the model "shifted", with one thing changed at a time
     python -m experiments.compare stdlib        validation loss on the source of Python's standard library
     python -m experiments.compare mqar          answers that stand in the context: memory should not help here
-    python -m experiments.compare facts-large   200,000 people and larger models: needs a GPU
-    python -m experiments.compare code          the source of all installed Python packages: needs a GPU
+    python -m experiments.compare facts-large --lrs=2e-3   200,000 people, larger models: needs a GPU
+    python -m experiments.compare code --lrs=2e-3          installed Python packages: needs a GPU
     python -m experiments.compare erase         empties the slots of facts: what is lost, and what stays
     python -m experiments.compare teach         teaches new facts in several ways: what is forgotten
     python -m experiments.compare table         tables of all finished runs, without training
@@ -18,11 +18,11 @@ First, each learning rate in --lrs is tried in one run with seed 1. If the highe
 this learning rate is tried too. If the lowest is the best, then half of it is tried. Runs with other seeds
 use the learning rate with the best recall. The pool's learning rate is not tuned.
 
-A finished run becomes one line of experiments/results/NAME.jsonl, and is not run again. A stopped run
-continues from its last checkpoint. So you can spread the runs over many days. Two of these commands may run
-at the same time if their --models differ. A line records the options of its run, but not the code. If you
-change the code, choose another folder: --results=FOLDER. The models are in experiments/models.py, and erase
-and teach in experiments/facts_edited.py.
+A finished run becomes one line of experiments/results/NAME.jsonl, and is not run again. If you stop the
+command and repeat it, the runs continue from their last checkpoints. Two of these commands may run at the
+same time if their --models differ. A line records the options of its run, but not the code. If you change
+the code, choose another folder: --results=FOLDER. The models are in experiments/models.py, and erase and
+teach in experiments/facts_edited.py.
 """
 
 import json
@@ -38,42 +38,41 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
+import torch
+
 from data import corpus
 from evaluate import exposure_bin
-from experiments import facts_edited
-from experiments.models import EXPERIMENTS, SUMMARY, Experiment, costs, options_of, train_command
-from experiments.results import (
-    ROOT,
-    append_row,
-    best_lr,
-    best_runs,
-    mean_and_deviation,
-    print_markdown,
-    read_json_lines,
-    read_rows,
-    rows_path,
-)
+from experiments import facts_edited, results
+from experiments.models import EXPERIMENTS, SUMMARY, Experiment, choose_models, costs, train_command
+from experiments.results import ROOT, mean_and_deviation, options_of, read_rows
 from runtime.cli import at_least, build, command, fail, first_word, parse
-from runtime.log import duration
 
 
 @dataclass
-class CompareConfig:
-    models: tuple[str, ...] = ()  # which models, the most urgent first; empty: all models of the experiment
-    lrs: tuple[float, ...] = (4e-3, 8e-3)  # learning rates to try; with only one there is no tuning
-    seeds: int = 3  # runs of each model at its best learning rate
-    jobs: int = 2  # runs at the same time, which share the CPU cores
-    max_steps: int = 0  # steps of each run; 0: the steps of the experiment. Lengths have separate results
+class TableConfig:
     results: str = "experiments/results"  # folder for the lines of finished runs, relative to the repository
+
+
+@dataclass
+class RunsConfig(TableConfig):
+    models: tuple[str, ...] = ()  # which models, the most urgent first; empty: all models of the experiment
+    seeds: int = 3  # runs of each model at its best learning rate
     out: str = "out/compare"  # folder for the runs in progress, relative to the repository
 
     def __post_init__(self):
-        at_least(1, self, "seeds", "jobs")
+        at_least(1, self, "seeds")
+
+
+@dataclass
+class CompareConfig(RunsConfig):
+    lrs: tuple[float, ...] = (4e-3, 8e-3)  # learning rates to try; with only one there is no tuning
+    jobs: int = 2  # runs at the same time, which share the CPU cores
+    max_steps: int = 0  # steps of each run; 0: the steps of the experiment. Lengths have separate results
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(1, self, "jobs")
         at_least(0, self, "max_steps")
-        if not self.lrs:
-            raise ValueError("lrs must have at least one learning rate")
-        self.lrs = tuple(dict.fromkeys(self.lrs))
-        self.models = tuple(dict.fromkeys(name for names in self.models for name in names.split(",")))
 
 
 # --- runs ---------------------------------------------------------------------------------------------------
@@ -84,49 +83,41 @@ def prepare_corpus(experiment: Experiment, rows: list[dict]) -> None:
     folder = corpus.DATA / experiment.options["dataset"]
     if not (folder / "meta.json").exists():
         make(config)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    if options_of(type(config)()) | meta["options"] != options_of(config):  # an older corpus lacks options
-        fail(f"{folder} was made with other options: move it away, then this command makes it again")
+    meta = json.loads((folder / "meta.json").read_text())
+    options = options_of(type(config)()) | meta["options"]  # an older corpus lacks options
     # the same options can give another corpus: stdlib differs between versions of Python
-    if any(row.get("train_tokens") != meta["train_tokens"] for row in rows):
-        fail(f"the finished runs saw another corpus than {folder}: choose another folder with --results")
+    if options != options_of(config) or any(row["train_tokens"] != meta["train_tokens"] for row in rows):
+        fail(f"{folder} is another corpus than that of this experiment or its finished runs: move it away, "
+             "or choose another folder with --results")
 
 
-def next_runs(config: CompareConfig, models, rows: list[dict]) -> list[tuple]:
+def next_runs(rows: list[dict], models, lrs, seeds: int) -> list[tuple]:
     """(model, lr, seed) of the next runs. First all learning rates of a model, then the other seeds."""
     done = {(row["model"], row["lr"], row["seed"]) for row in rows}
     runs = []
     for model in models:
-        model_runs = [(model, lr, 1) for lr in config.lrs]
+        model_runs = [(model, lr, 1) for lr in lrs]
         if done.issuperset(model_runs):
-            tried_lrs = {lr for name, lr, _ in done if name == model}
-            best = best_lr(rows, model) if len(config.lrs) > 1 else config.lrs[0]
-            model_runs = [(model, best, seed) for seed in range(2, config.seeds + 1)]
-            if len(config.lrs) > 1 and best in (min(tried_lrs), max(tried_lrs)):  # is the next one better?
-                model_runs = [(model, 2 * best if best == max(tried_lrs) else best / 2, 1)]
+            tried = {lr for name, lr, _ in done if name == model}
+            best = results.best_lr(rows, model) if len(lrs) > 1 else lrs[0]
+            model_runs = [(model, best, seed) for seed in range(2, seeds + 1)]
+            if len(lrs) > 1 and best in (min(tried), max(tried)):  # is the next one better?
+                model_runs = [(model, 2 * best if best == max(tried) else best / 2, 1)]
         runs += [run for run in model_runs if run not in done]
     return runs
 
 
-def run_folder(name: str, experiment: Experiment, run: tuple, config: CompareConfig) -> Path:
-    """The folder of a run. Its name has a checksum of the options, so other options get another folder."""
+def start(experiment: Experiment, run: tuple, folder: Path, jobs: int) -> tuple[subprocess.Popen, Path]:
+    """Starts or continues a run. Its folder's name has a checksum: other options get another folder."""
     model, lr, seed = run
     checksum = zlib.crc32(json.dumps(experiment.identity(model)).encode())
-    return ROOT / config.out / name / f"{model}_{lr:g}_{seed}_{checksum:x}"
-
-
-def start(experiment: Experiment, run: tuple, out_dir: Path, jobs: int) -> subprocess.Popen:
-    model, lr, seed = run
-    config = experiment.config(model, lr=lr, seed=seed, out_dir=str(out_dir), resume=True, keep=1)
+    out_dir = folder / f"{model}_{lr:g}_{seed}_{checksum:x}"
     out_dir.mkdir(parents=True, exist_ok=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    config = experiment.config(model, lr=lr, seed=seed, out_dir=str(out_dir), resume=True, keep=1)
+    threads = str(max(1, torch.get_num_threads() // jobs))
     with open(out_dir / "printed.txt", "a") as printed:
         return subprocess.Popen(train_command(config), cwd=ROOT, stdout=printed, stderr=printed,
-                                env=os.environ | {"OMP_NUM_THREADS": str(max(1, cores // jobs))})
-
-
-def diverged(out_dir: Path) -> bool:
-    return "training has diverged" in (out_dir / "printed.txt").read_text()
+                                env=os.environ | {"OMP_NUM_THREADS": threads}), out_dir
 
 
 def make_row(experiment: Experiment, run: tuple, out_dir: Path) -> dict:
@@ -136,11 +127,13 @@ def make_row(experiment: Experiment, run: tuple, out_dir: Path) -> dict:
     meta = json.loads((folder / "meta.json").read_text())
     row = {"model": model, "lr": lr, "seed": seed, **experiment.identity(model),
            "train_tokens": meta["train_tokens"], "curve": []}
-    if diverged(out_dir):
+    if "training has diverged" in (out_dir / "printed.txt").read_text():
         return row
     config = experiment.config(model, vocab_size=meta["vocab_size"])
+    if not (out_dir / f"step_{config.max_steps:06d}").exists():
+        fail(f"the run of {model} stopped: see {out_dir / 'printed.txt'}")
     macs, parameters = costs(config)
-    log = read_json_lines(out_dir / "log.jsonl")
+    log = results.read_json_lines(out_dir / "log.jsonl")
     curve = [line | {"tokens": line["step"] * config.batch_size * config.block_size}
              for line in log if "val_loss" in line]
     asked = Counter("held_out" if question.get("held_out") else exposure_bin(question)
@@ -151,55 +144,31 @@ def make_row(experiment: Experiment, run: tuple, out_dir: Path) -> dict:
 
 
 def run_all(name: str, experiment: Experiment, config: CompareConfig) -> None:
-    models = config.models or tuple(experiment.models)
-    if unknown := set(models) - experiment.models.keys():
-        fail(f"--models={','.join(unknown)} must be one of {', '.join(experiment.models)}")
-    path = rows_path(name, config.results)
+    models, path = choose_models(config.models, experiment.models), results.rows_path(name, config.results)
     prepare_corpus(experiment, read_rows(path, experiment))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: stops the runs too
-    running = {}  # run: (process, folder, start time)
-    durations = []  # seconds of the runs that this command has finished
+    running = {}  # run: (process, folder)
     try:
         while True:
             rows = read_rows(path, experiment)
-            waiting = [run for run in next_runs(config, models, rows) if run not in running]
+            waiting = [run for run in next_runs(rows, models, config.lrs, config.seeds) if run not in running]
             for run in waiting[:config.jobs - len(running)]:
-                out_dir = run_folder(name, experiment, run, config)
-                running[run] = start(experiment, run, out_dir, config.jobs), out_dir, time.time()
+                print(f"{time.strftime('%H:%M')}  {len(rows)} runs done; now {run[0]}, learning rate "
+                      f"{run[1]:g}, seed {run[2]}", flush=True)
+                running[run] = start(experiment, run, ROOT / config.out / name, config.jobs)
             if not running:
                 return
-            print_progress(config, models, rows, running, durations)
-            while all(process.poll() is None for process, *_ in running.values()):
-                time.sleep(0.2)
-            for run, (process, out_dir, start_time) in list(running.items()):
+            time.sleep(0.5)
+            for run, (process, out_dir) in list(running.items()):
                 if process.poll() is not None:
-                    last_step = experiment.config(run[0]).max_steps
-                    finished = process.returncode == 0 and (out_dir / f"step_{last_step:06d}").exists()
-                    if not finished and not diverged(out_dir):
-                        fail(f"the run of {run[0]} stopped: see {out_dir / 'printed.txt'}")
-                    append_row(path, make_row(experiment, run, out_dir))
+                    results.append_row(path, make_row(experiment, run, out_dir))
                     shutil.rmtree(out_dir)
                     del running[run]
-                    durations.append(time.time() - start_time)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues from here")
-        raise SystemExit(130) from None
     finally:
-        for process, *_ in running.values():
+        for process, _ in running.values():
             process.terminate()
-        for process, *_ in running.values():
+        for process, _ in running.values():
             process.wait()  # it saves a checkpoint first
-
-
-def print_progress(config: CompareConfig, models, rows: list[dict], running: dict, durations: list) -> None:
-    """Estimates (learning rates + seeds - 1) runs per model. Some models then need more learning rates."""
-    done = sum(row["model"] in models for row in rows)
-    total = max(len(models) * (len(config.lrs) + config.seeds - 1), done + len(running))
-    time_left = ""
-    if durations:
-        time_left = f", about {duration(mean(durations) * (total - done) / config.jobs)} left"
-    names = ", ".join(f"{model} (lr {lr:g}, seed {seed})" for model, lr, seed in running)
-    print(f"{time.strftime('%H:%M')}  {done} of {total} runs done{time_left}; running: {names}", flush=True)
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -207,10 +176,8 @@ def print_progress(config: CompareConfig, models, rows: list[dict], running: dic
 def recall_between(row: dict, low: int, high: int) -> float:
     """The final recall of facts that training told low ... high - 1 times. Both must be powers of two."""
     shares = row["curve"][-1]["recall"]["by_exposure"]
-    bins = [key for key in shares if low <= int(key) < high]
-    if not bins:
-        return math.nan
-    return sum(shares[key] * row["asked"][key] for key in bins) / sum(row["asked"][key] for key in bins)
+    asked = {key: row["asked"][key] for key in shares if low <= int(key) < high}
+    return sum(shares[key] * asked[key] for key in asked) / sum(asked.values()) if asked else math.nan
 
 
 def tokens_to(recall: float, curve: list[dict]) -> float:
@@ -222,10 +189,10 @@ def tokens_to(recall: float, curve: list[dict]) -> float:
     return math.nan
 
 
-def print_table(name: str, experiment: Experiment, results: str) -> None:
+def print_table(name: str, experiment: Experiment, folder: str) -> None:
     """Mean ± standard deviation over the seeds, at the best learning rate of each model."""
-    rows = read_rows(rows_path(name, results), experiment)
-    runs, lrs_tried = best_runs(rows), Counter(row["model"] for row in rows if row["seed"] == 1)
+    rows = read_rows(results.rows_path(name, folder), experiment)
+    runs, lrs_tried = results.best_runs(rows), Counter(row["model"] for row in rows if row["seed"] == 1)
     if not runs:
         return print(f"{name}: no finished runs. Start: python -m experiments.compare {name}")
     lines = []
@@ -243,48 +210,41 @@ def print_table(name: str, experiment: Experiment, results: str) -> None:
         if "recall" in final[0]:
             line["recall"] = mean_and_deviation([point["recall"]["all"] for point in final])
         if name == "facts" and "dense" in runs:
-            dense_recall = mean(row["curve"][-1]["recall"]["all"] for row in runs["dense"])
-            tokens = [tokens_to(dense_recall, row["curve"]) / 1e6 for row in model_runs]
+            goal = mean(row["curve"][-1]["recall"]["all"] for row in runs["dense"])
             line |= {
                 "recall, told 8 to 31 times": mean_and_deviation(
                     [recall_between(row, 8, 32) for row in model_runs]),
                 "recall, held out": mean_and_deviation([point["recall"]["held_out"] for point in final]),
-                "M tokens to dense's recall": mean_and_deviation(tokens, ".2f"),
+                "M tokens to dense's recall": mean_and_deviation(
+                    [tokens_to(goal, row["curve"]) / 1e6 for row in model_runs], ".2f"),
             }
         lines.append(line)
     print(f"\n{name}, each model at the best learning rate of those tried:\n")
-    print_markdown(lines)
+    results.print_markdown(lines)
 
 
-def print_summary(results: str) -> None:
+def print_summary(folder: str) -> None:
     """The table in README.md: facts and stdlib, each model at its best learning rate."""
-    facts, stdlib = (best_runs(read_rows(rows_path(name, results), EXPERIMENTS[name]))
-                     for name in ("facts", "stdlib"))
+    paths = {name: results.rows_path(name, folder) for name in ("facts", "stdlib")}
+    facts, stdlib = (results.best_runs(read_rows(path, EXPERIMENTS[name])) for name, path in paths.items())
     lines = []
     for model, name in SUMMARY.items():
-        recall, loss = "-", "-"
-        if model in facts:
-            recall = mean_and_deviation([row["curve"][-1]["recall"]["all"] for row in facts[model]], ".2f")
-        if model in stdlib:
-            loss = mean_and_deviation([row["curve"][-1]["val_loss"] for row in stdlib[model]], ".2f")
-        counts = next((runs[model][0]["parameters"] for runs in (facts, stdlib) if model in runs), None)
-        size = f"{(counts['dense'] + counts['memory']) / 1e6:.1f} M" if counts else "-"
-        lines.append({"model": name, "parameters": size, "recall of facts": recall,
-                      "loss on real text": loss})
-    print_markdown(lines)
+        on_facts, on_text = facts.get(model, []), stdlib.get(model, [])
+        recalls = [row["curve"][-1]["recall"]["all"] for row in on_facts]
+        losses = [row["curve"][-1]["val_loss"] for row in on_text]
+        sizes = [sum(row["parameters"][part] for part in ("dense", "memory")) for row in on_facts + on_text]
+        lines.append({"model": name, "parameters": f"{sizes[0] / 1e6:.1f} M" if sizes else "-",
+                      "recall of facts": mean_and_deviation(recalls, ".2f"),
+                      "loss on real text": mean_and_deviation(losses, ".2f")})
+    results.print_markdown(lines)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     edited = ("erase", "teach")
     word, rest = first_word(argv, (*EXPERIMENTS, *edited, "table", "summary"), __doc__, "an experiment")
-    if word in edited:
-        return facts_edited.run_all(word, rest)
-    experiment = EXPERIMENTS.get(word)
-    _, options = parse(CompareConfig, rest, description=__doc__)
-    if experiment is None and options.keys() - {"results"}:
-        fail(f"{word} has only the option --results")
-    config = build(CompareConfig, (experiment.defaults if experiment else {}) | options)
+    kind = CompareConfig if word in EXPERIMENTS else RunsConfig if word in edited else TableConfig
+    config = build(kind, parse(kind, rest, description=__doc__)[1])
     if word == "summary":
         print_summary(config.results)
     elif word == "table":
@@ -292,7 +252,10 @@ def main(argv: list[str] | None = None) -> None:
             print_table(name, EXPERIMENTS[name], config.results)
         for name in edited:
             facts_edited.print_table(name, config.results)
+    elif word in edited:
+        facts_edited.run_all(word, config.models, config.seeds, config.results, config.out)
     else:
+        experiment = EXPERIMENTS[word]
         if steps := config.max_steps:  # results of another length are then ignored
             length = dict(max_steps=steps, eval_interval=max(50, steps // 10))
             experiment = replace(experiment, options=experiment.options | length)

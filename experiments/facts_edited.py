@@ -1,32 +1,30 @@
 """
 Erasing and teaching facts, measured: `python -m experiments.compare erase` and `teach`.
 
-erase: empties the slots of 40 people, one at a time, in a trained model. Measured for growing numbers of
-slots: the person's answers in the words of the corpus's questions and in the other words, and other people's
-answers. "one fact": only the slots of one answer; then the person's other answers count apart.
+erase: empties growing numbers of slots of 40 people, one person at a time, and asks about the person, in the
+words of the corpus and in other words, and about others. "one fact": only the slots of one answer; then the
+person's other answers count apart.
 
 teach: tells a trained model three statements of each of four facts about 100 new people, one person after the
-other, a few steps each. At the end the model answers questions about all of them that it has never seen, and
-old questions. The methods:
+other, a few steps each. Then it asks new questions about all of them, and old questions. The methods:
 
     sparse    sparse memory finetuning: teach of edit.py, for each person
     all read  the same for all slots that the statements read
     lora      AdamW on low-rank changes of all Linear layers (Hu et al. 2021, arXiv 2106.09685). The rank is
               the smallest with which as many numbers may change as in the rows of the sparse method
     full      AdamW and PoolOptimizer on everything, as in training
-    lora, shuffled; full, shuffled
-              the same with as many steps of as many statements, drawn from those about all people. This is
-              easier: no person is long past
+    ..., shuffled    the same number of steps, but the statements of all people are mixed. This is easier
 
 Seed 1 has runs with all learning rates. The other seeds have runs with the one that was best then.
 """
 
 import contextlib
+import itertools
 import random
 import subprocess
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 
 import torch
@@ -38,20 +36,13 @@ from data.corpus import QUESTION, decode_answer, is_right, load_dataset
 from data.facts import ATTRIBUTES
 from edit import NAME
 from evaluate import answer, exposure_bin, validation_loss
-from experiments.models import EDITED, train_command
-from experiments.results import (
-    ROOT,
-    append_row,
-    erase_shares,
-    mean_and_deviation,
-    print_markdown,
-    read_json_lines,
-    rows_path,
-)
+from experiments import results
+from experiments.models import EDITED, choose_models, train_command
+from experiments.results import ROOT, group_by, mean_and_deviation, read_edited
 from runtime.checkpoint import load
-from runtime.cli import at_least, build, parse
 from train import TrainConfig
 
+PEOPLE = {"erase": 40, "teach": 100}
 SIZES = (4, 16, 64, 128, 256)  # numbers of slots to empty
 LRS = {"sparse": (30.0, 100.0, 300.0, 1000.0), "all read": (10.0, 30.0, 100.0),
        "full": (3e-5, 1e-4, 3e-4, 1e-3), "lora": (1e-4, 3e-4, 1e-3, 3e-3),
@@ -60,29 +51,12 @@ ASKED = 400  # old questions, drawn at random
 STEPS, SLOTS = 20, 128  # of teach, for each person
 
 
-@dataclass
-class EditedConfig:
-    models: tuple[str, ...] = tuple(EDITED)  # how slots are chosen
-    people: int = 0  # people to erase, or new people to teach; 0: 40 to erase, 100 to teach
-    seeds: int = 3  # trained models of each kind
-    results: str = "experiments/results"  # folder for the lines of finished runs, relative to the repository
-    out: str = "out/compare/editing"  # folder for the trained models, relative to the repository
-
-    def __post_init__(self):
-        at_least(1, self, "seeds")
-        at_least(0, self, "people")
-        self.models = tuple(name for names in self.models for name in names.split(","))
-        if unknown := set(self.models) - EDITED.keys():
-            raise ValueError(f"models={','.join(unknown)} must be one of {', '.join(EDITED)}")
-
-
-def trained_model(base: str, seed: int, out: str):
+def trained_model(base: str, seed: int, out: Path):
     """Trains the model, unless it is there, and loads it: model, encoding, its TrainConfig, corpus."""
-    folder = ROOT / out / f"{base}_{seed}"
-    config = TrainConfig(**EDITED[base], seed=seed, out_dir=str(folder))
-    if not (folder / f"step_{config.max_steps:06d}").exists():
+    config = TrainConfig(**EDITED[base], seed=seed, out_dir=str(out / f"{base}_{seed}"))
+    if not (Path(config.out_dir) / f"step_{config.max_steps:06d}").exists():
         subprocess.run(train_command(config), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    model, encoding, _ = load(folder)
+    model, encoding, _ = load(config.out_dir)
     return model, encoding, config, load_dataset(config.dataset)
 
 
@@ -94,6 +68,14 @@ def share_right(model, encoding, questions: list[dict]) -> float:
 
 def name_in(question: dict) -> str:
     return NAME.search(question["prompt"]).group()
+
+
+def by_person(questions: list[dict]) -> dict[str, list[dict]]:
+    """{name: the questions about this person}"""
+    people = defaultdict(list)
+    for question in questions:
+        people[name_in(question)].append(question)
+    return people
 
 
 def in_other_words(question: dict) -> list[dict]:
@@ -108,10 +90,8 @@ def in_other_words(question: dict) -> list[dict]:
 
 def people_in(questions: list[dict], count: int, rng) -> list[list[dict]]:
     """The questions about each of `count` people, as many of each exposure bin up to "128": 128 or more."""
-    people, bins = defaultdict(list), defaultdict(list)
-    for question in questions:
-        people[name_in(question)].append(question)
-    for about in people.values():
+    bins = defaultdict(list)
+    for about in by_person(questions).values():
         bins[min(int(exposure_bin(about[0])), 128)].append(about)
     return [about for group in bins.values()
             for about in rng.sample(group, min(-(-count // len(bins)), len(group)))]
@@ -185,22 +165,16 @@ def add_low_rank(model, numbers: int) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if name.endswith((".up", ".down"))]
 
 
-def in_turn(told: list[list[str]]):
-    """The statements of each step: STEPS times those about the first person, then the second, and so on."""
-    return [statements for statements in told for _ in range(STEPS)]
-
-
 def shuffled(told: list[list[str]], rng):
-    """STEPS passes over the statements about all people, in an order of chance, as many per step."""
-    size, steps = len(told[0]), []
+    """STEPS passes over the statements about all people, mixed; as many per step as there are per person."""
     for _ in range(STEPS):
         texts = rng.sample(all_texts := sum(told, []), len(all_texts))
-        steps += [texts[i:i + size] for i in range(0, len(texts), size)]
-    return steps
+        for i in range(0, len(texts), len(told[0])):
+            yield texts[i:i + len(told[0])]
 
 
 def learn(model, encoding, told: list[list[str]], method: str, lr: float, idf, config, rng) -> None:
-    """Teaches the statements about each person. config: the TrainConfig of the model."""
+    """Teaches the statements about each person. config: how the model was trained."""
     values = model.pool.values
     if method in ("sparse", "all read"):
         for statements in told:
@@ -212,7 +186,8 @@ def learn(model, encoding, told: list[list[str]], method: str, lr: float, idf, c
     else:
         optimizers = model.optimizers(lr, lr * config.value_lr / config.lr, weight_decay=0, betas=(0.9, 0.99))
     dense = [p for group in optimizers[0].param_groups for p in group["params"]]
-    for statements in shuffled(told, rng) if method.endswith("shuffled") else in_turn(told):
+    one_by_one = (statements for statements in told for _ in range(STEPS))
+    for statements in shuffled(told, rng) if method.endswith("shuffled") else one_by_one:
         model(*edit.text_batch(encoding, statements))[1].backward()
         nn.utils.clip_grad_norm_(dense, config.grad_clip)
         for optimizer in optimizers:
@@ -240,37 +215,33 @@ def run_teach(run: dict, model, encoding, config: TrainConfig, data) -> dict:
 
 # --- all runs -----------------------------------------------------------------------------------------------
 
-def runs_of(word: str, config: EditedConfig) -> list[dict]:
-    """What identifies each run, the most informative first. lr None: the best learning rate of seed 1."""
-    people, runs = config.people or {"erase": 40, "teach": 100}[word], []
-    for seed in range(1, config.seeds + 1):
-        for base in config.models:
-            run = dict(model=base, seed=seed, people=people)
-            if word == "erase":
-                runs.append(run | dict(sizes=list(SIZES)))
-            else:
-                runs += [run | dict(method=method, lr=lr, steps=STEPS, slots=SLOTS)
-                         for method in LRS for lr in (LRS[method] if seed == 1 else [None])]
-    return runs
-
-
-def run_all(word: str, argv: list[str]) -> None:
-    """Does all runs of erase or teach that have no line yet, and prints the table."""
-    config = build(EditedConfig, parse(EditedConfig, argv, description=__doc__)[1])
-    path, runs = rows_path(word, config.results), runs_of(word, config)
-    for number, run in enumerate(runs, 1):
-        rows = read_json_lines(path)
-        if run.get("lr", 0) is None:
-            run["lr"] = best_lr([row for row in rows if row["run"] | dict(lr=None) == run | dict(seed=1)])
-        if any(row["run"] == run for row in rows):
+def runs_of(word: str, models: list[str], seeds: int, path: Path):
+    """Yields what identifies each run. path: the finished runs, which choose the later learning rates."""
+    for seed, base in itertools.product(range(1, seeds + 1), models):
+        run = dict(model=base, seed=seed, people=PEOPLE[word])
+        if word == "erase":
+            yield run | dict(sizes=list(SIZES))
             continue
-        print(f"{time.strftime('%H:%M')}  run {number} of {len(runs)}: "
-              + ", ".join(f"{name} {value}" for name, value in run.items()), flush=True)
-        with contextlib.redirect_stdout(None):
-            trained = trained_model(run["model"], run["seed"], config.out)
-            row = (run_erase if word == "erase" else run_teach)(run, *trained)
-        append_row(path, {"run": run} | row)
-    print_table(word, config.results)
+        for method, lrs in LRS.items():
+            run |= dict(method=method, steps=STEPS, slots=SLOTS)
+            if seed > 1:
+                first = [row for row in read_edited(path)
+                         if row["run"] == run | dict(seed=1, lr=row["run"]["lr"])]
+                lrs = [best_lr(first)]
+            for lr in lrs:
+                yield run | dict(lr=lr)
+
+
+def run_all(word: str, names: tuple[str, ...], seeds: int, folder: str, out: str) -> None:
+    """Does all runs of erase or teach that have no line yet, and prints the table."""
+    path, measure = results.rows_path(word, folder), run_erase if word == "erase" else run_teach
+    for run in runs_of(word, choose_models(names, EDITED), seeds, path):
+        if all(row["run"] != run for row in read_edited(path)):
+            print(time.strftime("%H:%M"), *(f"{name}={value}" for name, value in run.items()), flush=True)
+            with contextlib.redirect_stdout(None):
+                row = measure(run, *trained_model(run["model"], run["seed"], ROOT / out / "editing"))
+            results.append_row(path, {"run": run} | row)
+    print_table(word, folder)
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -281,14 +252,10 @@ def forgotten(row: dict) -> float:
 
 
 def best_lr(rows: list[dict]) -> float:
-    """
-    The learning rate that forgets least, of those that teach 0.9; if there is none, that teaches most. Only
-    seed 1 decides.
-    """
+    """In runs with seed 1: the learning rate that forgets least, of those that teach 0.9, or else most."""
     rows = [row for row in rows if row["run"]["seed"] == 1]
-    enough = [row for row in rows if row["after"]["new"] >= 0.9]
-    best = min(enough, key=forgotten) if enough else max(rows, key=lambda row: row["after"]["new"])
-    return best["run"]["lr"]
+    most = max(row["after"]["new"] for row in rows)
+    return min((row for row in rows if row["after"]["new"] >= min(0.9, most)), key=forgotten)["run"]["lr"]
 
 
 def erase_lines(base: str, rows: list[dict]) -> list[dict]:
@@ -298,7 +265,7 @@ def erase_lines(base: str, rows: list[dict]) -> list[dict]:
         line = {"slots chosen by": base, "erased": mode, "seeds": str(len(rows))}
         for label in ("these", "other words", "person's others", "others"):
             has_label = (mode, label) != ("person", "person's others")
-            shares = zip(*erase_shares(rows, mode, label), strict=True) if has_label else ()
+            shares = zip(*results.erase_shares(rows, mode, label), strict=True) if has_label else ()
             line[label] = " / ".join(f"{mean(share):.2f}" for share in shares)
         lines.append(line)
     return lines
@@ -307,27 +274,24 @@ def erase_lines(base: str, rows: list[dict]) -> list[dict]:
 def teach_lines(base: str, rows: list[dict]) -> list[dict]:
     """The table of one kind of model: each method at its best learning rate."""
     lines = []
-    for method in LRS:
-        runs = [row for row in rows if row["run"]["method"] == method]
-        if runs:
-            runs = [row for row in runs if row["run"]["lr"] == best_lr(runs)]
-            before, after = (mean(row[when]["loss"] for row in runs) for when in ("before", "after"))
-            lines.append({"slots chosen by": base, "method": method, "seeds": str(len(runs)),
-                          "learning rate": f"{runs[0]['run']['lr']:g}",
-                          "recall of new facts": mean_and_deviation(
-                              [row["after"]["new"] for row in runs], ".2f"),
-                          "fall of the recall of old facts": mean_and_deviation(list(map(forgotten, runs))),
-                          "validation loss": f"{before:.3f} -> {after:.3f}"})
+    for method, runs in group_by(rows, "method").items():
+        runs = [row for row in runs if row["run"]["lr"] == best_lr(runs)]
+        before, after = (mean(row[when]["loss"] for row in runs) for when in ("before", "after"))
+        lines.append({"slots chosen by": base, "method": method, "seeds": str(len(runs)),
+                      "learning rate": f"{runs[0]['run']['lr']:g}",
+                      "recall of new facts": mean_and_deviation([row["after"]["new"] for row in runs], ".2f"),
+                      "fall of the recall of old facts": mean_and_deviation([*map(forgotten, runs)]),
+                      "validation loss": f"{before:.3f} -> {after:.3f}"})
     return lines
 
 
-def print_table(word: str, results: str) -> None:
-    rows = read_json_lines(rows_path(word, results))
+def print_table(word: str, folder: str) -> None:
+    rows = read_edited(results.rows_path(word, folder))
     if not rows:
         return print(f"{word}: no finished runs. Start: python -m experiments.compare {word}")
-    lines_of = erase_lines if word == "erase" else teach_lines
-    heading = ("recall without 0, " + ", ".join(map(str, rows[0]["run"]["sizes"])) + " slots"
-               if word == "erase" else "each method at the best learning rate of those tried")
-    print(f"\n{word}, {heading}:\n")
-    of_bases = {base: [row for row in rows if row["run"]["model"] == base] for base in EDITED}
-    print_markdown([line for base, group in of_bases.items() if group for line in lines_of(base, group)])
+    lines_of = {"erase": erase_lines, "teach": teach_lines}[word]
+    headings = {"erase": f"recall without 0, {', '.join(map(str, SIZES))} slots",
+                "teach": "each method at the best learning rate of those tried"}
+    print(f"\n{word}, {headings[word]}:\n")
+    by_model = group_by(rows, "model")
+    results.print_markdown([line for base in by_model for line in lines_of(base, by_model[base])])

@@ -8,12 +8,13 @@ change a model.
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 
 from data.corpora import CORPORA
 from model import GPT
+from runtime.cli import fail
 from train import TrainConfig
 
 # Options of train.py that change no number of a run, or that a line of results has beside its options
@@ -25,7 +26,6 @@ NOT_IN_LINES = {"lr", "seed", "out_dir", "resume", "eval_only", "keep", "keep_be
 class Experiment:
     options: dict  # options of train.py that all models share
     models: dict[str, dict]  # name: the options of each model, in addition
-    defaults: dict = field(default_factory=dict)  # of CompareConfig, if they are others
 
     @property
     def corpus(self) -> tuple:
@@ -53,6 +53,14 @@ def train_command(config: TrainConfig) -> list[str]:
     words = (f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
              for name, value in asdict(config).items())
     return [sys.executable, "train.py", *words]
+
+
+def choose_models(names: tuple[str, ...], models) -> list[str]:
+    """("dense,moe", "hash") -> ["dense", "moe", "hash"]. Without names: all models."""
+    chosen = [name for text in names for name in text.split(",")] or list(models)
+    if unknown := set(chosen) - set(models):
+        fail(f"--models={','.join(unknown)} must be one of {', '.join(models)}")
+    return list(dict.fromkeys(chosen))
 
 
 def costs(config: TrainConfig) -> tuple[int, dict[str, int]]:
@@ -91,7 +99,7 @@ MODELS = {
     "peer": dict(mem_kind="peer", mem_query="state", mem_num_keys=90, mlp_width=392),
 }
 ABLATIONS = {
-    "shifted": {},  # the others change one thing, and mlp_width where this keeps the cost equal
+    "shifted": {},  # the others change one thing, and mlp_width to keep the cost equal
     "mem_query=state": dict(mem_query="state"),
     "mem_query=tokens": dict(mem_query="tokens"),
     "layers 1 and 2": dict(mem_layers=(1, 2)),
@@ -137,32 +145,21 @@ EDITED = {"tokens": TWO_TOKENS, "hash": TWO_TOKENS | dict(mem_kind="hash"),
 
 # --- facts-large and code, for a GPU ------------------------------------------------------------------------
 
-# 64k tokens per step. By default each model has one run (learning rate 2e-3). Memory layers are spread over
-# the depth, as in the papers. The first four models differ in how slots are chosen. mlp_width makes the cost
-# of all models except dense-2x equal
+# 64k tokens per step. Memory layers are spread over the depth, as in the papers. All models cost the same
 LARGE = dict(n_layer=6, n_head=4, n_embd=256, scale_embeddings=True, mem_layers=(1, 3, 5), mem_query="state",
              mem_num_keys=512, mem_heads=4, mem_knn=16, mem_key_dim=64, value_lr=6e-2, accum_steps=2,
              log_interval=20, eval_batches=4)
 LARGE_MODELS = {
     "dense": dict(mem_layers=(), mlp_width=1024),
-    "memory+": UNSCALED | dict(mlp_width=1376),  # 2^18 slots. The state chooses them, as published
+    "memory+": UNSCALED | dict(mlp_width=1376),
     "tokens": dict(mem_query="tokens", mlp_width=1376),
     "hash": dict(mem_kind="hash", mlp_width=1728),
 }
-SIZES = {
-    "memory+16k": UNSCALED | dict(mem_num_keys=128, mlp_width=1568),  # 16k slots
-    "memory+64k": UNSCALED | dict(mem_num_keys=256, mlp_width=1504),
-    "memory+1M": UNSCALED | dict(mem_num_keys=1024, mlp_width=1120),
-    "memory+4M": UNSCALED | dict(mem_num_keys=2048, mlp_width=608),
-    "dense-2x": dict(mem_layers=(), mlp_width=2824),
-    "moe": dict(mem_layers=(), moe_layers=(1, 3, 5), moe_experts=88, mlp_width=1008),  # as large as memory+
-}
-ONE_RUN = dict(lrs=(2e-3,), seeds=1)
 EXPERIMENTS |= {
     # 72 M tokens, which a full run sees four times. As many questions are about facts that the text tells
     # rarely as about facts that it tells often. So the recall "all" is not the mean over all facts
     "facts-large": Experiment(LARGE | dict(dataset="facts-large", block_size=128, batch_size=512,
-                                           max_steps=4600, eval_interval=460), LARGE_MODELS | SIZES, ONE_RUN),
+                                           max_steps=4600, eval_interval=460), LARGE_MODELS),
     "code": Experiment(LARGE | dict(dataset="code", block_size=256, batch_size=256, max_steps=1600,
-                                    eval_interval=100), LARGE_MODELS, ONE_RUN),
+                                    eval_interval=100), LARGE_MODELS),
 }

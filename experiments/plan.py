@@ -2,10 +2,7 @@
 Estimates the memory, traffic and time that a model needs on each of many GPUs. Nothing is measured.
 
     python -m experiments.plan             the largest memory of Berges et al. 2024 on 64 GPUs
-    python -m experiments.plan --help      all options, of the model and of the machine
-
-The default model is a GPT with 1.3B parameters and the vocabulary of Llama 3. Its pool has 64M slots of 2,048
-numbers.
+    python -m experiments.plan --help      all options
 """
 
 from dataclasses import dataclass
@@ -13,7 +10,13 @@ from typing import Literal
 
 from experiments.models import costs
 from model import GPTConfig
-from runtime.cli import at_least, build, command, parse
+from runtime.cli import build, command, parse
+
+# What a GPU can do. The limits of an H100 are 989e12 FLOPs per second, and 450e9 bytes in a DGX
+FLOPS = 400e12  # FLOPs per second of matrix products
+BANDWIDTH = 3.35e12  # bytes per second of its memory
+LINK = 50e9  # bytes per second that it sends, here 400 Gb/s
+MEMORY = 80e9  # bytes of memory
 
 
 @dataclass
@@ -32,21 +35,12 @@ class PlanConfig(GPTConfig):
     mem_group_size: int = 0  # GPUs that split the pool's columns between them; 0: all of them
     tokens: int = 16_384  # tokens per step and GPU
     value_blocks: int = 64  # with rowwise: second moments per row; a multiple of mem_group_size
-    flops: float = 400e12  # FLOPs per second of matrix products on a GPU; the limit of an H100 is 989e12
-    bandwidth: float = 3.35e12  # bytes per second of a GPU's memory
-    link: float = 50e9  # bytes per second that a GPU sends; 50e9: 400 Gb/s, 450e9: a DGX H100
-    gpu_memory: float = 80e9  # bytes of memory per GPU
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(1, self, "gpus", "tokens", "value_blocks", "flops", "bandwidth", "link", "gpu_memory")
-        if self.mem_kind == "peer" or not self.mem_layers:
-            raise ValueError("mem_kind and mem_layers must give a pool with one row per slot")
         self.mem_group_size = self.mem_group_size or self.gpus
-        for name in ("gpus", "n_embd", "value_blocks"):
-            if getattr(self, name) % self.mem_group_size:
-                raise ValueError(f"mem_group_size={self.mem_group_size} must divide "
-                                 f"{name}={getattr(self, name)}")
+        if any(number % self.mem_group_size for number in (self.gpus, self.n_embd, self.value_blocks)):
+            raise ValueError("mem_group_size must divide gpus, n_embd and value_blocks")
 
 
 def bytes_sent(c: PlanConfig) -> dict[str, float]:
@@ -54,8 +48,7 @@ def bytes_sent(c: PlanConfig) -> dict[str, float]:
     Bytes that a GPU sends for each of its tokens and each memory layer, if all activations are float32.
 
     G GPUs share a pool. Each GPU sends its bags to all others, and gets the gradients of the weights back. It
-    keeps 1/G of the sums and of their gradients, and sends the rest. GPUs with the same columns send each
-    other their reads.
+    keeps 1/G of the sums and of their gradients. GPUs with the same columns send each other their reads.
     """
     G, bag, V = c.mem_group_size, c.mem_heads * c.mem_knn, c.n_embd
     return {"bags": (G - 1) * bag * (4 + 4),
@@ -76,19 +69,20 @@ def plan(c: PlanConfig) -> dict[str, float]:
 
     parts = {"dense: weights, gradients, AdamW": counts["dense"] * 16,
              "values": counts["memory"] * size / G, "slot use": slots * 4}
-    reads = {  # instead of a dense gradient
-        "reads of a step": layers * c.tokens * (c.gpus // G) * (G * bag * (4 + 4) + V * 4),
-        # for each row that a token reads: index and weight twice, token three times, and the sort's order
-        "sorting them": layers * c.tokens * c.gpus * bag * (2 * (4 + 4) + 3 * 8 + 8)}
-    adam, dense_gradient = {"state": counts["memory"] * 8 / G}, {"gradient": counts["memory"] * size / G}
+    # instead of a dense gradient. Sorting needs, per row that is read, the index and the weight twice, the
+    # token three times, and the order
+    reads = {"reads of a step": layers * c.tokens * (c.gpus // G) * (G * bag * (4 + 4) + V * 4),
+             "sorting them": layers * c.tokens * c.gpus * bag * (2 * (4 + 4) + 3 * 8 + 8)}
+    adam = {"state": counts["memory"] * 8 / G}
+    kinds = {"rowwise": {"state": slots * c.value_blocks * 4 / G} | reads, "adam": adam | reads,
+             "adam and a dense gradient": adam | {"gradient": counts["memory"] * size / G}}
     totals = {}
     print("GB per GPU (a tenth of its memory is left for activations):")
     for name, part in parts.items():
         print(f"  {name:34}{part / 1e9:9.2f}")
-    for name, extra in {"rowwise": {"state": slots * c.value_blocks * 4 / G} | reads, "adam": adam | reads,
-                        "adam and a dense gradient": adam | dense_gradient}.items():
+    for name, extra in kinds.items():
         totals[name] = sum(parts.values()) + sum(extra.values())
-        verdict = "fits" if totals[name] < 0.9 * c.gpu_memory else f"does not fit {c.gpu_memory / 1e9:.0f} GB"
+        verdict = "fits" if totals[name] < 0.9 * MEMORY else f"does not fit {MEMORY / 1e9:.0f} GB"
         text = ", ".join(f"{part} {amount / 1e9:.2f}" for part, amount in extra.items())
         print(f"  + {name}: {text}; in all {totals[name] / 1e9:.1f}: {verdict}")
 
@@ -100,8 +94,8 @@ def plan(c: PlanConfig) -> dict[str, float]:
     # is read twice in a step counts twice
     pool_bytes = 4 * layers * bag * V * size
     sent_bytes = layers * sum(traffic.values()) + 2 * 4 * counts["dense"] / c.tokens  # + dense gradients
-    work = {"matrix products": (6 * macs, "FLOPs", c.flops),
-            "the pool's rows": (pool_bytes, "bytes", c.bandwidth), "traffic": (sent_bytes, "bytes", c.link)}
+    work = {"matrix products": (6 * macs, "FLOPs", FLOPS),
+            "the pool's rows": (pool_bytes, "bytes", BANDWIDTH), "traffic": (sent_bytes, "bytes", LINK)}
     print("\nper token of training, forward and backward:")
     for name, (amount, unit, speed) in work.items():
         print(f"  {name:16}{amount:18,.0f} {unit:5} {1e6 * amount / speed:8.2f} us at {speed:.3g} per second")

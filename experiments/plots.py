@@ -1,16 +1,13 @@
 """
 Draws figures from files of results, and writes each figure next to its file.
 
-    python -m experiments.plots experiments/results/facts.jsonl   facts.png
-    python -m experiments.plots experiments/results/step.jsonl    step.png
-    python -m experiments.plots FOLDER/facts-large.jsonl          facts-large.png; code.jsonl: code.png
-    python -m experiments.plots experiments/results/erase.jsonl   erase.png; teach.jsonl: teach.png
+    python -m experiments.plots experiments/results/facts.jsonl   facts.png. Also: erase, teach, step
 
-The files come from experiments.compare, step.jsonl from experiments.speed step --json=FILE.
+The files come from experiments.compare, step.jsonl from experiments.speed step --json=FILE. A new figure is
+one function and one line in FIGURES.
 """
 
 import sys
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -18,8 +15,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from experiments.models import EDITED, EXPERIMENTS, SUMMARY
-from experiments.results import best_runs, erase_shares, read_json_lines, read_rows
+from experiments.models import EXPERIMENTS
+from experiments.results import best_runs, erase_shares, group_by, read_edited, read_json_lines, read_rows
 from runtime.cli import command, fail
 
 # the colours of Okabe and Ito, which colour-blind readers can tell apart
@@ -27,19 +24,16 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LOOK = {"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3,
         "legend.frameon": False, "axes.prop_cycle": matplotlib.cycler(color=COLOURS)}
 
-# colour, marker and line of each model of experiments.compare; no two models differ by colour alone
-STYLES = defaultdict(lambda: ("#777777", "h", "-"), {  # the default is for models that you add
-    "dense": ("#000000", "o", "-"), "dense-2x": ("#000000", "o", ":"), "moe": ("#CC79A7", "v", "--"),
-    "hash": ("#56B4E9", "X", ":"), "peer": ("#E69F00", "P", "--"), "shifted-plain": ("#882255", "<", "-."),
-    "memory+": ("#0072B2", "s", "-"), "tokens": ("#D55E00", "^", "-"), "shifted": ("#009E73", "D", "-"),
-    "shifted-4x": ("#009E73", ">", "--"), "shifted-16x": ("#009E73", "p", "-."),
-    "shifted-short": ("#009E73", "D", ":")})
+# colour, marker and line of each model of the first figure. No two models differ by colour alone
+STYLES = {"dense": ("#000000", "o", "-"), "moe": ("#CC79A7", "v", "--"), "hash": ("#56B4E9", "X", ":"),
+          "memory+": ("#0072B2", "s", "-"), "tokens": ("#D55E00", "^", "-"), "shifted": ("#009E73", "D", "-")}
 
 
 # --- a step of the memory -----------------------------------------------------------------------------------
 
-def draw_step(rows: list[dict]) -> Figure:
+def draw_step(path: Path) -> Figure:
     """Time of a step against the size of the pool: the rows of experiments.speed step."""
+    rows = read_json_lines(path)
     tokens, reads = min(row["tokens"] for row in rows), rows[0]["reads"]
     rows = [row for row in rows if (row["tokens"], row["reads"]) == (tokens, reads)]
     figure = Figure(figsize=(7.5, 4), layout="constrained")
@@ -62,39 +56,22 @@ def draw_step(rows: list[dict]) -> Figure:
 
 # --- facts --------------------------------------------------------------------------------------------------
 
-def draw(axis, model: str, x, ys, label: str | None = None):
-    """Draws the mean of several runs (ys: one row per run), with bars from the lowest to the highest run."""
-    colour, marker, line = STYLES[model]
-    middle, low, high = np.mean(ys, 0), np.min(ys, 0), np.max(ys, 0)
-    bars = np.maximum((middle - low, high - middle), 0)  # rounding may make a bar negative
-    axis.errorbar(x, middle, bars, color=colour, marker=marker, linestyle=line,
-                  capsize=2, elinewidth=0.8, markersize=5, label=label)
-    return x[-1], middle[-1], model  # for label_ends
-
-
-def label_ends(axis, ends: list[tuple]) -> None:
-    """Writes names of lines to the right of their ends (x, y, model), and moves overlapping names apart."""
-    right = max(x for x, _, _ in ends)
-    low, high = axis.get_ylim()
-    gap, last = 0.055 * (high - low), -np.inf
-    for i, (x, y, model) in enumerate(sorted(ends, key=lambda end: end[1])):
-        last = max(min(y, high - gap * (len(ends) - 1 - i)), last + gap)  # leave room for the names above
-        leader = dict(arrowstyle="-", color=STYLES[model][0], linewidth=0.5)
-        axis.annotate(model, (x, y), (right * 1.04, last), va="center", fontsize=9, annotation_clip=False,
-                      arrowprops=leader)
-
-
-def draw_facts(runs: dict) -> Figure:
-    """Recall against how often a fact was told in the training text."""
-    recalls = {model: [row["curve"][-1]["recall"] for row in rows] for model, rows in runs.items()}
-    best_first = sorted(runs, key=lambda model: -np.mean([recall["all"] for recall in recalls[model]]))
+def draw_facts(path: Path) -> Figure:
+    """Recall against how often a fact was told: mean over the seeds, with bars from lowest to highest."""
+    recalls = {model: [row["curve"][-1]["recall"] for row in rows]
+               for model, rows in best_runs(read_rows(path, EXPERIMENTS["facts"])).items() if model in STYLES}
+    best_first = sorted(recalls, key=lambda model: -np.mean([recall["all"] for recall in recalls[model]]))
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axis = figure.subplots()
     bins = [low for low in recalls[best_first[0]][0]["by_exposure"] if int(low) < 256]
     for i, model in enumerate(best_first):  # the legend then has the order of the lines
         shares = [[recall["by_exposure"][low] for low in bins] for recall in recalls[model]]
-        offset = 1.03 ** (i - len(runs) / 2)  # bars of different models do not overlap
-        draw(axis, model, [offset * int(low) for low in bins], shares, model)
+        middle, low, high = np.mean(shares, 0), np.min(shares, 0), np.max(shares, 0)
+        bars = np.maximum((middle - low, high - middle), 0)  # rounding may make a bar negative
+        offset = 1.03 ** (i - len(recalls) / 2)  # bars of different models do not overlap
+        colour, marker, line = STYLES[model]
+        axis.errorbar([offset * int(low) for low in bins], middle, bars, color=colour, marker=marker,
+                      linestyle=line, capsize=2, elinewidth=0.8, markersize=5, label=model)
     axis.set(xscale="log", xlabel="times a fact was told in the training text", ylabel="recall (exact match)",
              ylim=(-0.02, 1.02), xticks=[int(low) for low in bins],
              xticklabels=[f"{low}-{2 * int(low) - 1}" for low in bins])
@@ -103,61 +80,14 @@ def draw_facts(runs: dict) -> Figure:
     return figure
 
 
-# --- facts-large and code -----------------------------------------------------------------------------------
-
-def runs_of_one_length(rows: list[dict]) -> dict[str, list[dict]]:
-    """The runs of each model. Where runs have different lengths: the length that most models have."""
-    models = Counter(steps for _, steps in {(row["model"], row["options"]["max_steps"]) for row in rows})
-    steps = max(models, key=lambda steps: (models[steps], steps))
-    runs = defaultdict(list)
-    for row in rows:
-        if row["options"]["max_steps"] == steps:
-            runs[row["model"]].append(row)
-    return runs
-
-
-def draw_large(runs: dict) -> Figure:
-    """
-    facts-large: recall against tokens, seconds of training and the number of slots. code: validation loss
-    against tokens. Runs that shared a GPU took longer than a run alone.
-    """
-    def value(point):
-        return point["recall"]["all"] if has_recall else point["val_loss"]
-
-    has_recall = "recall" in next(iter(runs.values()))[0]["curve"][-1]
-    sizes = [model for model in runs if model.startswith("memory+")]  # memory+ and other numbers of slots
-    figure = Figure(figsize=(15 if has_recall else 7, 4.2), layout="constrained")
-    axes = figure.subplots(1, 3 if has_recall else 1, squeeze=False)[0]
-    for axis, name in zip(axes, ("million tokens", "seconds of training"), strict=False):
-        ends = []
-        for model, rows in runs.items():
-            if model == "memory+" or model not in sizes:
-                unit = 1e6 if axis is axes[0] else rows[0]["tokens_per_second"]
-                curves = [[value(point) for point in row["curve"][1:]] for row in rows]  # [1:]: not step 0
-                x = [point["tokens"] / unit for point in rows[0]["curve"][1:]]
-                ends.append(draw(axis, model, x, curves))
-        axis.set(xlabel=name, ylabel="recall" if has_recall else "validation loss (nats per token)")
-        label_ends(axis, ends)
-    if has_recall:
-        final = {model: np.mean([value(row["curve"][-1]) for row in rows]) for model, rows in runs.items()}
-        slots = sorted((runs[model][0]["options"]["mem_num_keys"]**2, final[model]) for model in sizes)
-        axes[2].plot(*zip(*slots, strict=True), "s-", color="#0072B2", label="memory+")
-        for model in runs.keys() - sizes:
-            axes[2].axhline(final[model], color=STYLES[model][0], linestyle=STYLES[model][2], label=model)
-        axes[2].set(xscale="log", xlabel="slots", ylabel="recall", xticks=[size for size, _ in slots])
-        axes[2].xaxis.set_major_formatter("{x:,.0f}")
-        axes[2].xaxis.set_minor_locator(NullLocator())
-        axes[2].legend()
-    return figure
-
-
 # --- erase and teach ----------------------------------------------------------------------------------------
 
-def draw_erase(rows: list[dict]) -> Figure:
+def draw_erase(path: Path) -> Figure:
     """Recall against the number of emptied slots: a person's facts, one fact, and facts told often."""
+    rows = read_edited(path)
     figure = Figure(figsize=(15, 4), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
-    sizes, bases = ("0", *map(str, rows[0]["run"]["sizes"])), by_model(rows)
+    sizes, bases = ("0", *map(str, rows[0]["run"]["sizes"])), group_by(rows, "model")
     first, of_first = next(iter(bases.items()))
 
     def line(axis, rows, mode, label, name, told=None, **look):
@@ -180,9 +110,9 @@ def draw_erase(rows: list[dict]) -> Figure:
     return figure
 
 
-def draw_teach(rows: list[dict]) -> Figure:
+def draw_teach(path: Path) -> Figure:
     """What is forgotten against what is learnt. A line joins the learning rates of one method."""
-    bases = by_model(rows)
+    bases = group_by(read_edited(path), "model")
     figure = Figure(figsize=(4 * len(bases) + 1.5, 6), layout="constrained")
     axes = figure.subplots(2, len(bases), sharex=True, sharey="row", squeeze=False)
     for column, (base, of_base) in zip(axes.T, bases.items(), strict=True):
@@ -201,49 +131,19 @@ def draw_teach(rows: list[dict]) -> Figure:
     return figure
 
 
-def by_model(rows: list[dict]) -> dict[str, list[dict]]:
-    groups = group_by(rows, "model")
-    return {base: groups[base] for base in EDITED if base in groups}
-
-
-def group_by(rows: list[dict], name: str) -> dict[str, list[dict]]:
-    """{value: the lines whose run has this value}, in the order of the lines."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["run"][name]].append(row)
-    return groups
-
-
 # --- files --------------------------------------------------------------------------------------------------
 
-def draw_file(path: Path) -> Figure:
-    """The figure for a file of results."""
-    if path.name == "facts.jsonl":
-        runs = best_runs(read_rows(path, EXPERIMENTS["facts"]))
-        if not runs:
-            fail(f"{path} has no finished run of experiments.compare with the present options")
-        return draw_facts({model: rows for model, rows in runs.items() if model in SUMMARY} or runs)
-    rows = read_json_lines(path)
-    if path.name in ("facts-large.jsonl", "code.jsonl") and (rows := [row for row in rows if row["curve"]]):
-        return draw_large(runs_of_one_length(rows))
-    if path.name in ("erase.jsonl", "teach.jsonl") and rows:
-        return (draw_erase if path.stem == "erase" else draw_teach)(rows)
-    if rows := [row for row in rows if row.get("bench") == "step"]:
-        return draw_step(rows)
-    fail(f"{path} must be a facts.jsonl, erase.jsonl or the like of experiments.compare, or a file that "
-         "python -m experiments.speed step --json=FILE wrote")
+FIGURES = {"facts": draw_facts, "step": draw_step, "erase": draw_erase, "teach": draw_teach}  # by file name
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if argv in (["-h"], ["--help"]):
-        return print(__doc__.strip())
-    if len(argv) != 1:
-        fail("name a file of results: python -m experiments.plots experiments/results/facts.jsonl")
-    path = Path(argv[0])
+    path = Path(argv[0] if argv else "")
+    if path.stem not in FIGURES or not path.exists():
+        fail(f"name a file of results, such as {', '.join(f'{name}.jsonl' for name in FIGURES)}")
     with matplotlib.rc_context(LOOK):
-        draw_file(path).savefig(path.with_suffix(".png"), dpi=120)
+        FIGURES[path.stem](path).savefig(path.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

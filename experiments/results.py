@@ -1,14 +1,13 @@
 """
-The finished runs, as lines of experiments/results/NAME.jsonl: reads and appends them, chooses the runs that a
-table or a figure shows, and prints tables.
+Reads and appends the lines of finished runs, chooses those that a table or a figure shows, and prints tables.
 """
 
 import json
 import math
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, mean, stdev
 
-from experiments.models import Experiment, options_of
+from experiments.models import EDITED, Experiment, options_of
 from runtime.cli import read_json_lines
 from train import TrainConfig
 
@@ -44,6 +43,11 @@ def read_rows(path: Path, experiment: Experiment) -> list[dict]:
     return sorted(rows.values(), key=lambda row: order.index(row["model"]))
 
 
+def read_edited(path: Path) -> list[dict]:
+    """The lines of erase.jsonl or teach.jsonl, in the order of the models."""
+    return sorted(read_json_lines(path), key=lambda row: list(EDITED).index(row["run"]["model"]))
+
+
 # --- which runs count ---------------------------------------------------------------------------------------
 
 def score(row: dict) -> tuple:
@@ -72,14 +76,21 @@ def best_runs(rows: list[dict]) -> dict[str, list[dict]]:
     return runs
 
 
+def group_by(rows: list[dict], name: str) -> dict[str, list[dict]]:
+    """Lines of erase and teach -> {value: those whose run has this value}, in the order of the lines."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["run"][name], []).append(row)
+    return groups
+
+
 def erase_shares(rows: list[dict], mode: str, label: str, told: int | None = None) -> list[list[float]]:
     """
     Lines of erase.jsonl -> for each trained model the share of right answers without 0, 4, 16 ... slots, as a
     mean over people. told: only people who were told so often.
     """
     def share(points):
-        people = sum(point["people"] for point in points)
-        return sum(point["people"] * point[label] for point in points) / people
+        return fmean([point[label] for point in points], [point["people"] for point in points])
 
     return [[share([point for point in row["points"] if (point["mode"], point["slots"]) == (mode, size)
                     and label in point and told in (None, point["told"])])
@@ -89,8 +100,8 @@ def erase_shares(rows: list[dict], mode: str, label: str, told: int | None = Non
 # --- tables -------------------------------------------------------------------------------------------------
 
 def mean_and_deviation(values, form: str = ".3f") -> str:
-    """'mean ± standard deviation', or only the value if there is one. '-' if a value is nan (not reached)."""
-    if any(map(math.isnan, values)):
+    """'mean ± standard deviation', or only the value if there is one. '-' for no value or nan."""
+    if not values or any(map(math.isnan, values)):
         return "-"
     deviation = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
     return f"{mean(values):{form}}{deviation}"

@@ -2,8 +2,6 @@
 
 import json
 import math
-import re
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -15,10 +13,9 @@ import edit
 import sample
 import train
 from data import corpus, prepare
-from data.corpus import QUESTION, is_right
+from data.corpus import QUESTION
 from data.facts import ATTRIBUTES
-from evaluate import answer
-from runtime import checkpoint
+from experiments.facts_edited import by_person, name_in, share_right
 from runtime.checkpoint import find_trained, load
 
 
@@ -27,19 +24,6 @@ def untrained(trained):
     """A tiny model that knows nothing: model, encoding, corpus."""
     model, encoding, config = load(trained("--max_steps=1"))
     return model, encoding, corpus.load_dataset(config["dataset"])
-
-
-def people(questions):
-    """{name: the questions about this person}"""
-    names = {}
-    for question in questions:
-        names.setdefault(re.search(r"[A-Z]\w+ [A-Z]\w+", question["prompt"]).group(), []).append(question)
-    return names
-
-
-def share_right(model, encoding, questions):
-    answers = [corpus.decode_answer(encoding, tokens) for tokens in answer(model, encoding, questions)]
-    return sum(map(is_right, questions, answers)) / len(questions)
 
 
 def recorded(model, tokens):
@@ -65,7 +49,10 @@ def test_the_batch_has_the_tokens_that_the_model_would_see(untrained):
 
 
 def test_tf_idf_is_a_count(untrained, monkeypatch):
-    """Against counts in plain Python, of each text alone, without a batch and without padding."""
+    """
+    Against counts in plain Python, of each text alone, without a batch and without padding. One text is not
+    taken for many: single letters would be the texts.
+    """
     model, encoding, data = untrained
     texts = ["The job of Ann Lee is that of a baker.", "What?", data.questions[0]["prompt"]]
     counts = Counter(slot for text in texts for slots in recorded(model, encoding.encode(text))
@@ -85,6 +72,8 @@ def test_tf_idf_is_a_count(untrained, monkeypatch):
     best = edit.top_slots(scores, 10)
     assert len(best) == 10 and scores[best].min() >= scores.sort(descending=True).values[9] > 0
     assert sorted(edit.top_slots(scores, 10**6).tolist()) == (scores > 0).nonzero()[:, 0].tolist()
+    with pytest.raises(ValueError, match="a list of texts"):
+        edit.teach(model, encoding, "The job", idf)
 
 
 def test_a_slot_that_is_left_out_is_an_empty_slot(untrained):
@@ -137,13 +126,6 @@ def test_only_the_chosen_rows_learn(untrained):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_one_text_is_not_taken_for_many(untrained):
-    """Guards teach(model, encoding, "a sentence", idf): it would learn single letters, without a word."""
-    model, encoding, data = untrained
-    with pytest.raises(ValueError, match="a list of texts"):
-        edit.teach(model, encoding, "The job", edit.inverse_document_frequency(model, data.train, 20))
-
-
 def test_of_several_right_answers_the_one_that_the_model_gives_counts(untrained, monkeypatch):
     model, encoding, data = untrained
     question = {"prompt": data.questions[0]["prompt"], "answers": ["Oslo", "Rome"]}
@@ -159,7 +141,7 @@ def test_what_was_taught_can_be_erased(trained, options):
     model, encoding, config = load(trained("--max_steps=1", "--mem_layers=0,1", "--mem_num_keys=32",
                                            "--n_embd=64", options))
     data = corpus.load_dataset(config["dataset"])
-    names = sorted(people(data.questions))[::3][:4]
+    names = sorted(by_person(data.questions))[::3][:4]
     words = sorted({question["answer"] for question in data.questions
                     if len(encoding.encode(" " + question["answer"])) == 1})
     questions = [{"prompt": f" {name}", "answer": word} for name, word in zip(names, words, strict=False)]
@@ -189,9 +171,9 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
     idf = edit.inverse_document_frequency(model, data.train)
     values = model.pool.values
     start, gone, stayed = values.detach().clone(), [], []
-    rarely_told = [name for name, about in people(data.questions).items() if about[0]["exposures"] < 64]
+    rarely_told = [name for name, about in by_person(data.questions).items() if about[0]["exposures"] < 64]
     for name in rarely_told[:10]:
-        about = people(data.questions)[name]
+        about = by_person(data.questions)[name]
         others = [question for question in data.questions if question not in about]
         known = share_right(model, encoding, others)
         slots = edit.choose_slots(model, encoding, about, edit.lines_with(name, data), idf)
@@ -202,7 +184,7 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
             values.copy_(start)
     assert sum(gone) / 10 <= 0.1 and min(stayed) >= 0.99, (gone, stayed)
 
-    names = [name.split() for name in people(data.questions)]
+    names = [name.split() for name in by_person(data.questions)]
     name = next(f"{first} {last}" for first, _ in names for _, last in names if [first, last] not in names)
     told, asked = [], []
     for options, statements, questions in ATTRIBUTES.values():
@@ -221,7 +203,7 @@ def test_edited_checkpoints_are_new_and_complete(trained, capsys, tmp_path):
     old, here = find_trained(out).folder, f"--out_dir={out}"
     files = {path: path.read_bytes() for path in old.iterdir()}
     question = json.loads(open(corpus.DATA / "facts" / "qa.jsonl").readline())["prompt"]
-    name = re.search(r"[A-Z]\w+ [A-Z]\w+", question).group()
+    name = name_in({"prompt": question})
     edit.main(["find", here, f"--question={question}"])
     text = capsys.readouterr().out
     assert question in text and "slots with most effect" in text and "layer 1" in text
@@ -254,7 +236,7 @@ def test_the_example_of_the_docs_runs(trained, untrained, tmp_path):
     _, _, data = untrained
     page = (Path(edit.__file__).parent / "docs/editing.md").read_text(encoding="utf-8")
     code = page.split("```python\n")[1].split("```")[0]
-    name, out = next(iter(people(data.questions))), tmp_path / "out"
+    name, out = next(iter(by_person(data.questions))), tmp_path / "out"
     assert "out/facts" in code and "Mule Tujuton" in code
     names = {}
     exec(code.replace("out/facts", str(out)).replace("Mule Tujuton", name), names)
@@ -265,26 +247,11 @@ def test_the_example_of_the_docs_runs(trained, untrained, tmp_path):
     assert lines == [line for line in text.split("\n") if name in line] and len(lines) > 10
 
 
-def test_a_broken_model_is_not_saved_and_a_run_may_be_named_by_a_dot(trained, capsys, tmp_path, monkeypatch):
-    out, teach = trained("--max_steps=1"), ["teach", "--statement=The job of Ann."]
-    monkeypatch.setattr(edit, "inverse_document_frequency", lambda *_: None)
-    monkeypatch.setattr(edit, "teach", lambda model, *_, **__: model.pool.values.data.fill_(math.nan)[:0])
-    assert_fails(lambda: edit.main([*teach, f"--out_dir={out}"]), "choose a lower --lr", capsys)
-    assert not (tmp_path / "out-teach").exists()
-    monkeypatch.setattr(edit, "teach", lambda *_, **__: torch.arange(2))
-    for place, name in ((out, "."), (out / "step_000001", "..")):
-        monkeypatch.chdir(place)
-        edit.main([*teach, f"--out_dir={name}"])
-        assert (tmp_path / "out-teach" / "step_000001").exists()
-        shutil.rmtree(tmp_path / "out-teach")
-    edit.main([*teach, "--out_dir=..", "--dry_run"])
-    assert "nothing is saved" in capsys.readouterr().out and not (tmp_path / "out-teach").exists()
-
-
-def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path):
     here, dense = f"--out_dir={trained()}", trained("--mem_layers=", out=tmp_path / "dense")
     (tmp_path / "out-teach").mkdir()
     (tmp_path / "empty").write_text("\n \n")
+    name = name_in(corpus.load_dataset("facts").questions[0])
     for words, message in [
         ([], "find|erase|teach"),
         (["find", here], "must have a text"),
@@ -292,14 +259,12 @@ def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypat
         (["find", here, "--question=" + "x " * 21], "block_size"),  # without room for an answer
         (["find", f"--out_dir={dense}", "--question=x?"], "has no memory layers"),
         (["erase", here, "--ask=Nobody Known"], "no question of the corpus contains this name"),
+        (["erase", here, f"--ask={name}n"], f"similar: {name}"),
         (["erase", here, "--question=who is it?"], "Add --ask=NAME"),
         (["erase", here, "--question=Who is Ann?", "--ask=Nobody"], "does not contain the name Nobody"),
-        (["erase", here, "--ask=x", f"--save_to={tmp_path / 'step_000001'}"], "no checkpoint of a run"),
         (["teach", here, "--statement=x"], "out-teach must be a new folder"),
         (["teach", here, "--dry_run", f"--file={tmp_path / 'empty'}"], "no statement to learn"),
-        (["teach", here, "--dry_run", "--statement=" + "x " * 40], "more than block_size=32"),
+        (["teach", here, "--statement=The job.", "--lr=1e38", f"--save_to={tmp_path / 'x'}"], "a lower --lr"),
     ]:
         assert_fails(lambda words=words: edit.main(words), message, capsys)
-    monkeypatch.setattr(checkpoint, "WORLD_SIZE", 2)
-    assert_fails(lambda: edit.main(["find", here, "--question=x?"]), "without torchrun", capsys)
-    assert not (tmp_path / "out-erase").exists()
+    assert not (tmp_path / "out-erase").exists() and not (tmp_path / "x").exists()

@@ -16,7 +16,6 @@ from conftest import assert_fails
 
 from data import corpus
 from data.tokenizer import END, encoding_from_json
-from evaluate import answer
 from explorer import export
 from model import GPT, GPTConfig
 from runtime.checkpoint import Checkpoint, checkpoints, load
@@ -55,19 +54,6 @@ def data_of(page: Path) -> dict:
 
 def array(text: str, dtype) -> np.ndarray:
     return np.frombuffer(export.base64.b64decode(text), dtype)
-
-
-def model_of(page: Path) -> GPT:
-    """A GPT with the weights that stand in a page."""
-    data = data_of(page)
-    weights = torch.from_numpy(array(data["weights"], np.float32).copy())
-    model = GPT(GPTConfig(**data["config"])).eval()
-    state = {name: weights[start:end] for name, start, end in data["tensors"]}
-    state["pool.values"] = torch.from_numpy(
-        array(data["pool"]["values"], np.int8).reshape(-1, model.config.n_embd)
-        * array(data["pool"]["scales"], np.float32)[:, None])
-    model.load_state_dict({name: part.view_as(model.get_parameter(name)) for name, part in state.items()})
-    return model
 
 
 @torch.no_grad()
@@ -129,18 +115,13 @@ def test_a_page_computes_what_pytorch_computes(trained, options):
 
 
 @needs_node
-def test_the_built_page_computes_what_pytorch_computes():
-    model, encoding, people = model_of(BUILT), encoding_of(BUILT), data_of(BUILT)["people"]
-    asked = [{"prompt": form.replace("{}", person["name"]), "answer": value}
-             for person in random.Random(2).sample(people, 25) for form, value in person["asked"][:2]]
-    prompts = [encoding.encode(question["prompt"]) for question in asked]
-    assert_same(model, BUILT, prompts)
-    answers = run_in_node(BUILT, [{"prompt": question["prompt"]} for question in asked[:10]])
-    newline = encoding.encode("\n")
-    for result, tokens, prompt in zip(answers, answer(model, encoding, asked[:10]), prompts, strict=False):
-        assert result["tokens"] + newline == prompt + tokens and 0 < result["probability"] <= 1
-    right = [result["text"] == question["answer"] for result, question in zip(answers, asked, strict=False)]
-    assert sum(right) >= 9
+def test_the_built_page_answers():
+    """Its scripts are those of this folder (see below), which the test above compares with PyTorch."""
+    asked = [(form.replace("{}", person["name"]), value) for person in data_of(BUILT)["people"][::80]
+             for form, value in person["asked"][:2]]
+    answers = run_in_node(BUILT, [{"prompt": prompt} for prompt, _ in asked])
+    right = [answer["text"] == value for answer, (_, value) in zip(answers, asked, strict=True)]
+    assert len(right) == 10 and sum(right) >= 9
 
 
 @needs_node
@@ -192,7 +173,7 @@ def test_readers_and_training_are_what_the_model_reads(trained, facts_folder):
         assert slots[0, place].tolist() == [part[0, -1].tolist() for part, _ in reads]
 
 
-def test_a_page_is_complete_and_always_the_same(trained):
+def test_a_page_has_all_people_and_is_always_the_same(trained):
     page = make_page(out := trained())
     first = page.read_bytes()
     assert make_page(out).read_bytes() == first
@@ -200,8 +181,6 @@ def test_a_page_is_complete_and_always_the_same(trained):
     people = data_of(page)["people"]
     assert sorted((form.replace("{}", person["name"]), value) for person in people
                   for form, value in person["asked"]) == sorted((q["prompt"], q["answer"]) for q in questions)
-    told = [person["told"] for person in people]
-    assert told == sorted((question["exposures"] for question in questions[::4]), reverse=True)
 
 
 def test_the_built_page_has_the_scripts_of_this_folder():
@@ -225,22 +204,14 @@ def test_the_built_page_works_in_a_browser():
     assert result.returncode == 0 and "no errors" in result.stdout, result.stderr
 
 
-def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypatch):
+def test_a_model_that_no_page_can_show_is_refused(trained, capsys, monkeypatch):
     encoding = encoding_from_json({"name": "x", "pat_str": ".", "tokens": {"AA==": 0}, "special_tokens": {}})
-    layers = {"mem_layers": (0,)}
-    for options, message in [({}, "product-key memory only"),
-                             (layers | {"mem_kind": "peer"}, "mem_kind=peer"),
-                             (layers | {"moe_layers": (1,)}, r"moe_layers=\(1,\)"),
-                             (layers, "the tokenizer x does")]:
+    for options, message in [({}, "product-key memory only"), ({"mem_kind": "peer"}, "mem_kind=peer"),
+                             ({"moe_layers": (1,)}, r"moe_layers=\(1,\)"), ({}, "the tokenizer x does")]:
+        layers = () if "memory only" in message else (0,)
         with pytest.raises(ValueError, match=message):
-            export.check_model(GPT(GPTConfig(vocab_size=9, **options)), encoding)
+            export.check_model(GPT(GPTConfig(vocab_size=9, mem_layers=layers, **options)), encoding)
     out = trained("--max_steps=1")
-    here = f"--out_dir={out}"
-    for options, message in [
-        ([here, f"--page={tmp_path}"], "Is a directory"),
-        ([here, f"--page={out / 'log.jsonl'}"], "is not a page"),
-    ]:
-        assert_fails(lambda options=options: export.main(options), message, capsys)
     monkeypatch.setattr(export, "LARGEST", 1000)
-    assert_fails(lambda: export.main([here]), "too large for a page", capsys)
+    assert_fails(lambda: export.main([f"--out_dir={out}"]), "too large for a page", capsys)
     assert not (out / "explorer.html").exists()

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ from conftest import assert_fails
 import sample
 from data import corpus, prepare
 from evaluate import record_reads
+from experiments.facts_edited import name_in
 from model import GPT
 from runtime import checkpoint
 from runtime.checkpoint import load
@@ -73,16 +73,9 @@ def test_trace_shows_what_each_layer_read(trained, capsys, kind):
         assert f"layer  {layer}" in line and len(shown) == 4
         assert [round(float(use[int(slot)]) * 100) for slot, _ in shown] == [int(part) for _, part in shown]
         assert int(shown[0][0]) == use.argmax()
-    text = printed(capsys, f"--out_dir={out}", "--prompt=" + " job of" * 20, "--max_new_tokens=1",
-                   "--trace")
+    text = printed(capsys, f"--out_dir={out}", "--prompt=" + " job of" * 20, "--max_new_tokens=1", "--trace")
     labels = [line.split(" layer")[0].strip() for line in text.splitlines() if "layer  0," in line]
     assert labels == 16 * ["' job'", "' of'"], "only the last tokens fit into the context"
-
-
-def use_copy(facts_folder, tmp_path, monkeypatch):
-    """Uses a copy of the corpus, which a test may change."""
-    shutil.copytree(facts_folder / "facts", tmp_path / "facts")
-    monkeypatch.setattr(corpus, "DATA", tmp_path)
 
 
 def asked(text: str) -> list[str]:
@@ -97,17 +90,14 @@ def test_questions_of_a_file_about_a_name_and_of_the_user(trained, capsys, facts
     assert [line.split(" Answer:")[0] for line in asked(every)] == [
         question["prompt"].removesuffix(" Answer:") for question in questions], "in the order of the file"
     first = questions[0]
-    name = re.search(r"[A-Z]\w+ [A-Z]\w+", first["prompt"]).group()
+    name = name_in(first)
     about = printed(capsys, here, f"--ask={name.lower()}")
-    assert [line.split(" Answer:")[0] for line in asked(about)] == [
-        line.split(" Answer:")[0] for line in asked(every) if name in line] and len(asked(about)) == 4
-    assert " of 4 right" in about
+    assert asked(about) == [line for line in asked(every) if name in line] and " of 4 right" in about
     bare = first["prompt"].removeprefix("Question: ").removesuffix(" Answer:")
     for text in (bare, first["prompt"], bare.lower().removesuffix("?")):
         line, = asked(printed(capsys, here, f"--question={text}"))
         assert line.startswith(first["prompt"]) and f"wrong: {first['answer']}, told" in line
-    unknown = printed(capsys, here, "--question=Who is Ada?")
-    assert "Question: Who is Ada? Answer:" in unknown and "the corpus does not have this question" in unknown
+    assert "the corpus does not have this question" in printed(capsys, here, "--question=Who is Ada?")
     mine = tmp_path / "mine.jsonl"
     mine.write_text('{"prompt": "Q: x? A:", "answers": ["a", "b"], "held_out": true, "exposures": 1}\n'
                     '{"prompt": "Q: y? A:", "answer": "a", "kind": "letter"}\n')
@@ -156,8 +146,6 @@ def test_lines_of_a_file_are_continued_together(trained, capsys, tmp_path, monke
     draws = [printed(capsys, here, f"--prompt_file={path}", "--max_new_tokens=9", f"--seed={seed}")
              for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
-    traced = printed(capsys, *greedy, f"--prompt_file={path}", "--trace")
-    assert traced.count("--- sample") == 5 and traced.count("slots") > 20
 
 
 def test_output_of_any_kind(trained, tmp_path):
@@ -188,18 +176,13 @@ def test_of_several_runs_the_newest_is_used(trained, capsys, tmp_path):
 
 def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypatch):
     here = f"--out_dir={trained('--mem_layers=')}"
-    monkeypatch.setattr(corpus, "DATA", tmp_path / "nothing")
     for options, message in [
         ([f"--out_dir={tmp_path / 'nowhere'}"], "no checkpoint in"),
         ([here, "--trace"], "no memory layers"),
         ([here, "--questions=1", "--prompt=x"], "choose one"),
         ([here, "--questions=1", "--temperature=0.5"], "--temperature has no effect with --questions"),
-        ([here, "--question=x?", "--seed=2"], "--seed has no effect with --question"),
-        ([here, "--qa=x", "--num_samples=2"], "--num_samples has no effect with --qa"),
-        # what was given is blamed, also where it is empty
         ([here, "--questions=0"], "--questions=0 must be at least 1"),
         ([here, "--question="], "--question='' must have a text"),
-        ([here, "--ask="], "--ask: there are no questions in"),
         ([here, "--qa=nowhere"], "no questions in nowhere"),
         ([here, "--prompt_file=nowhere"], "nowhere: No such file"),
         ([here, "--question=" + "x " * 40], "more than block_size=32"),
@@ -212,18 +195,7 @@ def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypat
 def test_questions_of_a_corpus_made_again_are_refused(trained, capsys, facts_folder, tmp_path, monkeypatch):
     """Other people have the same tokens, so all answers would seem wrong."""
     here = f"--out_dir={trained('--max_steps=1')}"
-    use_copy(facts_folder, tmp_path, monkeypatch)
-    prepare.main(["facts", "--people=9", "--overwrite"])
+    monkeypatch.setattr(corpus, "DATA", tmp_path)
+    prepare.main(["facts", "--people=9"])
     for option in ("--questions=1", "--question=Who is Ann?"):
         assert_fails(lambda option=option: sample.main([here, option]), "different tokenizers", capsys)
-
-
-def test_a_name_without_questions_gives_similar_names():
-    questions = [{"prompt": "Question: What did Mule Tujuton study? Answer:", "answer": "optics"}]
-    assert corpus.questions_about("mule tujuton ", questions) == questions
-    for name in ("Mule Tujutxn", "mule  tujutone"):
-        with pytest.raises(ValueError, match=f"--ask={name}: no question .* name; similar: Mule Tujuton$"):
-            corpus.questions_about(name, questions)
-    for name, message in (("99", "contains this name$"), ("Tuju", "this name"), (" ", "be a name")):
-        with pytest.raises(ValueError, match=message):
-            corpus.questions_about(name, questions)

@@ -5,6 +5,10 @@ Baselines for memory layers: other ways to have more parameters at the same cost
     PEER          slots that are tiny MLPs instead of values (He 2024, arXiv 2407.04153)
     HashedMemory  the same pool, but a fixed hash of two tokens chooses the slots. The comparison shows how
                   much the learnt search helps
+
+To add a kind of memory, write a module with forward(x, pool, left, right) -> (..., C) and the attributes
+num_values (rows of the pool), num_slots (slots whose use is counted) and rows_per_token. On many processes,
+all must read the pool equally often. Then name it in mem_kind and make_memory of model.py.
 """
 
 import math
@@ -96,16 +100,19 @@ class PEER(MemoryLayer):
 class HashedMemory(nn.Module):
     """
     A memory that chooses slots by hashing this token and the previous one. Each layer has heads * knn random
-    hash functions, one for each slot that a token reads. The scores are a linear function of x. Softmax, gate
-    and output projection are as in MemoryLayer. There are neither queries nor keys, so num_values and knn may
-    be any numbers.
+    hash functions, one for each slot that a token reads. The scores are a linear function of x. There are
+    neither queries nor keys. The read, the gate and the output projection are those of MemoryLayer.
     """
+
+    query = "ids"  # whatever mem_query says: left and right are the ids of this token and of the previous one
+    forward = MemoryLayer.forward
 
     def __init__(self, width: int, num_values: int, heads: int, knn: int, value_dim: int, vocab_size: int,
                  swilu: bool = True, bias: bool = True):
         super().__init__()
-        if min(num_values, heads, knn) < 1:
-            raise ValueError(f"heads={heads}, knn={knn} and num_values={num_values} must be at least 1")
+        for name, size in (("heads", heads), ("knn", knn)):
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
         self.heads, self.knn, self.value_dim, self.vocab_size = heads, knn, value_dim, vocab_size
         self.num_slots = self.num_values = num_values
         self.rows_per_token = heads * knn
@@ -123,12 +130,7 @@ class HashedMemory(nn.Module):
         high = ((pair.unsqueeze(1) * self.multipliers) >> 33) & (2**31 - 1)  # (N, H*K)
         return (high * self.num_values) >> 31
 
-    def forward(self, x: torch.Tensor, pool: ValuePool, token: torch.Tensor, previous: torch.Tensor):
-        """x (..., C), token and previous (...): ids of this token and of the previous one -> (..., C)."""
-        check_pool(pool, self.num_values, self.value_dim)
+    def search(self, x: torch.Tensor, token: torch.Tensor, previous: torch.Tensor):
+        """x (..., C), token and previous (...): ids -> weights (N, H*K), slots (N, H*K)."""
         scores = self.score(x).flatten(0, -2).unflatten(1, (self.heads, self.knn))  # (N, H, K)
-        y = pool(self.hash(token.flatten(), previous.flatten()), scores.softmax(-1).flatten(1))
-        y = y.to(x.dtype).view(*x.shape[:-1], self.value_dim)
-        if self.gate is not None:
-            y = y * F.silu(self.gate(x))
-        return self.out(y)
+        return scores.softmax(-1).flatten(1), self.hash(token.flatten(), previous.flatten())

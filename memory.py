@@ -200,7 +200,8 @@ class MemoryLayer(nn.Module):
             half_keys = normalize(half_keys)
         # scores are always float32 or float64: many different scores would be equal with 16 bits
         dtype = torch.promote_types(half_keys.dtype, torch.float32)
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        device = "cpu" if x.is_meta else x.device.type  # autocast does not know the device meta
+        with torch.autocast(device, enabled=False):
             scores, indices = fast_search(queries.to(dtype), half_keys.to(dtype), self.knn)
         return scores.softmax(-1).flatten(1), indices.flatten(1)
 

@@ -134,8 +134,8 @@ class Block(nn.Module):
                  decide which slots are read
         ids      the ids of this token and of the previous one, for HashedMemory
 
-        Returns left and right, (B, T, ...) each, and what the next token needs from the last one (B, 1, ...).
-        previous: this, from an earlier call, or None.
+        Returns left and right, (B, T, ...) each, and the last token's `left` (B, 1, ...), from which the right
+        half of the next query comes. previous: the last token's `left` from an earlier call, or None.
         """
         if self.query == "state":
             return h, h, None
@@ -167,7 +167,7 @@ class GPTConfig:
     mem_key_dim: int = 32  # width of a query, both halves together; hash has no queries
     mem_swilu: bool = True  # multiply what was read by a gate, as Memory+ does; peer has no gate
     mem_qk_norm: bool = True  # normalise queries and half-keys, so that more slots get used; hash has neither
-    mem_query: Literal["state", "shifted", "tokens"] = "state"  # source of queries; see Block.query_sources
+    mem_query: Literal["state", "shifted", "tokens"] = "state"  # see Block.query_sources; hash has no queries
     mem_mode: Literal["replace", "add"] = "replace"  # replace the MLP, or add the memory to it
     mem_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the pool's values
     kernel: Literal["auto", "triton", "torch"] = "auto"  # auto: triton on a GPU, otherwise torch
@@ -203,14 +203,14 @@ def make_block(c: GPTConfig, layer: int) -> Block:
     if has_experts:
         with option("moe_"):
             mlp = MoE(c.n_embd, hidden, c.moe_experts, c.moe_top_k, c.n_layer)
-    query = "ids" if c.mem_kind == "hash" else c.mem_query
+    query = getattr(memory, "query", c.mem_query)  # a hash has no choice
     return Block(c.n_embd, attn, memory, mlp, query, c.dropout, c.bias)
 
 
 def make_memory(c: GPTConfig) -> nn.Module:
     if c.mem_kind == "hash":
-        return HashedMemory(c.n_embd, c.mem_num_keys**2, c.mem_heads, c.mem_knn, c.n_embd, c.vocab_size,
-                            swilu=c.mem_swilu, bias=c.bias)
+        return HashedMemory(width=c.n_embd, num_values=c.mem_num_keys**2, heads=c.mem_heads, knn=c.mem_knn,
+                            value_dim=c.n_embd, vocab_size=c.vocab_size, swilu=c.mem_swilu, bias=c.bias)
     sizes = dict(width=c.n_embd, num_keys=c.mem_num_keys, heads=c.mem_heads, knn=c.mem_knn,
                  key_dim=c.mem_key_dim, qk_norm=c.mem_qk_norm, bias=c.bias)
     if c.mem_kind == "product-key":
@@ -222,7 +222,10 @@ def make_memory(c: GPTConfig) -> nn.Module:
 
 @contextlib.contextmanager
 def option(prefix: str):
-    """In a `with` block, "knn=0 must be ..." becomes "mem_knn=0 must be ...", which names an option."""
+    """
+    In a `with` block, an error such as "knn=0 must be ..." becomes "mem_knn=0 must be ...", which names an
+    option. If its name has the prefix already (value_blocks), it stays.
+    """
     try:
         yield
     except ValueError as error:
@@ -388,7 +391,8 @@ class GPT(nn.Module):
         backward, costs three times as much.
         """
         values = None if self.pool is None else self.pool.values
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2 and p is not values)
+        matrices = sum(x.numel() for x in (*self.parameters(), *self.buffers())
+                       if x.dim() >= 2 and x is not values)
         attention = self.config.n_layer * self.config.block_size * self.config.n_embd
         return matrices - self.idle() + attention + self.numbers_read()
 

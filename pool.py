@@ -422,9 +422,9 @@ class PoolOptimizer(torch.optim.Optimizer):
 class MemoryUsage(nn.Module):
     """How much of a pool was used since `reset`. The measures are from Lample et al. 2019, section 4.2."""
 
-    def __init__(self, num_values: int, device=None):
+    def __init__(self, num_slots: int, device=None):
         super().__init__()
-        total_weight = torch.zeros(num_values, dtype=torch.float32, device=device)
+        total_weight = torch.zeros(num_slots, dtype=torch.float32, device=device)
         self.register_buffer("total_weight", total_weight, persistent=False)
 
     def add(self, indices, weights) -> None:
@@ -441,7 +441,7 @@ class MemoryUsage(nn.Module):
     def summary(self) -> tuple[float, float]:
         """
         Returns two numbers: the share of the slots that were read, and the KL divergence of their use from
-        uniform use, in nats. The divergence is 0 if all slots are used equally, and ln(num_values) if only
+        uniform use, in nats. The divergence is 0 if all slots are used equally, and ln(num_slots) if only
         one slot is used. Returns (0, 0) if nothing was read.
         """
         if not self.total_weight.is_meta:
@@ -449,8 +449,8 @@ class MemoryUsage(nn.Module):
         if self.total_weight.is_meta or not len(used):
             return 0.0, 0.0
         p = used / used.sum()
-        num_values = len(self.total_weight)
-        return len(used) / num_values, math.log(num_values) + (p * p.log()).sum().item()
+        num_slots = len(self.total_weight)
+        return len(used) / num_slots, math.log(num_slots) + (p * p.log()).sum().item()
 
     def _apply(self, fn, recurse=True):
         """For to(): moves the counts to the device, but keeps float32. bfloat16 would lose small weights."""

@@ -12,7 +12,7 @@ Trains a GPT with memory layers.
     torchrun --nproc_per_node=2 train.py     the first run on two processes, half of the pool in each
     python train.py --help                   every option
 
-The first four are not Memory+ as published. The previous token also takes part in their queries: see
+Only --preset=paper is Memory+ as published. In the others, the previous token also takes part in a query: see
 --mem_query, and query_sources in model.py.
 
 Ctrl-C saves a checkpoint and ends. A run leaves log.jsonl, loss.png and its checkpoints in --out_dir.
@@ -55,11 +55,11 @@ from runtime.log import RunLog, one_line_errors, print_measured, print_once, pri
 @dataclass
 class TrainConfig(GPTConfig):
     # --- model
-    scale_embeddings: bool = True  # multiply embeddings by sqrt(n_embd), as the output of blocks is larger
+    scale_embeddings: bool = True
 
     # --- memory
     mem_layers: tuple[int, ...] = (0, 1)  # blocks with a memory layer, counted from 0; empty: a dense GPT
-    mem_query: Literal["state", "shifted", "tokens"] = "tokens"  # source of queries; see GPT.query_sources
+    mem_query: Literal["state", "shifted", "tokens"] = "tokens"
     mem_group_size: int = 0  # processes that split the pool's columns between them; 0: all of them
     mem_on_disk: bool = False  # keep the pool's values in a file in out_dir, not in memory; CPU only
 

@@ -144,13 +144,16 @@ def first_word(argv: list[str] | None, words, doc: str, kind: str) -> tuple[str,
 
 
 def _help_of(cls) -> dict[str, tuple[str, str]]:
-    """{field: (its group, its comment or "")}, from the source of a dataclass and of those it extends."""
+    """
+    {field: (its group, its comment or "")}, from the source of a dataclass and of those it extends. A field
+    that is defined again keeps its comment if it has no new one.
+    """
     fields, line = {}, r"^    (?:# --- (.+)|(\w+):.*?(?:  # (.*))?)$"
     for base in reversed(cls.__mro__[:-1]):
         group = "options"
         for heading, name, comment in re.findall(line, inspect.getsource(base), re.MULTILINE):
             group = heading or group
-            fields[name] = group, comment
+            fields[name] = group, comment or fields.get(name, ("", ""))[1]
     return fields
 
 

@@ -134,8 +134,8 @@ class Block(nn.Module):
                  decide which slots are read
         ids      the ids of this token and of the previous one, for HashedMemory
 
-        Returns left and right, (B, T, ...) each, and the last token's `left` (B, 1, ...): the right half of the
-        next query comes from there. previous: the last token's `left` from an earlier call, or None.
+        Returns left and right, (B, T, ...) each, and `left` of the last token, (B, 1, ...): the right half of
+        the next query comes from there. previous: this, from an earlier call, or None.
         """
         if self.query == "state":
             return h, h, None

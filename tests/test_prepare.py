@@ -8,6 +8,7 @@ import resource
 import signal
 import tempfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,6 +247,40 @@ def test_a_folder_may_be_a_link_to_another_disk(data):
         for _ in range(2):
             main(["facts", "--people=5"])
             assert len(corpus.Dataset("facts").questions) == 20 and len(os.listdir(other)) == 4
+
+
+@pytest.mark.parametrize("last", ["val.bin", "train.bin", "qa.jsonl", "meta.json"])
+def test_a_kill_while_the_files_are_replaced_leaves_a_whole_corpus_or_is_found(data, monkeypatch, last):
+    """Guards the tokenizer, which only meta.json has: the old one went before the new one came."""
+    main(["facts", "--people=5"])
+    before, replace = files_in(data / "facts"), Path.replace
+
+    def killed(path, target):
+        replace(path, target)
+        if path.name == last:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Path, "replace", killed)
+        main(["facts", "--people=5", "--seed=2", "--overwrite"])
+    after = files_in(data / "facts")
+    if last == "meta.json":
+        assert not any(after[name] == before[name] for name in after) and corpus.Dataset("facts")
+    else:
+        assert after["meta.json"] == before["meta.json"]
+        with pytest.raises(ValueError, match="is damaged .*: make it again"):
+            corpus.Dataset("facts")
+        main(["facts", "--people=5"])
+        assert files_in(data / "facts") == before
+
+
+def test_a_digest_is_of_both_ends_of_a_large_file(monkeypatch):
+    monkeypatch.setattr(corpus, "HASHED", 3)
+    tokens = np.arange(9, dtype=np.uint16)
+    changed = [np.where(tokens == i, 99, tokens).astype(np.uint16) for i in range(9)]
+    assert [corpus.digest(tokens) == corpus.digest(other) for other in changed] == [
+        False, False, False, True, True, True, False, False, False]
+    assert len({corpus.digest(tokens[:size]) for size in range(10)}) == 10, "the middle counts by its length"
 
 
 def test_a_full_disk_is_one_line_and_the_old_corpus_stays(data, capsys):

@@ -4,7 +4,7 @@ A run's folder OUT, and the checkpoints in it. A checkpoint is a folder OUT/step
     model.pt          all parameters except the pool's values
     optimizer.pt      AdamW's state
     pool_0of2.pt ...  values and optimiser state of the pool; one file per block of columns
-    meta.json         format, step, options, encoding, loss, and the SHA-256 of each file and of itself
+    meta.json         format, step, options, encoding, loss, and the SHA-256 of the corpus and of each file
 
     checkpoint = find_trained(Path("out/facts"))      # the newest, with its files checked
     model = checkpoint.load_model()
@@ -189,11 +189,20 @@ class Checkpoint:
     def encoding(self):
         return encoding_from_json(self.encoding_json)
 
-    def check_corpus(self, data) -> None:
-        """data: a Dataset, which must have the tokenizer that the model was trained with."""
+    def check_corpus(self, data, resume: bool = False) -> None:
+        """
+        data: a Dataset, which must have the tokenizer that the model was trained with; with resume, also the
+        text. Other differences are printed.
+        """
         if self.encoding_json != data.encoding_json:
-            fail(f"{self.options['dataset']} and {self.folder} have different tokenizers: choose another "
-                 "--out_dir")
+            fail(f"{data.name} and {self.folder} have different tokenizers: choose another --out_dir")
+        stored = self.meta.get("corpus", data.digests)  # an older checkpoint does not tell
+        if changed := [part for part in stored if stored[part] != data.digests[part]]:
+            line = f"{data.name} lacks the {' and '.join(changed)} that {self.folder} was trained with"
+            if resume and "text" in changed:
+                fail(f"{line}: choose another --out_dir")
+            if RANK == 0:
+                print(line, flush=True)
 
     def load_part(self, name: str) -> dict:
         return torch.load(self.folder / name, map_location="cpu", weights_only=True, mmap=True)

@@ -19,7 +19,7 @@ from conftest import SMALL, assert_fails, assert_same_checkpoint, log
 
 import evaluate
 import train
-from data import corpora, corpus, prepare
+from data import corpora, corpus, prepare, tokenizer
 from data.tokenizer import END, word_encoding
 from model import GPT
 from pool import PoolOptimizer
@@ -270,6 +270,33 @@ def test_resuming_on_other_data_is_refused(half, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(corpus, "DATA", tmp_path / "data")
     prepare.main(["facts", "--people=8", "--exposures=9", "--seed=5"])
     assert_fails(lambda: half("--resume"), "have different tokenizers", capsys)
+
+
+def test_a_checkpoint_knows_its_text_and_its_questions(run, monkeypatch, tmp_path, capsys):
+    """Guards a run that went on with another text: a downloaded tokenizer is the same for all texts."""
+    monkeypatch.setattr(corpus, "DATA", tmp_path)
+    letters = word_encoding(["a b"], [1], 300)
+    monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", lambda name: letters)
+    questions = tmp_path / "text" / "qa.jsonl"
+
+    def prepared(content):
+        (tmp_path / "words").write_text(content * 200)
+        prepare.main(["text", "--tokenizer=gpt2", "--overwrite", "--input", str(tmp_path / "words")])
+
+    prepared("two words\n")
+    run("--dataset=text", "--max_steps=2")
+    run("--resume", "--max_steps=3")
+    assert "lacks" not in capsys.readouterr().out
+    questions.write_text('{"prompt": "two", "answer": "words"}\n')
+    run("--resume", "--max_steps=4")
+    out = run.out / "step_000003"
+    assert f"text lacks the questions that {out} was trained with\n" in capsys.readouterr().out
+    prepared("two sword\n")  # as many tokens
+    message = f"text lacks the text that {run.out / 'step_000004'} was trained with: choose another"
+    assert_fails(lambda: run("--resume", "--max_steps=5"), message, capsys)
+    questions.unlink()
+    train.main(["--eval_only", f"--out_dir={run.out}"])
+    assert "text lacks the text and questions that" in capsys.readouterr().out
 
 
 # --- from Python --------------------------------------------------------------------------------------------

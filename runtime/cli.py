@@ -103,7 +103,7 @@ def read_json_lines(path: Path | str) -> list[dict]:
     """
     objects = []
     for line in Path(path).read_bytes().splitlines() if Path(path).exists() else []:
-        with contextlib.suppress(ValueError):  # not JSON, or not UTF-8
+        with contextlib.suppress(ValueError, RecursionError):  # not JSON, or not UTF-8
             objects.append(json.loads(line))
     return [x for x in objects if isinstance(x, dict)]
 

@@ -108,8 +108,13 @@ class RunLog:
         self.path, self.max_steps, self.tokens_per_step = out_dir / "log.jsonl", max_steps, tokens_per_step
         self.start, self.pool, self.optimizers = start, model.pool, optimizers
         self.skipped = 0 if model.pool is None else optimizers[1].skipped_steps
-        if RANK == 0:  # a resumed run writes the later lines again
-            lines = [line for line in read_json_lines(self.path) if start and line["step"] <= start]
+        if RANK == 0:
+            lines = []
+            if start and self.path.exists():
+                whole = [line for line in read_json_lines(self.path) if type(line.get("step")) is int]
+                lines = [line for line in whole if line["step"] <= start]  # the later ones are written again
+                if broken := len(self.path.read_bytes().splitlines()) - len(whole):
+                    print_once(f"lines of {self.path} that are damaged, and dropped: {broken}")
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             os.replace(temporary, self.path)

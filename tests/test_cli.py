@@ -138,7 +138,7 @@ def test_files_of_lines(tmp_path):
     assert cli.read_json_lines(path) == []
     path.write_bytes('\ufeff\u00e9 a\u2028b\r\n\n{"n": 1}\n'.encode())
     assert cli.read_lines(path) == ["\u00e9 a\u2028b", "", '{"n": 1}', ""]
-    path.write_bytes(b'{"n": 1}\n[2]\n\xff\n\n{"n": 2}\n{"n": 3')
+    path.write_bytes(b'{"n": 1}\n[2]\n\xff\n\n{"n": 2}\n' + b"[" * 100_000 + b'\n{"n": 3')
     assert cli.read_json_lines(path) == [{"n": 1}, {"n": 2}]
     with pytest.raises(UserError, match=f"^{re.escape(str(path))} is not UTF-8"):
         cli.read_lines(path)

@@ -61,6 +61,14 @@ def test_resume_can_train_longer_and_starts_where_there_is_nothing(run, capsys):
     assert "the end of this run" in capsys.readouterr().out
 
 
+def test_damaged_lines_of_a_log_are_dropped_and_counted(half, unchanged, capsys):
+    with open(half.out / "log.jsonl", "ab") as f:
+        f.write(b'5\n{}\n\xff\xfe\n{"step": "x"}\n["step"]\n{"step": 3, "lo')
+    half("--resume")
+    assert f"lines of {half.out}/log.jsonl that are damaged, and dropped: 6\n" in capsys.readouterr().out
+    assert log(half.out) == log(unchanged)
+
+
 class Spy:
     """Notes each call by which train.py or runtime/log.py waits for the device, or for other processes."""
 

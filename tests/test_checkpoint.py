@@ -1,11 +1,14 @@
 """runtime/checkpoint.py: after a kill, a full disk, damage, and for another number of processes."""
 
+import fcntl
 import json
+import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import torch
 from conftest import assert_fails, assert_same_checkpoint, log
 
 import train
+from data import corpus
 from runtime import checkpoint
 from runtime.distributed import Group
 from runtime.log import RunLog
@@ -184,6 +188,16 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     assert newest > 1
 
 
+TRAINER = """
+import sys
+from pathlib import Path
+from data import corpus
+import train
+corpus.DATA = Path(sys.argv[1])
+train.main(sys.argv[2:])
+"""
+
+
 def test_ctrl_c_saves_once_and_ends(half, unchanged, monkeypatch, capsys):
     """In the step in which it comes, although that is no step with a line of the log."""
     before = signal.getsignal(signal.SIGINT)  # a shell's background jobs ignore it
@@ -204,6 +218,29 @@ def test_ctrl_c_saves_once_and_ends(half, unchanged, monkeypatch, capsys):
     half("--resume")
     assert_same_checkpoint(unchanged / "step_000006", half.out / "step_000006")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_closed_terminal_does_not_prevent_the_checkpoint(half, unchanged):
+    """SIGHUP comes when ssh ends. What the run prints from then on is an error, and dropped."""
+    terminal, inside = os.openpty()
+
+    def own_terminal():  # the program becomes the one that SIGHUP goes to
+        os.setsid()
+        fcntl.ioctl(inside, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+
+    run = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(corpus.DATA), f"--out_dir={half.out}", "--resume",
+         "--max_steps=1000000", "--eval_interval=1000000"], preexec_fn=own_terminal,
+        stdin=inside, stdout=inside, stderr=inside, cwd=Path(train.__file__).parent)
+    os.close(inside)
+    printed = b""
+    while b"step       4/1000000" not in printed:
+        printed += os.read(terminal, 1000)
+    os.close(terminal)
+    assert run.wait(timeout=60) == 0
+    assert checkpoint.find_checkpoint(half.out).step >= 4
+    assert log(half.out)[:5] == log(unchanged)[:5]
 
 
 @pytest.mark.parametrize("by_torchrun", [False, True])

@@ -153,8 +153,11 @@ phase = sys.argv[1]
 @command
 def main():
     if phase == "wait":
-        os.write(1, b"ready")
-        time.sleep(60)
+        try:
+            os.write(1, b"ready")
+            time.sleep(60)
+        finally:
+            os.write(1, b"tidy")
     for i in range(20_000 if phase == "print" else 0):
         print("\\u00e9 \\u4e2d")
     if phase == "help":
@@ -181,6 +184,25 @@ def test_ctrl_c_is_one_line(script):
     assert process.stdout.read(5) == b"ready"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == b"\ninterrupted\n" and process.returncode == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_program_that_is_told_to_end_tidies_up(script, number):
+    process = script("wait")
+    assert process.stdout.read(5) == b"ready"
+    process.send_signal(number)
+    assert process.communicate(timeout=30) == (b"tidy", b"") and process.returncode == 128 + number
+
+
+def test_nohup_is_left_alone():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli.handle_signals(lambda *arguments: pytest.fail("SIGHUP was ignored"), "SIGHUP", "SIGTERM"):
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_what_a_terminal_cannot_show_is_replaced(script):

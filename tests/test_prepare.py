@@ -296,21 +296,25 @@ def test_a_full_disk_is_one_line_and_the_old_corpus_stays(data, capsys):
     assert files_in(data / "facts") == before
 
 
-def test_ctrl_c_leaves_the_old_corpus(data, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_the_old_corpus(data, monkeypatch, number):
     (data / "words").write_text("some words\n" * 200)
     make = ["text", "--input", str(data / "words")]
     main(make)
-    before = files_in(data / "text")
+    before, handlers = files_in(data / "text"), list(map(signal.getsignal, signal.valid_signals()))
 
     def stopped(*arguments):
         yield np.zeros(9, np.int64)
         assert next(data.glob("text/.new-*/train.bin")).exists()
-        raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt  # the tests may run in a job that ignores Ctrl-C
+        signal.raise_signal(number)
 
     monkeypatch.setattr(tokenizer, "encode_texts", stopped)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=str(128 + number)):
         main(make)
     assert files_in(data / "text") == before
+    assert list(map(signal.getsignal, signal.valid_signals())) == handlers
 
 
 @pytest.mark.parametrize("argv, message", [

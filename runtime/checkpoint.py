@@ -199,7 +199,7 @@ class Checkpoint:
             fail(f"{data.name} and {self.folder} have different tokenizers: choose another --out_dir")
         stored = self.meta.get("corpus", data.digests)  # an older checkpoint does not tell
         if changed := [part for part in stored if stored[part] != data.digests[part]]:
-            line = f"{data.name} lacks the {' and '.join(changed)} that {self.folder} was trained with"
+            line = f"{self.folder} was trained with other {' and '.join(changed)} than {data.name} has now"
             if resume and "text" in changed:
                 fail(f"{line}: choose another --out_dir")
             if RANK == 0:

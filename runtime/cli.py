@@ -75,6 +75,12 @@ def handle_signals(handler, *names: str):
             signal.signal(number, old)
 
 
+def printable(text: str) -> str:
+    """Shows the characters that command a terminal as signs: ESC as ␛. Line ends and tabs stay."""
+    return text.translate({i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"}
+                          | {ord("\r"): None, 127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD))
+
+
 def drop_output() -> None:
     """Nobody can read the output any more. Drops it, also what waits in Python's buffer."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -133,6 +133,10 @@ def test_errors_in_one_line(error, line):
     assert cli.one_line(error) == line
 
 
+def test_characters_that_command_a_terminal_become_signs():
+    assert cli.printable("\x1b[2Ja\x00\x07\x7f\x9b1mb\r\n\té 東\u2028") == "␛[2Ja␀␇␡\ufffd1mb\n\té 東\u2028"
+
+
 def test_files_of_lines(tmp_path):
     path = tmp_path / "lines"
     assert cli.read_json_lines(path) == []

@@ -177,16 +177,17 @@ def test_recall_counts_exact_answers():
 
 
 def test_a_run_leaves_what_it_says(run, capsys):
-    run("--keep=1")
-    assert {path.name for path in run.out.iterdir()} == {".lock", "log.jsonl", "loss.png", "step_000006"}
+    out = run.out.with_name("my run")
+    run("--keep=1", out=out)
+    assert {path.name for path in out.iterdir()} == {".lock", "log.jsonl", "loss.png", "step_000006"}
     printed = capsys.readouterr().out
     for part in ("the validation loss is above the training loss", "step 3/6  validation loss ",
-                 "step 6/6  loss ", "python sample.py"):
+                 "step 6/6  loss ", f"python sample.py --out_dir='{out}'\n"):
         assert part in printed
-    lines = log(run.out)
+    lines = log(out)
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 6]
     assert {"slots_used", "kl_from_uniform", "recall"} <= lines[-1].keys()
-    assert (run.out / "loss.png").stat().st_size > 10_000
+    assert (out / "loss.png").stat().st_size > 10_000
 
 
 def test_the_defaults_are_the_first_preset_and_paper_is_the_published_layer():
@@ -294,17 +295,16 @@ def test_a_checkpoint_knows_its_text_and_its_questions(run, monkeypatch, tmp_pat
     prepared("two words\n")
     run("--dataset=text", "--max_steps=2")
     run("--resume", "--max_steps=3")
-    assert "lacks" not in capsys.readouterr().out
+    assert "was trained with" not in capsys.readouterr().out
     questions.write_text('{"prompt": "two", "answer": "words"}\n')
     run("--resume", "--max_steps=4")
-    out = run.out / "step_000003"
-    assert f"text lacks the questions that {out} was trained with\n" in capsys.readouterr().out
+    assert "step_000003 was trained with other questions than text has now\n" in capsys.readouterr().out
     prepared("two sword\n")  # as many tokens
-    message = f"text lacks the text that {run.out / 'step_000004'} was trained with: choose another"
+    message = "step_000004 was trained with other text than text has now: choose another --out_dir"
     assert_fails(lambda: run("--resume", "--max_steps=5"), message, capsys)
     questions.unlink()
     train.main(["--eval_only", f"--out_dir={run.out}"])
-    assert "text lacks the text and questions that" in capsys.readouterr().out
+    assert "was trained with other text and questions than text has now" in capsys.readouterr().out
 
 
 # --- from Python --------------------------------------------------------------------------------------------

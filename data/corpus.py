@@ -17,25 +17,28 @@ import numpy as np
 from data.tokenizer import END, encoding_from_json
 from runtime.cli import fail, read_lines
 
-HASHED = 2**26  # tokens at each end of a file that its digest is made of
+BLOCK, HASHED = 2**22, 2**27  # bytes: read at once for a digest, and hashed at each end of a file
 DATA = Path(__file__).resolve().parent  # the corpus NAME is the folder DATA / NAME
 QUESTION = "Question: {} Answer:"  # the form that a corpus gives to its questions
 
 
 # --- tokens and text ----------------------------------------------------------------------------------------
 
-def digest(tokens: np.ndarray) -> str:
-    """SHA-256 of the tokens. Of a very large file only both ends are hashed, which saves seconds."""
-    ends = hashlib.sha256(tokens[:HASHED])
-    ends.update(tokens[HASHED:][-HASHED:])
-    return hashlib.sha256(f"{len(tokens)} {ends.hexdigest()}".encode()).hexdigest()
+def digest(path: Path) -> str:
+    """SHA-256 of a file. In the middle of a very large one, only the size counts: this saves seconds."""
+    size = path.stat().st_size if path.exists() else 0
+    digest = hashlib.sha256(str(size).encode())
+    for start in range(0, size, BLOCK):
+        if not HASHED <= start < size - HASHED:
+            digest.update(np.fromfile(path, np.uint8, BLOCK, offset=start))
+    return digest.hexdigest()
 
 
 class Dataset:
     """
     The corpus in data/NAME: token ids `train` and `val` (memory-mapped files), `val_bytes` (of the validation
     text as UTF-8; 0: unknown), `encoding`, `questions`, `note`, a sentence about the corpus or "", and
-    `digests`, the SHA-256 of {"text": tokens, "questions": qa.jsonl}.
+    `digests`, SHA-256 of {"text": train.bin and val.bin, "questions": qa.jsonl}.
     """
 
     def __init__(self, name: str):
@@ -51,15 +54,13 @@ class Dataset:
                                     for name in ("train.bin", "val.bin"))
             if (len(self.train), len(self.val)) != (meta["train_tokens"], meta["val_tokens"]):
                 raise ValueError("train.bin or val.bin has another size")
-            text = [digest(self.train), digest(self.val)]
+            text = [digest(folder / name) for name in ("train.bin", "val.bin")]
             if meta.get("sha256", text) != text:  # prepare was killed while it replaced the files
                 raise ValueError("train.bin or val.bin is not the one that meta.json describes")
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"the data in {folder} is damaged ({error}): make it again with python -m data.prepare")
-        path = folder / "qa.jsonl"
-        self.questions = read_questions(path)
-        asked = hashlib.sha256(path.read_bytes() if path.exists() else b"").hexdigest()
-        self.digests = {"text": " ".join(text), "questions": asked}
+        self.questions = read_questions(folder / "qa.jsonl")
+        self.digests = {"text": " ".join(text), "questions": digest(folder / "qa.jsonl")}
 
 
 def load_dataset(name: str) -> Dataset:

@@ -234,7 +234,7 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
     config = replace(config, vocab_size=config.vocab_size or data.encoding.n_vocab)
     start, measured = 0, {}
     if checkpoint:
-        checkpoint.check_corpus(data)
+        checkpoint.check_corpus(data, resume=not config.eval_only)
         check_resumed(config, checkpoint)
         start, measured = checkpoint.step, checkpoint.measured
 
@@ -268,7 +268,8 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
                     check_finite(measured["val_loss"], step)  # fails before a good checkpoint is replaced
                     log.log_evaluation(step, measured)
                 if (is_due or stopping) and step > start:
-                    meta = {"config": asdict(config), "encoding": data.encoding_json, "measured": measured}
+                    meta = {"config": asdict(config), "encoding": data.encoding_json, "corpus": data.digests,
+                            "measured": measured}
                     if is_due:
                         meta["val_loss"] = measured["val_loss"]  # of these weights; `measured` may be older
                     parts = parts_of(model, optimizers)

@@ -4,8 +4,10 @@ says which answers are right. Two functions import PyTorch themselves, so data.p
 """
 
 import difflib
+import hashlib
 import json
 import re
+import shlex
 import string
 import unicodedata
 from pathlib import Path
@@ -15,23 +17,35 @@ import numpy as np
 from data.tokenizer import END, encoding_from_json
 from runtime.cli import fail, read_lines
 
+BLOCK, HASHED = 2**22, 2**27  # bytes: read at once for a digest, and hashed at each end of a file
 DATA = Path(__file__).resolve().parent  # the corpus NAME is the folder DATA / NAME
 QUESTION = "Question: {} Answer:"  # the form that a corpus gives to its questions
 
 
 # --- tokens and text ----------------------------------------------------------------------------------------
 
+def digest(path: Path) -> str:
+    """SHA-256 of a file. In the middle of a very large one, only the size counts: this saves seconds."""
+    size = path.stat().st_size if path.exists() else 0
+    digest = hashlib.sha256(str(size).encode())
+    for start in range(0, size, BLOCK):
+        if not HASHED <= start < size - HASHED:
+            digest.update(np.fromfile(path, np.uint8, BLOCK, offset=start))
+    return digest.hexdigest()
+
+
 class Dataset:
     """
     The corpus in data/NAME: token ids `train` and `val` (memory-mapped files), `val_bytes` (of the validation
-    text as UTF-8; 0: unknown), `encoding`, `questions` and `note`, a sentence about the corpus or "".
+    text as UTF-8; 0: unknown), `encoding`, `questions`, `note`, a sentence about the corpus or "", and
+    `digests`, SHA-256 of {"text": train.bin and val.bin, "questions": qa.jsonl}.
     """
 
     def __init__(self, name: str):
-        folder = DATA / name
+        self.name, folder = name, DATA / name
         if not (folder / "meta.json").exists():
-            fail(f"no data in {folder}; make it: python -m data.prepare {name}; or from your own text: "
-                 f"python -m data.prepare text --name={name} --input FILE ...")
+            fail(f"no data in {folder}; make it: python -m data.prepare {shlex.quote(name)}; or from "
+                 f"your own text: python -m data.prepare text --name={shlex.quote(name)} --input FILE ...")
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             self.encoding_json, self.encoding = meta["encoding"], encoding_from_json(meta["encoding"])
@@ -40,17 +54,21 @@ class Dataset:
                                     for name in ("train.bin", "val.bin"))
             if (len(self.train), len(self.val)) != (meta["train_tokens"], meta["val_tokens"]):
                 raise ValueError("train.bin or val.bin has another size")
+            text = [digest(folder / name) for name in ("train.bin", "val.bin")]
+            if meta.get("sha256", text) != text:  # prepare was killed while it replaced the files
+                raise ValueError("train.bin or val.bin is not the one that meta.json describes")
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"the data in {folder} is damaged ({error}): make it again with python -m data.prepare")
         self.questions = read_questions(folder / "qa.jsonl")
+        self.digests = {"text": " ".join(text), "questions": digest(folder / "qa.jsonl")}
 
 
 def load_dataset(name: str) -> Dataset:
     """Loads the same corpus in all processes."""
     from runtime.distributed import gather_objects
     data = Dataset(name)
-    sizes = gather_objects((data.encoding_json, len(data.train), len(data.val), len(data.questions)))
-    if any(size != sizes[0] for size in sizes):
+    copies = gather_objects((data.encoding_json, data.digests))
+    if any(copy != copies[0] for copy in copies):
         fail(f"{name} differs between machines: copy data/{name} from one to the others")
     return data
 

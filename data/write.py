@@ -117,12 +117,13 @@ def write_corpus(options: Corpus, texts: Callable[[str], Iterable], questions: l
             new = Path(temporary)
             meta = write_files(new, options, texts, fragments, pattern, size)
             meta |= {"options": options_of(options), "note": note}
+            meta["sha256"] = [corpus.digest(new / name) for name in ("train.bin", "val.bin")]
             (new / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
             if questions:
                 lines = "".join(json.dumps(question) + "\n" for question in questions)
                 (new / "qa.jsonl").write_text(lines, encoding="utf-8")
-            # a folder with meta.json is complete, so the old one goes first and the new one comes last
-            (folder / "meta.json").unlink(missing_ok=True)
+            # meta.json comes last: until then the old one stays, with its tokenizer. After a kill in between,
+            # Dataset finds that the texts are not the ones that meta.json describes
             for file in sorted(new.iterdir(), reverse=True):
                 file.replace(folder / file.name)
     except OSError as error:

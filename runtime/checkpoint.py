@@ -4,7 +4,7 @@ A run's folder OUT, and the checkpoints in it. A checkpoint is a folder OUT/step
     model.pt          all parameters except the pool's values
     optimizer.pt      AdamW's state
     pool_0of2.pt ...  values and optimiser state of the pool; one file per block of columns
-    meta.json         format, step, options, encoding, loss, and the SHA-256 of each file and of itself
+    meta.json         format, step, options, encoding, loss, and the SHA-256 of the corpus and of each file
 
     checkpoint = find_trained(Path("out/facts"))      # the newest, with its files checked
     model = checkpoint.load_model()
@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from dataclasses import fields
@@ -189,14 +190,38 @@ class Checkpoint:
     def encoding(self):
         return encoding_from_json(self.encoding_json)
 
-    def check_corpus(self, data) -> None:
-        """data: a Dataset, which must have the tokenizer that the model was trained with."""
+    def check_corpus(self, data, resume: bool = False) -> None:
+        """
+        data: a Dataset, which must have the tokenizer that the model was trained with; with resume, also the
+        text. Other differences are printed.
+        """
         if self.encoding_json != data.encoding_json:
-            fail(f"{self.options['dataset']} and {self.folder} have different tokenizers: choose another "
-                 "--out_dir")
+            fail(f"{data.name} and {self.folder} have different tokenizers: choose another --out_dir")
+        stored = self.meta.get("corpus", data.digests)  # an older checkpoint does not tell
+        if changed := [part for part in stored if stored[part] != data.digests[part]]:
+            line = f"{self.folder} was trained with other {' and '.join(changed)} than {data.name} has now"
+            if resume and "text" in changed:
+                fail(f"{line}: choose another --out_dir")
+            if RANK == 0:
+                print(line, flush=True)
 
     def load_part(self, name: str) -> dict:
-        return torch.load(self.folder / name, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            return torch.load(self.folder / name, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError:
+            fail(f"{self.folder / name} has more than tensors, such as a command, and nothing of it was run: "
+                 "choose another --out_dir")
+
+    @contextlib.contextmanager
+    def one_line_if_unfit(self):
+        """For files that have other tensors than the model needs."""
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, UserError) or one_line(error):
+                raise
+            text = " ".join(" ".join(str(error).splitlines()[:2]).split())
+            fail(f"{self.folder} does not fit its own meta.json ({text}): choose another --out_dir")
 
     def pool_columns(self, group: Group) -> dict[str, torch.Tensor]:
         """This process's columns of the pool: values and optimiser state, {name: tensor}."""
@@ -215,25 +240,32 @@ class Checkpoint:
         names = {field.name for field in fields(GPTConfig)} & options.keys()  # the others are training's
         with torch.device("meta"):  # tensors without memory
             model = GPT(GPTConfig(**{name: options[name] for name in names}), pool_class)
-        state = self.load_part("model.pt")
-        if model.pool is not None:
-            state["pool.values"] = stored = self.pool_columns(columns_group(model.pool))["values"]
-            if values_file:
-                state["pool.values"] = on_disk(stored, values_file).copy_(stored)
-            model.pool.usage.to_empty(device="cpu").reset()  # a checkpoint has no counts
-        model.load_state_dict(state, assign=True)
+        with self.one_line_if_unfit():
+            state = self.load_part("model.pt")
+            if model.pool is not None:
+                state["pool.values"] = stored = self.pool_columns(columns_group(model.pool))["values"]
+                if values_file:
+                    state["pool.values"] = on_disk(stored, values_file).copy_(stored)
+                model.pool.usage.to_empty(device="cpu").reset()  # a checkpoint has no counts
+            model.load_state_dict(state, assign=True)
         return model
 
     def load_optimizers(self, model: GPT, optimizers: list) -> None:
-        stored = [self.load_part("optimizer.pt")["state"]]
-        if model.pool is not None:
-            pool_state = self.pool_columns(columns_group(model.pool))
-            del pool_state["values"]
-            stored.append({0: pool_state} if pool_state else {})  # 0: the index of the only parameter
-        for optimizer, state in zip(optimizers, stored, strict=True):
-            # learning rate, betas, weight decay and the like come from the options, not from the checkpoint
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
+        with self.one_line_if_unfit():
+            stored = [self.load_part("optimizer.pt")["state"]]
+            parameters = [p for group in optimizers[0].param_groups for p in group["params"]]
+            for number, state in stored[0].items():  # AdamW would read beyond the end of a smaller tensor
+                for name, part in state.items():
+                    if part.shape != (() if name == "step" else parameters[number].shape):
+                        raise ValueError(f"{name} in optimizer.pt has the shape {tuple(part.shape)}")
+            if model.pool is not None:
+                pool_state = self.pool_columns(columns_group(model.pool))
+                del pool_state["values"]
+                stored.append({0: pool_state} if pool_state else {})  # 0: the index of the only parameter
+            for optimizer, state in zip(optimizers, stored, strict=True):
+                # learning rate, betas, weight decay and the like come from the options
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def read_checkpoint(folder: Path) -> tuple[Checkpoint | None, str | None]:

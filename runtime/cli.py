@@ -27,7 +27,9 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import typing
 from pathlib import Path
 
@@ -53,11 +55,46 @@ def one_line(error: BaseException) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def handle_signals(handler, *names: str):
+    """
+    In the `with` block, handler(number, frame) handles these signals. An ignored SIGHUP stays ignored: nohup
+    says so. Python handles signals only in its main thread, so in other threads nothing changes.
+    """
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    old_handlers = {number: signal.getsignal(number) for number in numbers}
+    for number, old in old_handlers.items():
+        if old is not signal.SIG_IGN or number == signal.SIGINT:  # a shell's background jobs ignore SIGINT
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in old_handlers.items():
+            signal.signal(number, old)
+
+
+def printable(text: str) -> str:
+    """Shows the characters that command a terminal as signs: ESC as ␛. Line ends and tabs stay."""
+    return text.translate({i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"}
+                          | {ord("\r"): None, 127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD))
+
+
+def drop_output() -> None:
+    """Nobody can read the output any more. Drops it, also what waits in Python's buffer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def command(main):
     """
     Decorates the main function of a program. A mistake becomes one line on stderr and exit status 2. If all
     processes make the same mistake, one process per machine prints it. Ctrl-C: one line, and status 130.
+    SIGTERM and SIGHUP end the program as an exception does: what it has half written goes.
     """
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
     @functools.wraps(main)
     def run(*arguments, **options):
         if hasattr(sys.stdout, "reconfigure"):
@@ -65,7 +102,8 @@ def command(main):
         is_first = os.environ.get("LOCAL_RANK") in (None, "", "0")
         try:
             try:
-                return main(*arguments, **options)
+                with handle_signals(end, "SIGTERM", "SIGHUP"):
+                    return main(*arguments, **options)
             finally:
                 sys.stdout.flush()  # here, because an error at exit would be a traceback
         except KeyboardInterrupt:
@@ -80,8 +118,8 @@ def command(main):
             line, status = f"error: {problem}", 2
         try:
             sys.stdout.flush()
-        except OSError:  # what cannot be printed is dropped, so that Python does not try again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError:
+            drop_output()  # otherwise Python would try again at exit
         if line:
             print(line, file=sys.stderr)
         raise SystemExit(status)
@@ -103,7 +141,7 @@ def read_json_lines(path: Path | str) -> list[dict]:
     """
     objects = []
     for line in Path(path).read_bytes().splitlines() if Path(path).exists() else []:
-        with contextlib.suppress(ValueError):  # not JSON, or not UTF-8
+        with contextlib.suppress(ValueError, RecursionError):  # not JSON, or not UTF-8
             objects.append(json.loads(line))
     return [x for x in objects if isinstance(x, dict)]
 

@@ -8,9 +8,9 @@ import json
 import math
 import os
 import resource
+import shlex
 import signal
 import sys
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -20,16 +20,22 @@ import torch.distributed as dist
 
 from kernel import resolve_kernel
 from runtime.checkpoint import Checkpoint, best_checkpoint, checkpoints
-from runtime.cli import one_line, read_json_lines
+from runtime.cli import drop_output, handle_signals, one_line, read_json_lines
 from runtime.distributed import RANK, WORLD_SIZE
 
+stop_requests: list[int] = []  # signals that asked the run to end
 LABELS = {"all": "asked about in training", "held_out": "never asked about in training"}
 
 
 def print_once(line: str) -> None:
-    """Only the first process prints."""
+    """Only the first process prints. After a signal to stop, its terminal or pipe may be gone."""
     if RANK == 0:
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except OSError:
+            if not stop_requests:
+                raise
+            drop_output()
 
 
 def duration(seconds: float) -> str:
@@ -45,29 +51,19 @@ def peak_memory(device: str) -> int:
 
 @contextlib.contextmanager
 def stop_signals():
-    """
-    Yields a list, which stays empty until Ctrl-C or SIGTERM asks the process to end. Python handles signals
-    only in its main thread, so in other threads the list is always empty.
-    """
-    received = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
+    """Yields the list stop_requests, which is empty until Ctrl-C, SIGTERM or SIGHUP asks this run to end."""
+    stop_requests.clear()
 
     def on_signal(number, frame):
-        if not received and RANK == 0:
+        if not stop_requests and RANK == 0:
             with contextlib.suppress(OSError):
                 os.write(1, b"\nstopping: saves a checkpoint first\n")  # print must not interrupt a print
-        received.append(number)
+        stop_requests.append(number)
         if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun sends two SIGINTs
             signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C again stops at once
 
-    old_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in old_handlers.items():
-            signal.signal(number, handler)
+    with handle_signals(on_signal, "SIGINT", "SIGTERM", "SIGHUP"):
+        yield stop_requests
 
 
 @contextlib.contextmanager
@@ -108,8 +104,13 @@ class RunLog:
         self.path, self.max_steps, self.tokens_per_step = out_dir / "log.jsonl", max_steps, tokens_per_step
         self.start, self.pool, self.optimizers = start, model.pool, optimizers
         self.skipped = 0 if model.pool is None else optimizers[1].skipped_steps
-        if RANK == 0:  # a resumed run writes the later lines again
-            lines = [line for line in read_json_lines(self.path) if start and line["step"] <= start]
+        if RANK == 0:
+            lines = []
+            if start and self.path.exists():
+                whole = [line for line in read_json_lines(self.path) if type(line.get("step")) is int]
+                lines = [line for line in whole if line["step"] <= start]  # the later ones are written again
+                if broken := len(self.path.read_bytes().splitlines()) - len(whole):
+                    print_once(f"lines of {self.path} that are damaged, and dropped: {broken}")
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             os.replace(temporary, self.path)
@@ -170,7 +171,7 @@ class RunLog:
         took = duration(time.perf_counter() - self.began)
         print(f"took {took}; peak memory {peak_memory(device) / 2**30:.3f} GiB; the log, loss.png and the "
               f"checkpoints are in {out_dir}. Ask the model:\n"
-              f"    python sample.py --out_dir={best or out_dir}", flush=True)
+              f"    python sample.py --out_dir={shlex.quote(str(best or out_dir))}", flush=True)
 
 
 def evenness(measured: dict) -> float:

@@ -1,20 +1,23 @@
 """runtime/checkpoint.py: after a kill, a full disk, damage, and for another number of processes."""
 
+import fcntl
 import json
+import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import assert_fails, assert_same_checkpoint, log
 
 import train
+from data import corpus
 from runtime import checkpoint
 from runtime.distributed import Group
 from runtime.log import RunLog
@@ -95,15 +98,35 @@ def test_checkpoints_of_other_versions(half, capsys):
     assert path.exists()
 
 
-def test_nothing_in_a_checkpoint_is_ever_run(tmp_path):
-    class Harm:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "harm",)
+class Harm:
+    def __reduce__(self):
+        return Path.touch, (Path("harm"),)
 
-    torch.save({"weight": Harm()}, tmp_path / "model.pt")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
-        checkpoint.Checkpoint.load_part(SimpleNamespace(folder=tmp_path), "model.pt")
-    assert not (tmp_path / "harm").exists()
+
+@pytest.mark.parametrize("name, change, message", [
+    ("model.pt", lambda part: Harm(), "model.pt has more than tensors, such as a command"),
+    ("optimizer.pt", lambda part: Harm(), "optimizer.pt has more than tensors, such as a command"),
+    ("model.pt", lambda part: part | {"wte.weight": part["wte.weight"][1:]}, "size mismatch for wte.weight"),
+    ("model.pt", lambda part: {}, "Missing key"), ("model.pt", lambda part: [], "does not fit its own meta"),
+    ("pool_0of1.pt", lambda part: part | {"values": part["values"][1:]}, "size mismatch for pool.values"),
+    ("pool_0of1.pt", lambda part: part | {"v": part["v"][1:]}, "the state has the shapes"),
+    ("pool_0of1.pt", lambda part: {}, "does not fit its own meta.json ('values')"),
+    ("optimizer.pt", lambda part: {"state": {0: {"exp_avg": torch.zeros(2)}}}, "exp_avg in optimizer.pt has"),
+    ("optimizer.pt", lambda part: {}, "does not fit its own meta.json ('state')")])
+def test_files_with_other_things_than_the_model_needs(half, name, change, message, capsys, monkeypatch):
+    """
+    Nothing in a checkpoint is ever run. AdamW crashed on tensors of other sizes. The digests in meta.json are
+    right, as somebody would make them.
+    """
+    monkeypatch.chdir(half.out)
+    folder = half.out / "step_000003"
+    digest = checkpoint.write_part(folder / name, change(torch.load(folder / name, weights_only=True)))
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["sha256"]
+    meta["files"][name] = digest
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert_fails(lambda: half("--resume"), message, capsys, also=str(folder))
+    assert not Path("harm").exists()
 
 
 @pytest.mark.parametrize("limit", [1_000, 20_000, 60_000])
@@ -165,6 +188,16 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     assert newest > 1
 
 
+TRAINER = """
+import sys
+from pathlib import Path
+from data import corpus
+import train
+corpus.DATA = Path(sys.argv[1])
+train.main(sys.argv[2:])
+"""
+
+
 def test_ctrl_c_saves_once_and_ends(half, unchanged, monkeypatch, capsys):
     """In the step in which it comes, although that is no step with a line of the log."""
     before = signal.getsignal(signal.SIGINT)  # a shell's background jobs ignore it
@@ -185,6 +218,29 @@ def test_ctrl_c_saves_once_and_ends(half, unchanged, monkeypatch, capsys):
     half("--resume")
     assert_same_checkpoint(unchanged / "step_000006", half.out / "step_000006")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_closed_terminal_does_not_prevent_the_checkpoint(half, unchanged):
+    """SIGHUP comes when ssh ends. What the run prints from then on is an error, and dropped."""
+    terminal, inside = os.openpty()
+
+    def own_terminal():  # the program becomes the one that SIGHUP goes to
+        os.setsid()
+        fcntl.ioctl(inside, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+
+    run = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(corpus.DATA), f"--out_dir={half.out}", "--resume",
+         "--max_steps=1000000", "--eval_interval=1000000"], preexec_fn=own_terminal,
+        stdin=inside, stdout=inside, stderr=inside, cwd=Path(train.__file__).parent)
+    os.close(inside)
+    printed = b""
+    while b"step       4/1000000" not in printed:
+        printed += os.read(terminal, 1000)
+    os.close(terminal)
+    assert run.wait(timeout=60) == 0
+    assert checkpoint.find_checkpoint(half.out).step >= 4
+    assert log(half.out)[:5] == log(unchanged)[:5]
 
 
 @pytest.mark.parametrize("by_torchrun", [False, True])

@@ -133,12 +133,16 @@ def test_errors_in_one_line(error, line):
     assert cli.one_line(error) == line
 
 
+def test_characters_that_command_a_terminal_become_signs():
+    assert cli.printable("\x1b[2Ja\x00\x07\x7f\x9b1mb\r\n\té 東\u2028") == "␛[2Ja␀␇␡\ufffd1mb\n\té 東\u2028"
+
+
 def test_files_of_lines(tmp_path):
     path = tmp_path / "lines"
     assert cli.read_json_lines(path) == []
     path.write_bytes('\ufeff\u00e9 a\u2028b\r\n\n{"n": 1}\n'.encode())
     assert cli.read_lines(path) == ["\u00e9 a\u2028b", "", '{"n": 1}', ""]
-    path.write_bytes(b'{"n": 1}\n[2]\n\xff\n\n{"n": 2}\n{"n": 3')
+    path.write_bytes(b'{"n": 1}\n[2]\n\xff\n\n{"n": 2}\n' + b"[" * 100_000 + b'\n{"n": 3')
     assert cli.read_json_lines(path) == [{"n": 1}, {"n": 2}]
     with pytest.raises(UserError, match=f"^{re.escape(str(path))} is not UTF-8"):
         cli.read_lines(path)
@@ -153,8 +157,11 @@ phase = sys.argv[1]
 @command
 def main():
     if phase == "wait":
-        os.write(1, b"ready")
-        time.sleep(60)
+        try:
+            os.write(1, b"ready")
+            time.sleep(60)
+        finally:
+            os.write(1, b"tidy")
     for i in range(20_000 if phase == "print" else 0):
         print("\\u00e9 \\u4e2d")
     if phase == "help":
@@ -181,6 +188,25 @@ def test_ctrl_c_is_one_line(script):
     assert process.stdout.read(5) == b"ready"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == b"\ninterrupted\n" and process.returncode == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_program_that_is_told_to_end_tidies_up(script, number):
+    process = script("wait")
+    assert process.stdout.read(5) == b"ready"
+    process.send_signal(number)
+    assert process.communicate(timeout=30) == (b"tidy", b"") and process.returncode == 128 + number
+
+
+def test_nohup_is_left_alone():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli.handle_signals(lambda *arguments: pytest.fail("SIGHUP was ignored"), "SIGHUP", "SIGTERM"):
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_what_a_terminal_cannot_show_is_replaced(script):

@@ -8,6 +8,7 @@ import resource
 import signal
 import tempfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,6 +249,46 @@ def test_a_folder_may_be_a_link_to_another_disk(data):
             assert len(corpus.Dataset("facts").questions) == 20 and len(os.listdir(other)) == 4
 
 
+@pytest.mark.parametrize("last", ["val.bin", "train.bin", "qa.jsonl", "meta.json"])
+def test_a_kill_while_the_files_are_replaced_leaves_a_whole_corpus_or_is_found(data, monkeypatch, last):
+    """Guards the tokenizer, which only meta.json has: the old one went before the new one came."""
+    main(["facts", "--people=5"])
+    before, replace = files_in(data / "facts"), Path.replace
+
+    def killed(path, target):
+        replace(path, target)
+        if path.name == last:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Path, "replace", killed)
+        main(["facts", "--people=5", "--seed=2", "--overwrite"])
+    after = files_in(data / "facts")
+    if last == "meta.json":
+        assert not any(after[name] == before[name] for name in after) and corpus.Dataset("facts")
+    else:
+        assert after["meta.json"] == before["meta.json"]
+        with pytest.raises(ValueError, match="is damaged .*: make it again"):
+            corpus.Dataset("facts")
+        main(["facts", "--people=5"])
+        assert files_in(data / "facts") == before
+
+
+def test_a_digest_is_of_both_ends_of_a_large_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+
+    def digest(content):
+        path.write_bytes(content)
+        return corpus.digest(path)
+
+    content, changed = b"012345678", [b"012345678".replace(b"%d" % i, b"x") for i in range(9)]
+    assert len(set(map(digest, [content, *changed]))) == 10
+    monkeypatch.setattr(corpus, "HASHED", 3)
+    monkeypatch.setattr(corpus, "BLOCK", 1)
+    assert [digest(content) == digest(other) for other in changed] == [False] * 3 + [True] * 3 + [False] * 3
+    assert len({digest(content[:size]) for size in range(10)}) == 10, "the middle counts by its length"
+
+
 def test_a_full_disk_is_one_line_and_the_old_corpus_stays(data, capsys):
     main(["facts", "--people=5"])
     before = files_in(data / "facts")
@@ -261,21 +302,25 @@ def test_a_full_disk_is_one_line_and_the_old_corpus_stays(data, capsys):
     assert files_in(data / "facts") == before
 
 
-def test_ctrl_c_leaves_the_old_corpus(data, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_the_old_corpus(data, monkeypatch, number):
     (data / "words").write_text("some words\n" * 200)
     make = ["text", "--input", str(data / "words")]
     main(make)
-    before = files_in(data / "text")
+    before, handlers = files_in(data / "text"), list(map(signal.getsignal, signal.valid_signals()))
 
     def stopped(*arguments):
         yield np.zeros(9, np.int64)
         assert next(data.glob("text/.new-*/train.bin")).exists()
-        raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt  # the tests may run in a job that ignores Ctrl-C
+        signal.raise_signal(number)
 
     monkeypatch.setattr(tokenizer, "encode_texts", stopped)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=str(128 + number)):
         main(make)
     assert files_in(data / "text") == before
+    assert list(map(signal.getsignal, signal.valid_signals())) == handlers
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -129,6 +129,28 @@ def test_each_token_is_printed_when_it_is_there(trained, monkeypatch):
     assert len(shown) > len(tokens)
 
 
+def test_a_corpus_does_not_command_the_terminal(trained, capsys, tmp_path, monkeypatch):
+    """Here the model answers and continues with ESC, as its corpus does; file and prompt have it, too."""
+    here = f"--out_dir={(out := trained())}"
+    escape, = load(out)[1].encode("\x1b")
+
+    def generate(model, idx, *arguments, on_token=None, **options):
+        model(idx)
+        token = torch.full((len(idx), 1), escape)
+        if on_token:
+            on_token(token)
+        return torch.cat((idx, token), dim=1)
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    questions, prompts = tmp_path / "qa.jsonl", tmp_path / "prompts.txt"
+    questions.write_text(json.dumps({"prompt": "a\x1b", "answer": "b\x1b", "kind": "c\x1b"}))
+    prompts.write_text("a\x1b\n")
+    for option, signs in ((f"--qa={questions}", 4), ("--prompt=a\x1b", 2), (f"--prompt_file={prompts}", 2)):
+        for trace in (False, True):
+            text = printed(capsys, here, option, f"--trace={trace}")
+            assert "\x1b" not in text and text.count("␛") == signs and ("slots" in text) == trace, text
+
+
 def test_lines_of_a_file_are_continued_together(trained, capsys, tmp_path, monkeypatch):
     here, passes = f"--out_dir={(out := trained())}", []
     lines = ["The job of", "a", "When", "The job of", "For a"]

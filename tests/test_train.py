@@ -19,7 +19,7 @@ from conftest import SMALL, assert_fails, assert_same_checkpoint, log
 
 import evaluate
 import train
-from data import corpora, corpus, prepare
+from data import corpora, corpus, prepare, tokenizer
 from data.tokenizer import END, word_encoding
 from model import GPT
 from pool import PoolOptimizer
@@ -59,6 +59,14 @@ def test_resume_can_train_longer_and_starts_where_there_is_nothing(run, capsys):
     assert [line["step"] for line in log(run.out) if "loss" in line] == [1, 2, 3, 4]
     run("--resume", "--max_steps=4")
     assert "the end of this run" in capsys.readouterr().out
+
+
+def test_damaged_lines_of_a_log_are_dropped_and_counted(half, unchanged, capsys):
+    with open(half.out / "log.jsonl", "ab") as f:
+        f.write(b'5\n{}\n\xff\xfe\n{"step": "x"}\n["step"]\n{"step": 3, "lo')
+    half("--resume")
+    assert f"lines of {half.out}/log.jsonl that are damaged, and dropped: 6\n" in capsys.readouterr().out
+    assert log(half.out) == log(unchanged)
 
 
 class Spy:
@@ -169,16 +177,17 @@ def test_recall_counts_exact_answers():
 
 
 def test_a_run_leaves_what_it_says(run, capsys):
-    run("--keep=1")
-    assert {path.name for path in run.out.iterdir()} == {".lock", "log.jsonl", "loss.png", "step_000006"}
+    out = run.out.with_name("my run")
+    run("--keep=1", out=out)
+    assert {path.name for path in out.iterdir()} == {".lock", "log.jsonl", "loss.png", "step_000006"}
     printed = capsys.readouterr().out
     for part in ("the validation loss is above the training loss", "step 3/6  validation loss ",
-                 "step 6/6  loss ", "python sample.py"):
+                 "step 6/6  loss ", f"python sample.py --out_dir='{out}'\n"):
         assert part in printed
-    lines = log(run.out)
+    lines = log(out)
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 6]
     assert {"slots_used", "kl_from_uniform", "recall"} <= lines[-1].keys()
-    assert (run.out / "loss.png").stat().st_size > 10_000
+    assert (out / "loss.png").stat().st_size > 10_000
 
 
 def test_the_defaults_are_the_first_preset_and_paper_is_the_published_layer():
@@ -270,6 +279,32 @@ def test_resuming_on_other_data_is_refused(half, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(corpus, "DATA", tmp_path / "data")
     prepare.main(["facts", "--people=8", "--exposures=9", "--seed=5"])
     assert_fails(lambda: half("--resume"), "have different tokenizers", capsys)
+
+
+def test_a_checkpoint_knows_its_text_and_its_questions(run, monkeypatch, tmp_path, capsys):
+    """Guards a run that went on with another text: a downloaded tokenizer is the same for all texts."""
+    monkeypatch.setattr(corpus, "DATA", tmp_path)
+    letters = word_encoding(["a b"], [1], 300)
+    monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", lambda name: letters)
+    questions = tmp_path / "text" / "qa.jsonl"
+
+    def prepared(content):
+        (tmp_path / "words").write_text(content * 200)
+        prepare.main(["text", "--tokenizer=gpt2", "--overwrite", "--input", str(tmp_path / "words")])
+
+    prepared("two words\n")
+    run("--dataset=text", "--max_steps=2")
+    run("--resume", "--max_steps=3")
+    assert "was trained with" not in capsys.readouterr().out
+    questions.write_text('{"prompt": "two", "answer": "words"}\n')
+    run("--resume", "--max_steps=4")
+    assert "step_000003 was trained with other questions than text has now\n" in capsys.readouterr().out
+    prepared("two sword\n")  # as many tokens
+    message = "step_000004 was trained with other text than text has now: choose another --out_dir"
+    assert_fails(lambda: run("--resume", "--max_steps=5"), message, capsys)
+    questions.unlink()
+    train.main(["--eval_only", f"--out_dir={run.out}"])
+    assert "was trained with other text and questions than text has now" in capsys.readouterr().out
 
 
 # --- from Python --------------------------------------------------------------------------------------------

@@ -80,10 +80,16 @@ def decode(encoding, tokens: list[int]) -> str:
     return b"".join(token_bytes(encoding, token) for token in tokens).decode(errors="replace")
 
 
+def line_ends(encoding) -> set[int]:
+    """The tokens that end an answer: those with the end of a line in them, such as ".\\n", and END."""
+    return {encoding.eot_token} | {token for text, token in encoding._mergeable_ranks.items()
+                                   if b"\n" in text or b"\r" in text}
+
+
 def decode_answer(encoding, tokens: list[int]) -> str:
     """tokens -> text, up to the end of the line or document. An answer that was cut ends with "…"."""
     text = decode(encoding, tokens)
-    answer = re.split(f"\n|{re.escape(END)}", text)[0]
+    answer = re.split(rf"[\r\n]|{re.escape(END)}", text)[0]
     return answer.strip() + "…" * (answer == text)
 
 
@@ -126,7 +132,7 @@ def parse_question(line: str) -> dict:
     if not isinstance(accepted_answers(question), list) or not accepted_answers(question):
         raise ValueError('must have a list of texts as "answers"')
     answers = [check_text(text).strip() for text in accepted_answers(question)]
-    if any("\n" in text or END in text for text in answers):
+    if any(re.search(rf"[\r\n]|{re.escape(END)}", text) for text in answers):
         raise ValueError("has an answer of several lines: the model answers with one")
     question |= {"answers": answers} if "answers" in question else {"answer": answers[0]}
     # a text has " lion" as one token after "Answer:", so a space after the prompt would be a token too many

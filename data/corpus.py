@@ -6,7 +6,6 @@ says which answers are right. Two functions import PyTorch themselves, so data.p
 import difflib
 import json
 import re
-import string
 import unicodedata
 from pathlib import Path
 
@@ -166,16 +165,23 @@ def accepted_answers(question: dict) -> list[str]:
     return question["answers"] if "answers" in question else [question["answer"]]
 
 
+# what does not count at the edge of a word: the marks of sentences, quotes and brackets
+EDGES = ".,;:!?¿¡\"'`“”„‘’‚«»‹›()[]{}。，、；：！？「」『』（）《》【】،؛؟۔।"
+THOUSANDS = re.compile(r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
+
+
 def normalize_answer(text: str) -> str:
     """
-    What counts when answers are compared: the words, in lower case, without punctuation and without a, an and
-    the: "The Denver Broncos!" -> "denver broncos". This is the rule of SQuAD (Rajpurkar et al. 2016, arXiv
-    1606.05250). If nothing is left, as of "THE", which is an airport, the text counts as it stands.
+    What counts when answers are compared: the words, in lower case, without a, an and the before a word, and
+    without the marks of sentences at their edges: "The Denver Broncos!" -> "denver broncos". A mark that
+    belongs to a word or number counts: "C++", "-5", "1.5", ".NET". If nothing is left, the text counts as it
+    stands.
     """
     text = unicodedata.normalize("NFC", text).lower()  # NFC: accents can be written in two ways
-    words = "".join(letter for letter in text if letter not in string.punctuation)
-    words = " ".join(re.sub(r"\b(?:a|an|the)\b", " ", words).split())
-    return words or text.strip()
+    words = [word.lstrip(EDGES.replace(".", "")).rstrip(EDGES) for word in text.split()]
+    words = list(filter(None, words))
+    words = [word for word in words[:-1] if word not in ("a", "an", "the")] + words[-1:]
+    return THOUSANDS.sub(lambda match: match[0].replace(",", ""), " ".join(words)) or text.strip()
 
 
 def is_right(question: dict, text: str) -> bool:
@@ -186,18 +192,25 @@ def is_right(question: dict, text: str) -> bool:
 
 def find_question(text: str, questions: list[dict]) -> dict:
     """
-    The question of the corpus that `text` asks, with or without "Question: ... Answer:" around it, in any
-    case and punctuation. If the corpus does not have it: a question without an answer.
+    The question of the corpus that `text` asks, with or without "Question: ... Answer:" around it, word for
+    word or with other case and punctuation. If the corpus does not have it: a question without an answer.
     """
     try:
         check_text(text)
     except ValueError as error:
         fail(f"--question={text!r} {error}")
-    known = {normalize_answer(question["prompt"]): question for question in questions}
     wrapped = QUESTION.format(text.strip())
-    for prompt in (text, wrapped):
-        if found := known.get(normalize_answer(prompt)):
-            return found
+    known = {question["prompt"]: question for question in questions}
+    for prompt in (text.rstrip(" "), wrapped):
+        if prompt in known:
+            return known[prompt]
+    asked = {normalize_answer(text), normalize_answer(wrapped)}
+    alike = [prompt for prompt in known if normalize_answer(prompt) in asked]
+    if len(alike) > 1:
+        fail(f"--question={text} may be one of these, type it exactly: {', '.join(map(repr, alike[:9]))}"
+             + ", ..." * (len(alike) > 9))
+    if alike:
+        return known[alike[0]]
     beginning, end = QUESTION.split(" {} ")
     has_form = not questions or any(question["prompt"].startswith(beginning) for question in questions)
     is_bare = has_form and not text.rstrip().endswith(end)

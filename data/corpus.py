@@ -10,6 +10,7 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import regex
 
 from data.tokenizer import END, encoding_from_json
 from runtime.cli import fail, read_lines
@@ -217,18 +218,33 @@ def find_question(text: str, questions: list[dict]) -> dict:
     return {"prompt": wrapped if is_bare else text.rstrip(" "), "answers": []}
 
 
-def name_pattern(name: str) -> re.Pattern:
-    if not name.strip():
+# scripts that write words without spaces, or a name and what follows it as one word
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+
+
+def name_pattern(name: str) -> regex.Pattern:
+    """
+    Finds a name in any case, and with each accent as one character or two. It must be a whole word, but in
+    scripts without spaces it may stand anywhere: 小明 is found in 小明在哪里.
+    """
+    name = unicodedata.normalize("NFC", name.strip())
+    if not name:
         fail("--ask= must be a name")
-    return re.compile(rf"(?<!\w){re.escape(name.strip())}(?!\w)", re.IGNORECASE)
+    letters = []
+    for letter in regex.findall(r"\X", name):  # with its accents
+        forms = dict.fromkeys(regex.escape(unicodedata.normalize(form, letter)) for form in ("NFC", "NFD"))
+        letters.append(f"(?:{'|'.join(forms)})")
+    before = "" if regex.match(f"[{UNSPACED}]", name) else rf"(?<![^\W{UNSPACED}])"
+    after = r"(?!\p{M})" if regex.search(rf"[{UNSPACED}]\Z", name) else rf"(?![^\W{UNSPACED}]|[+#])"  # C++
+    return regex.compile(before + "".join(letters) + after, regex.IGNORECASE)
 
 
 def questions_about(name: str, questions: list[dict]) -> list[dict]:
     about = name_pattern(name)
     found = [question for question in questions if about.search(question["prompt"])]
     if not found:
-        count = len(re.findall(r"\w+", name))  # similar names have as many words
-        prompts = [re.findall(r"\w+", question["prompt"]) for question in questions]
+        count = len(regex.findall(r"\w+", name))  # similar names have as many words
+        prompts = [regex.findall(r"\w+", question["prompt"]) for question in questions]
         names = {" ".join(words[i:i + count]) for words in prompts for i in range(len(words) - count + 1)}
         similar = difflib.get_close_matches(name, sorted(names))
         fail(f"--ask={name}: no question of the corpus contains this name"

@@ -133,6 +133,26 @@ def test_a_question_that_may_be_one_of_several_is_refused():
         corpus.find_question("Is US big", questions)
 
 
+@pytest.mark.parametrize("name, text, found", [
+    ("ann lee", "Where is Ann Lee?", True), ("Ann", "Where is Anna?", False), ("Ann", "JoAnn is", False),
+    ("C", "Who made C?", True), ("C", "Who made C++?", False), ("C++", "Who made C++?", True),
+    ("Zu\u0308rich", "In ZÜRICH?", True), ("Zürich", "In Zu\u0308rich?", True),
+    ("Jose", "Is Jose\u0301 in?", False), ("José", "Is Jose\u0301s in?", False),
+    ("Ng\u00f4 \u1ea5", "Ngo\u0302 a\u0302\u0301?", True),
+    ("小明", "问题：小明在哪里？", True), ("Ken", "私はKenです", True), ("Ken", "私はKenjiです", False),
+    ("ミラー", "ミラーは", True), ("สมชาย", "สมชายเกิดที่ไหน", True), ("สม", "สมี", False),
+    ("김민수", "김민수는", True), ("김", "\u1100\u1175\u11b7은", True),
+    ("राम", "राम कहाँ", True), ("राम", "रामा कहाँ", False)])
+def test_a_name_is_found_in_every_script(name, text, found):
+    assert (corpus.name_pattern(name).search(text) is not None) == found
+    questions = [dict(prompt=text, answer="x")]
+    if found:
+        assert corpus.questions_about(name, questions) == questions
+    else:
+        with pytest.raises(ValueError, match="no question of the corpus contains this name"):
+            corpus.questions_about(name, questions)
+
+
 def test_one_of_several_answers_is_enough():
     question = {"prompt": "x?", "answers": ["Gimpo", "the Seoul airport"]}
     assert is_right(question, "gimpo!") and is_right(question, "Seoul  Airport")

@@ -90,7 +90,7 @@ def verdict(question: dict, text: str) -> str:
     """What is known about an answer, such as "right, told 12 times"."""
     answers = accepted_answers(question)
     if not answers:  # the user's own question
-        return "the corpus does not have this question"
+        return "not one of the stored questions, so not checked"
     notes = ["right" if is_right(question, text) else f"wrong: {' or '.join(answers)}"]
     if "exposures" in question:
         times = question["exposures"]
@@ -218,6 +218,9 @@ def main(argv: list[str] | None = None) -> None:
         questions = data.questions
     if mode == "question":
         questions = [corpus.find_question(config.question, questions)]
+        if path.exists() and not accepted_answers(questions[0]):
+            for name in corpus.unknown_names(questions[0]["prompt"], data):
+                print(f"the training text does not have the name {name}")
     elif not questions:
         fail(f"--{mode}: there are no questions in {path}")
     elif mode == "questions":

@@ -239,6 +239,20 @@ def name_pattern(name: str) -> regex.Pattern:
     return regex.compile(before + "".join(letters) + after, regex.IGNORECASE)
 
 
+SEARCHED = 10_000_000  # tokens; a longer training text takes too long to search
+NAME = regex.compile(r"(?<=[\p{Ll}\p{M},] )\p{Lu}\w+(?: \p{Lu}\w+)*")  # capitalised words, but not the first
+
+
+def unknown_names(prompt: str, data: Dataset) -> list[str]:
+    """The names in a question that the training text does not have: "Where is Ada Lu?" -> ["Ada Lu"]."""
+    beginning, end = QUESTION.split("{}")
+    names = NAME.findall(prompt.removeprefix(beginning).removesuffix(end))
+    if not names or len(data.train) > SEARCHED:
+        return []
+    text = data.encoding.decode(data.train.tolist())
+    return [name for name in names if not name_pattern(name).search(text)]
+
+
 def questions_about(name: str, questions: list[dict]) -> list[dict]:
     about = name_pattern(name)
     found = [question for question in questions if about.search(question["prompt"])]

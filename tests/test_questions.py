@@ -153,6 +153,19 @@ def test_a_name_is_found_in_every_script(name, text, found):
             corpus.questions_about(name, questions)
 
 
+@pytest.mark.parametrize("question, unknown", [
+    ("Where is Ann Lee?", []), ("where is Zu\u0308rich", []), ("Who is ann?", []), ("WHO IS EVE?", []),
+    ("Eve, what is BGO?", []), ("Who is Eve", ["Eve"]),
+    ("Was Ann Eve in Oslo, Rome or Bergen?", ["Ann Eve", "Rome"]), ("Question: Where is Le Answer:", ["Le"])])
+def test_names_that_the_training_text_does_not_have(question, unknown):
+    text = "The airport BGO serves Bergen.\nAnn Lee is in Oslo.\nANN LEE is in Zürich."
+    encoding = make_encoding([], 257)
+    data = SimpleNamespace(encoding=encoding, train=np.array(encoding.encode(text)))
+    assert corpus.unknown_names(question, data) == unknown
+    data.train = np.broadcast_to(data.train[:1], corpus.SEARCHED + 1)
+    assert corpus.unknown_names(question, data) == [], "the text is too long to search"
+
+
 def test_one_of_several_answers_is_enough():
     question = {"prompt": "x?", "answers": ["Gimpo", "the Seoul airport"]}
     assert is_right(question, "gimpo!") and is_right(question, "Seoul  Airport")

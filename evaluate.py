@@ -10,9 +10,11 @@ from itertools import groupby
 
 import torch
 
-from data.corpus import Dataset, accepted_answers, decode_answer, draw_batch, is_right
+from data.corpus import Dataset, accepted_answers, decode_answer, draw_batch, is_right, line_ends
 from model import GPT, eval_mode
 from runtime.distributed import RANK, WORLD_SIZE, all_reduce_sum, gather_objects
+
+SPARE = 16  # tokens that an answer may have more than the right one, such as a full stop, before it is cut
 
 
 def evaluate(model: GPT, compiled, data: Dataset, seed: int, batches: int, batch_size: int, parts: int = 1,
@@ -52,31 +54,37 @@ def validation_loss(model: GPT, tokens, seed: int, batches: int, batch_size: int
 def answer(model: GPT, encoding, questions: list[dict], max_new_tokens: int | None = None,
            batch_size: int = 64) -> list[list[int]]:
     """
-    The tokens of the model's greedy answer to each question, with the newline that ends it. Each process
-    answers its share of the questions, and returns all answers. max_new_tokens: longer answers are cut; None:
-    as many as the longest right answer needs.
+    The tokens of the model's greedy answer to each question, up to the token with the end of the line. Each
+    process answers its share of the questions, and returns all answers. max_new_tokens: longer answers are
+    cut; None: those that are longer than the right answer by SPARE tokens.
     """
-    device, newline = model.wte.weight.device, encoding.encode("\n")[0]
+    device, ends = model.wte.weight.device, line_ends(encoding)
     prompts = [encoding.encode(question["prompt"], disallowed_special=()) for question in questions]
-    if max_new_tokens is None:
-        lengths = [len(encoding.encode_ordinary(" " + text))
-                   for question in questions for text in accepted_answers(question)]
-        max_new_tokens = max(lengths, default=0) + 1  # 1: the newline
+    limits = []  # of each question: another question in the same file changes nothing
+    for question, prompt in zip(questions, prompts, strict=True):
+        room = limit = max(1, model.config.block_size + 1 - len(prompt))  # 1: nothing reads the last token
+        if max_new_tokens is not None:
+            limit = max_new_tokens
+        elif answers := accepted_answers(question):
+            limit = max(len(encoding.encode_ordinary(f" {text}")) for text in answers) + SPARE
+        limits.append(min(limit, room))
     # Processes that share a pool must read it equally often, with batches of the same size. So each group is
     # padded with its last question, and no process stops generating early.
-    stop = newline if WORLD_SIZE == 1 else None
+    stop = ends if WORLD_SIZE == 1 else None
     own_answers = {}
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    in_order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), limits[i]))
     with eval_mode(model):
-        for length, group in groupby(by_length, key=lambda i: len(prompts[i])):
+        for length, group in groupby(in_order, key=lambda i: len(prompts[i])):
             group = list(group)  # prompts with the same number of tokens, so that a batch needs no padding
             group += group[-1:] * (-len(group) % WORLD_SIZE)
-            group = group[RANK::WORLD_SIZE]
-            for batch in (group[i:i + batch_size] for i in range(0, len(group), batch_size)):
+            for start in range(0, len(group), batch_size * WORLD_SIZE):
+                batches = group[start:start + batch_size * WORLD_SIZE]  # one for each process
+                batch, longest = batches[RANK::WORLD_SIZE], max(limits[i] for i in batches)
                 idx = torch.tensor([prompts[i] for i in batch], device=device)
-                idx = model.generate(idx, max_new_tokens, temperature=0, stop=stop)
+                idx = model.generate(idx, longest, temperature=0, stop=stop)
                 for i, tokens in zip(batch, idx[:, length:].tolist(), strict=True):
-                    own_answers[i] = tokens[:tokens.index(newline) + 1] if newline in tokens else tokens
+                    end = next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))
+                    own_answers[i] = tokens[:min(end, limits[i])]
     all_answers = {i: tokens for part in gather_objects(own_answers) for i, tokens in part.items()}
     return [all_answers[i] for i in range(len(prompts))]
 

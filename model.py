@@ -12,6 +12,7 @@ same name at another position would then read other slots, and would not find wh
 
 import contextlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -319,19 +320,20 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                 seed: int | None = None, stop: int | None = None, on_token=None):
+                 seed: int | None = None, stop: Iterable[int] | None = None, on_token=None):
         """
         Continues idx (B, T), T >= 1, by at most max_new_tokens: returns (B, T + new).
 
         temperature=0 takes the likeliest token. top_k: draw only from the k likeliest. The same seed draws
-        the same tokens. Generation ends early once every row has produced the token `stop`. Ignore what a row
-        has after `stop`. If the context grows beyond block_size, the oldest tokens are dropped.
+        the same tokens. Generation ends early once every row has produced one of the tokens in `stop`. Ignore
+        what a row has after it. If the context grows beyond block_size, the oldest tokens are dropped.
         on_token: called with each row's new token, (B, 1), as soon as it is there.
         """
         if temperature < 0:
             raise ValueError(f"temperature={temperature} must not be negative")
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        stop = None if stop is None else torch.tensor([*stop], dtype=torch.long, device=idx.device)
         past, new, block_size = None, idx, self.config.block_size
         with eval_mode(self):
             for _ in range(max_new_tokens):
@@ -351,7 +353,7 @@ class GPT(nn.Module):
                 if on_token is not None:
                     on_token(new)
                 if stop is not None:
-                    stopped |= new[:, 0] == stop
+                    stopped |= torch.isin(new[:, 0], stop)
                     if stopped.all():
                         break
         return idx

@@ -90,7 +90,7 @@ def verdict(question: dict, text: str) -> str:
     """What is known about an answer, such as "right, told 12 times"."""
     answers = accepted_answers(question)
     if not answers:  # the user's own question
-        return "the corpus does not have this question"
+        return "not one of the stored questions, so not checked"
     notes = ["right" if is_right(question, text) else f"wrong: {' or '.join(answers)}"]
     if "exposures" in question:
         times = question["exposures"]
@@ -103,14 +103,10 @@ def verdict(question: dict, text: str) -> str:
 def ask(model: GPT, encoding, questions: list[dict], trace: bool) -> list[str]:
     """Prints the model's answers, right or wrong, and returns them."""
     corpus.check_length(questions, encoding, model.config.block_size)
-    texts, max_new_tokens = [], None
-    if not accepted_answers(questions[0]):  # the answer may have any length that fits into the context
-        prompt = encoding.encode_ordinary(questions[0]["prompt"])
-        max_new_tokens = max(1, model.config.block_size - len(prompt))
-    rows = 1 if trace else ROWS
+    texts, rows = [], 1 if trace else ROWS
     for part in (questions[i:i + rows] for i in range(0, len(questions), rows)):
         with record_reads(model.pool) if trace else contextlib.nullcontext() as reads:
-            answers = answer(model, encoding, part, max_new_tokens)
+            answers = answer(model, encoding, part)
         for question, tokens in zip(part, answers, strict=True):
             texts.append(decode_answer(encoding, tokens))
             line = f"{question['prompt']} {texts[-1]}   [{verdict(question, texts[-1])}]"
@@ -155,7 +151,7 @@ def continue_text(model: GPT, encoding, text: str, **drawing) -> list[int]:
 
     print(printable(text), end="", flush=True)
     idx = torch.tensor([encode_prompt(encoding, text)], device=model.wte.weight.device)
-    idx = model.generate(idx, stop=encoding.eot_token, on_token=show, **drawing)
+    idx = model.generate(idx, stop=[encoding.eot_token], on_token=show, **drawing)
     print(decoder.decode(b"", final=True))
     return idx[0].tolist()
 
@@ -169,7 +165,7 @@ def continue_texts(model: GPT, encoding, texts: list[str], seed: int, **drawing)
         for length, group in groupby(by_length, key=lambda i: len(prompts[i])):
             group = list(group)
             idx = torch.tensor([prompts[i] for i in group], device=model.wte.weight.device)
-            idx = model.generate(idx, stop=encoding.eot_token, seed=seed + group[0], **drawing)
+            idx = model.generate(idx, stop=[encoding.eot_token], seed=seed + group[0], **drawing)
             for i, tokens in zip(group, idx[:, length:].tolist(), strict=True):
                 end = tokens.index(encoding.eot_token) + 1 if encoding.eot_token in tokens else None
                 new[i] = decode(encoding, tokens[:end])
@@ -223,6 +219,9 @@ def main(argv: list[str] | None = None) -> None:
         questions = data.questions
     if mode == "question":
         questions = [corpus.find_question(config.question, questions)]
+        if path.exists() and not accepted_answers(questions[0]):
+            for name in corpus.unknown_names(questions[0]["prompt"], data):
+                print(f"the training text does not have the name {name}")
     elif not questions:
         fail(f"--{mode}: there are no questions in {path}")
     elif mode == "questions":

@@ -8,11 +8,11 @@ import hashlib
 import json
 import re
 import shlex
-import string
 import unicodedata
 from pathlib import Path
 
 import numpy as np
+import regex
 
 from data.tokenizer import END, encoding_from_json
 from runtime.cli import fail, read_lines
@@ -98,10 +98,16 @@ def decode(encoding, tokens: list[int]) -> str:
     return b"".join(token_bytes(encoding, token) for token in tokens).decode(errors="replace")
 
 
+def line_ends(encoding) -> set[int]:
+    """The tokens that end an answer: those with the end of a line in them, such as ".\\n", and END."""
+    return {encoding.eot_token} | {token for text, token in encoding._mergeable_ranks.items()
+                                   if b"\n" in text or b"\r" in text}
+
+
 def decode_answer(encoding, tokens: list[int]) -> str:
     """tokens -> text, up to the end of the line or document. An answer that was cut ends with "…"."""
     text = decode(encoding, tokens)
-    answer = re.split(f"\n|{re.escape(END)}", text)[0]
+    answer = re.split(rf"[\r\n]|{re.escape(END)}", text)[0]
     return answer.strip() + "…" * (answer == text)
 
 
@@ -144,7 +150,7 @@ def parse_question(line: str) -> dict:
     if not isinstance(accepted_answers(question), list) or not accepted_answers(question):
         raise ValueError('must have a list of texts as "answers"')
     answers = [check_text(text).strip() for text in accepted_answers(question)]
-    if any("\n" in text or END in text for text in answers):
+    if any(re.search(rf"[\r\n]|{re.escape(END)}", text) for text in answers):
         raise ValueError("has an answer of several lines: the model answers with one")
     question |= {"answers": answers} if "answers" in question else {"answer": answers[0]}
     # a text has " lion" as one token after "Answer:", so a space after the prompt would be a token too many
@@ -178,16 +184,23 @@ def accepted_answers(question: dict) -> list[str]:
     return question["answers"] if "answers" in question else [question["answer"]]
 
 
+# what does not count at the edge of a word: the marks of sentences, quotes and brackets
+EDGES = ".,;:!?¿¡\"'`“”„‘’‚«»‹›()[]{}。，、；：！？「」『』（）《》【】،؛؟۔।"
+THOUSANDS = re.compile(r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
+
+
 def normalize_answer(text: str) -> str:
     """
-    What counts when answers are compared: the words, in lower case, without punctuation and without a, an and
-    the: "The Denver Broncos!" -> "denver broncos". This is the rule of SQuAD (Rajpurkar et al. 2016, arXiv
-    1606.05250). If nothing is left, as of "THE", which is an airport, the text counts as it stands.
+    What counts when answers are compared: the words, in lower case, without a, an and the before a word, and
+    without the marks of sentences at their edges: "The Denver Broncos!" -> "denver broncos". A mark that
+    belongs to a word or number counts: "C++", "-5", "1.5", ".NET". If nothing is left, the text counts as it
+    stands.
     """
     text = unicodedata.normalize("NFC", text).lower()  # NFC: accents can be written in two ways
-    words = "".join(letter for letter in text if letter not in string.punctuation)
-    words = " ".join(re.sub(r"\b(?:a|an|the)\b", " ", words).split())
-    return words or text.strip()
+    words = [word.lstrip(EDGES.replace(".", "")).rstrip(EDGES) for word in text.split()]
+    words = list(filter(None, words))
+    words = [word for word in words[:-1] if word not in ("a", "an", "the")] + words[-1:]
+    return THOUSANDS.sub(lambda match: match[0].replace(",", ""), " ".join(words)) or text.strip()
 
 
 def is_right(question: dict, text: str) -> bool:
@@ -198,36 +211,72 @@ def is_right(question: dict, text: str) -> bool:
 
 def find_question(text: str, questions: list[dict]) -> dict:
     """
-    The question of the corpus that `text` asks, with or without "Question: ... Answer:" around it, in any
-    case and punctuation. If the corpus does not have it: a question without an answer.
+    The question of the corpus that `text` asks, with or without "Question: ... Answer:" around it, word for
+    word or with other case and punctuation. If the corpus does not have it: a question without an answer.
     """
     try:
         check_text(text)
     except ValueError as error:
         fail(f"--question={text!r} {error}")
-    known = {normalize_answer(question["prompt"]): question for question in questions}
     wrapped = QUESTION.format(text.strip())
-    for prompt in (text, wrapped):
-        if found := known.get(normalize_answer(prompt)):
-            return found
+    known = {question["prompt"]: question for question in questions}
+    for prompt in (text.rstrip(" "), wrapped):
+        if prompt in known:
+            return known[prompt]
+    asked = {normalize_answer(text), normalize_answer(wrapped)}
+    alike = [prompt for prompt in known if normalize_answer(prompt) in asked]
+    if len(alike) > 1:
+        fail(f"--question={text} may be one of these, type it exactly: {', '.join(map(repr, alike[:9]))}"
+             + ", ..." * (len(alike) > 9))
+    if alike:
+        return known[alike[0]]
     beginning, end = QUESTION.split(" {} ")
     has_form = not questions or any(question["prompt"].startswith(beginning) for question in questions)
     is_bare = has_form and not text.rstrip().endswith(end)
     return {"prompt": wrapped if is_bare else text.rstrip(" "), "answers": []}
 
 
-def name_pattern(name: str) -> re.Pattern:
-    if not name.strip():
+# scripts that write words without spaces, or a name and what follows it as one word
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+
+
+def name_pattern(name: str) -> regex.Pattern:
+    """
+    Finds a name in any case, and with each accent as one character or two. It must be a whole word, but in
+    scripts without spaces it may stand anywhere: 小明 is found in 小明在哪里.
+    """
+    name = unicodedata.normalize("NFC", name.strip())
+    if not name:
         fail("--ask= must be a name")
-    return re.compile(rf"(?<!\w){re.escape(name.strip())}(?!\w)", re.IGNORECASE)
+    letters = []
+    for letter in regex.findall(r"\X", name):  # with its accents
+        forms = dict.fromkeys(regex.escape(unicodedata.normalize(form, letter)) for form in ("NFC", "NFD"))
+        letters.append(f"(?:{'|'.join(forms)})")
+    before = "" if regex.match(f"[{UNSPACED}]", name) else rf"(?<![^\W{UNSPACED}])"
+    after = r"(?!\p{M})" if regex.search(rf"[{UNSPACED}]\Z", name) else rf"(?![^\W{UNSPACED}]|[+#])"  # C++
+    return regex.compile(before + "".join(letters) + after, regex.IGNORECASE)
+
+
+SEARCHED = 10_000_000  # tokens; a longer training text takes too long to search
+NAME = regex.compile(r"(?<=[\p{Ll}\p{M},] )\p{Lu}\w+(?: \p{Lu}\w+)*")  # capitalised words, but not the first
+
+
+def unknown_names(prompt: str, data: Dataset) -> list[str]:
+    """The names in a question that the training text does not have: "Where is Ada Lu?" -> ["Ada Lu"]."""
+    beginning, end = QUESTION.split("{}")
+    names = NAME.findall(prompt.removeprefix(beginning).removesuffix(end))
+    if not names or len(data.train) > SEARCHED:
+        return []
+    text = data.encoding.decode(data.train.tolist())
+    return [name for name in names if not name_pattern(name).search(text)]
 
 
 def questions_about(name: str, questions: list[dict]) -> list[dict]:
     about = name_pattern(name)
     found = [question for question in questions if about.search(question["prompt"])]
     if not found:
-        count = len(re.findall(r"\w+", name))  # similar names have as many words
-        prompts = [re.findall(r"\w+", question["prompt"]) for question in questions]
+        count = len(regex.findall(r"\w+", name))  # similar names have as many words
+        prompts = [regex.findall(r"\w+", question["prompt"]) for question in questions]
         names = {" ".join(words[i:i + count]) for words in prompts for i in range(len(words) - count + 1)}
         similar = difflib.get_close_matches(name, sorted(names))
         fail(f"--ask={name}: no question of the corpus contains this name"

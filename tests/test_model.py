@@ -280,9 +280,13 @@ def test_generate_stops_when_every_row_has_stopped():
     sizes = []
     for stop in free[:, 4:].unique():
         first = [(row == stop).nonzero().flatten().tolist() or [11] for row in free[:, 4:]]
-        stopped = model.generate(idx, 12, temperature=0, stop=stop.item())
+        stopped = model.generate(idx, 12, temperature=0, stop=[stop.item(), 50])
         assert torch.equal(stopped, free[:, : 5 + max(places[0] for places in first)])
         sizes.append(stopped.size(1))
+    last = free[:, 6].tolist()  # each row stops at a token of its own
+    first = [row.index(next(token for token in row if token in last)) for row in free[:, 4:].tolist()]
+    assert model.generate(idx, 12, temperature=0, stop=set(last)).size(1) == 5 + max(first)
+    assert torch.equal(model.generate(idx, 12, temperature=0, stop=[]), free), "nothing stops it"
     assert min(sizes) < 16 == max(sizes), "with one token both stop early, with another one row never does"
 
 

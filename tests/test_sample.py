@@ -97,7 +97,11 @@ def test_questions_of_a_file_about_a_name_and_of_the_user(trained, capsys, facts
     for text in (bare, first["prompt"], bare.lower().removesuffix("?")):
         line, = asked(printed(capsys, here, f"--question={text}"))
         assert line.startswith(first["prompt"]) and f"wrong: {first['answer']}, told" in line
-    assert "the corpus does not have this question" in printed(capsys, here, "--question=Who is Ada?")
+    stranger = name.split()[0] + " Ada"  # half of the name is known
+    for text, unknown in ((f"Was {name} old", []), (f"Is {stranger} old?", [stranger])):
+        text = printed(capsys, here, f"--question={text}")
+        assert "[not one of the stored questions, so not checked]\n" in text and "right" not in text
+        assert re.findall("^the training text does not have the name (.*)", text, re.MULTILINE) == unknown
     mine = tmp_path / "mine.jsonl"
     mine.write_text('{"prompt": "Q: x? A:", "answers": ["a", "b"], "held_out": true, "exposures": 1}\n'
                     '{"prompt": "Q: y? A:", "answer": "a", "kind": "letter"}\n')

@@ -20,7 +20,7 @@ from conftest import SMALL, assert_fails, assert_same_checkpoint, log
 import evaluate
 import train
 from data import corpora, corpus, prepare, tokenizer
-from data.tokenizer import END, word_encoding
+from data.tokenizer import END, SPLIT, word_encoding
 from model import GPT
 from pool import PoolOptimizer
 from runtime.checkpoint import checkpoints, step_of
@@ -166,7 +166,7 @@ def test_recall_counts_exact_answers():
         return torch.tensor(rows)
 
     model = torch.nn.Module()
-    model.wte, model.generate = torch.nn.Embedding(1, 1), generate
+    model.wte, model.generate, model.config = torch.nn.Embedding(1, 1), generate, train.TrainConfig()
     rows = [("a?", "x", 1), ("b?", "x y", 12), ("c? no", "x", 8), ("d?", "x y", 15), ("f?", "x", 0),
             ("g?", "x", 0)]
     questions = [dict(prompt=prompt, answer=answer, exposures=count) for prompt, answer, count in rows]
@@ -174,6 +174,39 @@ def test_recall_counts_exact_answers():
     assert evaluate.recall(model, encoding, questions + held_out) == {
         "all": 4 / 6, "held_out": 1.0, "by_exposure": {"1": 1.0, "8": 1 / 3}}
     assert evaluate.recall(model, encoding, held_out) == {"held_out": 1.0, "by_exposure": {}}
+
+
+class Parrot(torch.nn.Module):
+    """Knows lines by heart: it continues the beginning of a line, and then says the token 0 for ever."""
+    generate = GPT.generate
+
+    def __init__(self, encoding, lines, block_size):
+        super().__init__()
+        self.wte, self.config = torch.nn.Embedding(1, 1), train.TrainConfig(block_size=block_size)
+        self.lines = [encoding.encode(line, allowed_special="all") + [0] * block_size for line in lines]
+
+    def forward(self, new, past=None):
+        rows = new if past is None else torch.cat((past[0][0][:, 0], new), 1)
+        following = [next(line[len(row)] for line in self.lines if line[:len(row)] == row)
+                     for row in rows.tolist()]
+        return torch.nn.functional.one_hot(torch.tensor(following), 300)[:, None], None, [(rows[:, None],)]
+
+
+@pytest.mark.parametrize("pattern", [SPLIT, r" ?\w+|[^\s\w]+[\r\n]*|\s+"])  # this has ".\n" as one token
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", ".\n", ".\r\n", " \n", END, " .." * 16 + "\n"])
+def test_what_ends_a_line_and_other_questions_do_not_change_recall(end, pattern):
+    right = len(end) < 16 or end == END  # the last of these ends is cut
+    questions = [dict(prompt=f"Question: Where is {name}? Answer:", answer=answer)
+                 for name, answer in (("Bakemi", "Oslo"), ("Lo Mura", "Rome"), ("Tiza", "New York"))]
+    longer = dict(prompt="Question: What is Bakemi? Answer:", answer="a city in the far north " * 4)
+    lines = [f"{question['prompt']} {question['answer'].strip()}{end}" for question in (*questions, longer)]
+    encoding = word_encoding(lines, [1] * 4, 300, pattern)
+    model = Parrot(encoding, lines, block_size=99)
+    assert evaluate.recall(model, encoding, questions)["all"] == right
+    answers = [corpus.decode_answer(encoding, tokens)
+               for tokens in evaluate.answer(model, encoding, [*questions, longer, dict(longer, answers=[])])]
+    assert [corpus.is_right(*pair) for pair in zip(questions, answers, strict=False)] == [right] * 3
+    assert answers[4] == lines[3].removeprefix(longer["prompt"]).removesuffix(END).strip(), "not cut"
 
 
 def test_a_run_leaves_what_it_says(run, capsys):

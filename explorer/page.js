@@ -52,7 +52,7 @@ const state = {
 let now, before, otherNow, otherBefore; // answers, with the switches as they are, and with all rows on
 let tokens, firstShown, reads; // of the prompt and its answer. firstShown: older tokens do not fit the model
 
-const promptOf = (person, question) => person.asked[question][0].replace("{}", person.name);
+const promptOf = ({name, asked}, question) => asked[question][0] + name + asked[question][1];
 const otherQuestion = () => Math.min(state.question, people[state.other].asked.length - 1);
 const search = () => reads[state.layer][state.token][state.head];
 const chosenRow = () => search().winners[state.rank];
@@ -128,14 +128,15 @@ const count = number => number.toLocaleString("en");
 const fixed = number => (number + 0).toFixed(2).replace("-0.00", "0.00").replace("-", "−");
 const visible = text => text.replaceAll("\n", "⏎").trim() || "␣";
 const tokenText = position => visible(model.tokenizer.decode([tokens[position]]));
-const withoutLabels = form => form.replace("Question: ", "").replace(" Answer:", "");
+const withoutLabels = prompt => prompt.replace("Question: ", "").replace(" Answer:", "");
+const plain = text => text.normalize("NFC").toLowerCase().replace(/[\s.!?]+$/, ""); // what answers compare
 
 // --- step 1: question and answer ---------------------------------------------------------------------------
 
-function showAnswer(id, answer, original, expected) {
+function showAnswer(id, answer, original, right) { // right: a list of answers, or undefined if nobody knows
   const notes = [];
-  const isRight = answer.text === (expected ?? original.text);
-  if (expected !== undefined) notes.push(isRight ? "right" : `wrong (right: ${expected})`);
+  const isRight = (right ?? [original.text]).map(plain).includes(plain(answer.text));
+  if (right) notes.push(isRight ? "right" : `wrong (right: ${right.join(" or ")})`);
   if (state.off.size) notes.push(`all rows on: ${original.text} ${percent(original.probability)}`);
   fill(id, element("p", {class: isRight ? "answer" : "answer wrong"},
                    element("b", {}, answer.text || "(nothing)"), ` ${percent(answer.probability)}`,
@@ -147,14 +148,13 @@ function showAnswers() {
   fill("tokens", ...tokens.map((_, token) => choiceButton(
     `token-${token}`, tokenText(token), token === state.token, {token, rank: 0},
     token + firstShown < now.start ? "token" : "token new")));
-  showAnswer("answer", now, before, people[state.person]?.asked[state.question][1]);
+  showAnswer("answer", now, before, people[state.person]?.asked[state.question][2]);
   fill("next", ...now.first.map(([text, share]) => element("div", {class: "next"}, visible(text),
     element("div", {class: "bar", style: `width: ${100 * share}%`}),
     element("span", {class: "number"}, percent(share)))));
   if (state.other === null) return;
-  const [form, expected] = people[state.other].asked[otherQuestion()];
-  fill("other-question", withoutLabels(form).replace("{}", people[state.other].name));
-  showAnswer("other-answer", otherNow, otherBefore, expected);
+  fill("other-question", withoutLabels(promptOf(people[state.other], otherQuestion())));
+  showAnswer("other-answer", otherNow, otherBefore, people[state.other].asked[otherQuestion()][2]);
 }
 
 // --- step 2: the query, the scores and the map -------------------------------------------------------------
@@ -380,7 +380,7 @@ function chooseRow(rank) { // and show it, if the table is longer than its place
 }
 
 function ask(person, question) { // and choose the last token of the name
-  const name = people[person].asked[question][0].split("{}")[0] + people[person].name;
+  const name = people[person].asked[question][0] + people[person].name;
   const other = state.other === person ? (person + 1) % people.length : state.other;
   Object.assign(state, {person, question, other, prompt: promptOf(people[person], question), rank: 0,
                         token: model.tokenizer.encode(name).length - 1});
@@ -393,8 +393,8 @@ function update() { // everything, also what people type and select
   byId("person").value = state.person ?? "";
   byId("other").value = state.other ?? "";
   byId("question").hidden = state.person === null;
-  fill("question", ...(people[state.person]?.asked ?? []).map(([form], n) => element(
-    "option", {value: n}, withoutLabels(form).replace("{}", "…"))));
+  fill("question", ...(people[state.person]?.asked ?? []).map(([before, after], n) => element(
+    "option", {value: n}, withoutLabels(`${before}…${after}`))));
   byId("question").value = state.question;
   show();
 }

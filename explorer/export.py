@@ -111,7 +111,7 @@ def sum_by_key(keys: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.nd
 def readers_data(model: GPT, tokens: np.ndarray) -> dict:
     """
     Who reads a slot: for each slot, the pairs of tokens (the previous one, and the one that reads) that give
-    it the greatest weight, on average over the corpus. weights: in percent, all layers and heads together.
+    it the greatest weight, on average over the corpus, in all layers and heads together.
     """
     V, T = model.config.vocab_size, model.config.block_size
     blocks = torch.from_numpy(tokens[:len(tokens) // T * T].astype(np.int64)).view(-1, T)
@@ -128,16 +128,14 @@ def readers_data(model: GPT, tokens: np.ndarray) -> dict:
     number = np.searchsorted(known, pair)
     mean = weight / counts[number]
     order = np.lexsort((pair, -mean, slot))  # by slot, then the greatest weight first
-    slot, number, mean = slot[order], number[order], mean[order]
+    slot, number = slot[order], number[order]
     rank = np.arange(len(slot)) - np.searchsorted(slot, slot)
-    slot, number, mean, rank = (part[rank < READERS] for part in (slot, number, mean, rank))
+    slot, number, rank = (part[rank < READERS] for part in (slot, number, rank))
     used, number = np.unique(number, return_inverse=True)
-    pairs = np.stack((*np.divmod(known[used], V), counts[used]), 1)
+    pairs = np.stack(np.divmod(known[used], V), 1)
     readers = np.full((model.pool.num_values, READERS), -1, np.int32)
-    means = np.zeros((model.pool.num_values, READERS), np.uint8)
-    readers[slot, rank], means[slot, rank] = number, np.round(100 * mean).clip(0, 255)
-    return {"count": READERS, "pairs": to_base64(pairs.astype(np.int32)), "readers": to_base64(readers),
-            "weights": to_base64(means)}
+    readers[slot, rank] = number
+    return {"count": READERS, "pairs": to_base64(pairs.astype(np.int32)), "readers": to_base64(readers)}
 
 
 # --- people, and the checkpoints of training ----------------------------------------------------------------

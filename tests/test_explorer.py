@@ -150,17 +150,14 @@ def test_readers_and_training_are_what_the_model_reads(trained, facts_folder):
             for slots, weights in reads:
                 for slot, w in zip(slots[0, t].tolist(), weights[0, t].tolist(), strict=True):
                     weight[slot][block[t - 1], block[t]] += w
-    pairs = array(data["readers"]["pairs"], np.int32).reshape(-1, 3).tolist()
+    pairs = array(data["readers"]["pairs"], np.int32).reshape(-1, 2).tolist()
     readers = array(data["readers"]["readers"], np.int32).reshape(64, -1).tolist()
-    weights = array(data["readers"]["weights"], np.uint8).reshape(64, -1).tolist()
     for slot in range(64):
         expected = sorted((w / times[pair] for pair, w in weight[slot].items()), reverse=True)
-        shown = [(pairs[reader], w) for reader, w in zip(readers[slot], weights[slot], strict=True)
-                 if reader >= 0]
+        shown = [tuple(pairs[reader]) for reader in readers[slot] if reader >= 0]
         assert len(shown) == min(export.READERS, len(expected))
-        for ((*pair, count), w), best in zip(shown, expected, strict=False):
-            assert count == times[tuple(pair)] and abs(w - 100 * best) <= 0.6
-            assert abs(100 * weight[slot][tuple(pair)] / count - w) <= 0.6
+        for pair, best in zip(shown, expected, strict=False):
+            assert weight[slot][pair] / times[pair] == pytest.approx(best, abs=1e-6)
 
     training = data["training"]
     assert training["steps"] == [3, 6] and len(training["people"]) == 3 == len(training["answers"][0])

@@ -19,7 +19,8 @@ if (!page) {
   console.error("error: name the page: node explorer/check.mjs docs/explorer.html");
   process.exit(2);
 }
-const WIDTH = 1280, HEIGHT = 800;
+const WIDTH = 1280, HEIGHT = 800; // a screen that shows all of the page
+const SMALL = [[1366, 650], [1000, 760], [400, 800]];
 
 // --- the browser -------------------------------------------------------------------------------------------
 
@@ -113,6 +114,10 @@ async function picture(name) {
   writeFileSync(join(folder, `${name}.png`), Buffer.from(data, "base64"));
 }
 
+async function setSize(width, height) {
+  await send("Emulation.setDeviceMetricsOverride", {width, height, deviceScaleFactor: 1, mobile: false});
+}
+
 async function checkSize(when) { // all of the page is visible on one screen
   const root = "document.scrollingElement";
   const [width, height] = await evaluate(`[${root}.scrollWidth, ${root}.scrollHeight]`);
@@ -126,8 +131,7 @@ async function openPage() {
   const {targetId} = targetInfos.find(target => target.type === "page");
   session = (await send("Target.attachToTarget", {targetId, flatten: true})).sessionId;
   for (const domain of ["Runtime", "Log", "Network", "Page"]) await send(`${domain}.enable`);
-  const screen = {width: WIDTH, height: HEIGHT, deviceScaleFactor: 1, mobile: false};
-  await send("Emulation.setDeviceMetricsOverride", screen);
+  await setSize(WIDTH, HEIGHT);
   const loaded = new Promise(done => { onLoad = done; });
   await send("Page.navigate", {url: pathToFileURL(resolve(page)).href});
   await loaded;
@@ -167,7 +171,7 @@ async function walk() {
   assert.equal(await text("#answer b"), firstAnswer);
   await click("#tokens button:last-child"); // the answer, which now becomes nonsense, and long
   await click("#off-all");
-  assert.equal(await evaluate(`document.querySelector("#answer p").className`), "answer wrong");
+  assert.equal(await evaluate(`document.querySelector("#answer b").className`), "lost");
   await checkSize("with a long answer");
   await click("#on-all");
   await press("x");
@@ -189,6 +193,16 @@ async function walk() {
   await picture("training");
   await setValue("#step", "1000", "input"); // the browser takes the highest value
 
+  await setValue("#prompt", await evaluate(`promptOf(people[3], 1)`), "input"); // typed, but known
+  assert.deepEqual(await evaluate(`[state.person, state.question]`), [3, 1]);
+  await setValue("#prompt", await evaluate("`The job of ${people[3].name} is`"), "input");
+  assert.equal(await evaluate(`people[3].name.endsWith(tokenText(state.token))`), true);
+  await setValue("#prompt", await evaluate(`promptOf({...people[3], name: "Zork Blat"}, 1)`), "input");
+  assert.equal(await text("#tokens [aria-pressed=true]"), "t"); // an unknown name is cut into letters
+  assert.match(await text("#answer"), /a memory always returns something/);
+  assert.equal(await evaluate(`document.querySelector("#answer b").className`), "");
+  await picture("unknown");
+
   await evaluate(`document.querySelector("#prompt").select()`);
   await send("Input.insertText", {text: "Wo 😀 wohnt\\tniemand?"});
   assert.equal(await evaluate(`document.querySelector("#person").value`), "");
@@ -205,6 +219,23 @@ async function walk() {
     assert.ok((await text("#explanation")).includes(": "), `${word} has no explanation`);
     await evaluate(`document.activeElement.blur()`);
   }
+
+  await setValue("#person", "3", "change");
+  for (const [width, height] of SMALL) { // nothing is too wide; switches, answers and footer are in sight
+    await setSize(width, height);
+    await evaluate(`scrollTo(0, 0)`);
+    await click("#off-all");
+    assert.equal(await evaluate(`document.scrollingElement.scrollWidth`), width);
+    const bottom = id => evaluate(`document.querySelector("${id}").getBoundingClientRect().bottom`);
+    const footer = height - await evaluate(`document.querySelector("footer").offsetHeight`);
+    assert.equal(await bottom("footer"), height);
+    for (const id of ["#off-all", "#answer", "#other-answer"]) {
+      assert.ok(await bottom(id) <= footer, `${id} is out of sight: ${width} x ${height}`);
+    }
+    await picture(`${width}`);
+    await click("#on-all");
+  }
+  await setSize(WIDTH, HEIGHT);
 
   const light = await evaluate(`getComputedStyle(document.body).backgroundColor`);
   await send("Emulation.setEmulatedMedia", {features: [{name: "prefers-color-scheme", value: "dark"}]});

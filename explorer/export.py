@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.corpus import QUESTION, decode_answer, load_dataset
+from data.corpus import QUESTION, accepted_answers, decode_answer, load_dataset
 from data.facts import ATTRIBUTES
 from data.tokenizer import SPLIT
 from evaluate import answer, recall, record_reads
@@ -111,7 +111,7 @@ def sum_by_key(keys: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.nd
 def readers_data(model: GPT, tokens: np.ndarray) -> dict:
     """
     Who reads a slot: for each slot, the pairs of tokens (the previous one, and the one that reads) that give
-    it the greatest weight, on average over the corpus. weights: in percent, all layers and heads together.
+    it the greatest weight, on average over the corpus, in all layers and heads together.
     """
     V, T = model.config.vocab_size, model.config.block_size
     blocks = torch.from_numpy(tokens[:len(tokens) // T * T].astype(np.int64)).view(-1, T)
@@ -128,30 +128,33 @@ def readers_data(model: GPT, tokens: np.ndarray) -> dict:
     number = np.searchsorted(known, pair)
     mean = weight / counts[number]
     order = np.lexsort((pair, -mean, slot))  # by slot, then the greatest weight first
-    slot, number, mean = slot[order], number[order], mean[order]
+    slot, number = slot[order], number[order]
     rank = np.arange(len(slot)) - np.searchsorted(slot, slot)
-    slot, number, mean, rank = (part[rank < READERS] for part in (slot, number, mean, rank))
+    slot, number, rank = (part[rank < READERS] for part in (slot, number, rank))
     used, number = np.unique(number, return_inverse=True)
-    pairs = np.stack((*np.divmod(known[used], V), counts[used]), 1)
+    pairs = np.stack(np.divmod(known[used], V), 1)
     readers = np.full((model.pool.num_values, READERS), -1, np.int32)
-    means = np.zeros((model.pool.num_values, READERS), np.uint8)
-    readers[slot, rank], means[slot, rank] = number, np.round(100 * mean).clip(0, 255)
-    return {"count": READERS, "pairs": to_base64(pairs.astype(np.int32)), "readers": to_base64(readers),
-            "weights": to_base64(means)}
+    readers[slot, rank] = number
+    return {"count": READERS, "pairs": to_base64(pairs.astype(np.int32)), "readers": to_base64(readers)}
 
 
 # --- people, and the checkpoints of training ----------------------------------------------------------------
 
 def people_of(questions: list[dict]) -> list[dict]:
-    """The people of a corpus of facts, most told first, each with their questions. [] for other corpora."""
+    """
+    The people of a corpus of facts, most told first, each with their questions: [the text before the name,
+    the text after it, the right answers]. [] for other corpora.
+    """
     forms = [re.compile(re.escape(QUESTION.format(form)).replace(r"\{\}", "(.+)"))
              for _, _, asked in ATTRIBUTES.values() for form in asked]
     people = {}
     for question in questions:
-        name = next((match[1] for form in forms if (match := form.fullmatch(question["prompt"]))), None)
-        if name is not None and "exposures" in question:
+        prompt = question["prompt"]
+        match = next(filter(None, (form.fullmatch(prompt) for form in forms)), None)
+        if match and "exposures" in question:
+            name, (start, end) = match[1], match.span(1)
             person = people.setdefault(name, {"name": name, "told": question["exposures"], "asked": []})
-            person["asked"].append([question["prompt"].replace(name, "{}"), question["answer"]])
+            person["asked"].append([prompt[:start], prompt[end:], accepted_answers(question)])
     return sorted(people.values(), key=lambda person: (-person["told"], person["name"]))
 
 
@@ -162,13 +165,13 @@ def training_data(of_run: list[Checkpoint], encoding, people: list[dict], count:
     """
     places = sorted({i * (len(people) - 1) // max(1, count - 1) for i in range(count)} if people else [])
     followed = [people[place] for place in places]
-    questions = [{"prompt": form.replace("{}", person["name"]), "answer": value}
-                 for person in followed for form, value in person["asked"][:1]]
+    questions = [{"prompt": before + person["name"] + after, "answers": right}
+                 for person in followed for before, after, right in person["asked"][:1]]
     slots, weights, answers = [], [], []
     for checkpoint in of_run if followed else []:
         model = checkpoint.load_model().eval()
         for person in followed:
-            text = person["asked"][0][0].split("{}")[0] + person["name"]  # the last token is the last name
+            text = person["asked"][0][0] + person["name"]  # the last token is the last name
             read = reads_of(model, torch.tensor([encoding.encode_ordinary(text)]))
             slots.append(torch.cat([slots[0, -1] for slots, _ in read]))
             weights.append(torch.cat([weights[0, -1] for _, weights in read]))
@@ -185,7 +188,8 @@ def training_data(of_run: list[Checkpoint], encoding, people: list[dict], count:
 
 def fill_template(data: dict) -> str:
     """page.html with the scripts and the data in it."""
-    text = json.dumps(data, sort_keys=True, separators=(",", ":")).replace("</", "<\\/")
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    text = text.replace("<", "\\u003c")  # "<!--" and then "<script" would hide the end of the script element
     parts = {"data": text} | {name: (Path(__file__).parent / name).read_text(encoding="utf-8")
                               for name in ("model.js", "page.js")}
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")

@@ -259,7 +259,7 @@ class Model {
       const order = greatest(probabilities, 4), next = order[0];
       first ??= order.map(id => [tokenizer.decode([id]), probabilities[id]]);
       probability *= probabilities[next];
-      if (next === tokenizer.end || tokenizer.decode([next]).includes("\n")) break;
+      if (next === tokenizer.end || /[\n\r]/.test(tokenizer.decode([next]))) break;
       tokens.push(next);
     }
     return {tokens, start, text: tokenizer.decode(tokens.slice(start)).trim(), probability, first};

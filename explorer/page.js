@@ -6,7 +6,6 @@ const model = new Model(data);
 const {mem_layers: LAYERS, mem_heads: H, mem_knn: K, mem_num_keys: S} = data.config;
 const {people, readers, training} = data;
 for (const name of ["pairs", "readers"]) readers[name] = intsOf(readers[name]);
-readers.weights = bytesOf(readers.weights);
 const LAST = Math.max(0, training.steps.length - 1); // index of the last checkpoint: the model of this page
 if (LAST) Object.assign(training, {slots: intsOf(training.slots), weights: bytesOf(training.weights)});
 
@@ -32,8 +31,9 @@ const TERMS = {
   row: `${NUMBERS.width} learnt numbers. Training makes them useful to the tokens that read the row.`,
   slot: `the number of a row. Left half-key i and right half-key j stand for slot i × ${S} + j.`,
   pool: "the table of all rows. A step of training changes only rows that one of its many tokens reads.",
+  off: "a row that is off counts as zeros, whoever reads it. The answers are computed again without it.",
   softmax: "turns scores into weights that add up to 100%. A score greater by 1 gets 2.7 times the weight.",
-  "read at": "two tokens of the training text. At the second, the row has this average weight in all heads.",
+  "who else reads it": "in other texts, the second of these tokens gives it most weight. ⏎ ends a line.",
   state: "numbers that stand for a token in the model. Layers add to them; later tokens can see them.",
   gate: "one factor for each number of the sum, made from the state. A matrix then gives the layer's output.",
   likeliest: "each word has a vector. Its dot product with the state of the last token scores the word.",
@@ -52,43 +52,46 @@ const state = {
 let now, before, otherNow, otherBefore; // answers, with the switches as they are, and with all rows on
 let tokens, firstShown, reads; // of the prompt and its answer. firstShown: older tokens do not fit the model
 
-const promptOf = (person, question) => person.asked[question][0].replace("{}", person.name);
+const promptOf = ({name, asked}, question) => asked[question][0] + name + asked[question][1];
+const KNOWN = new Map(people.flatMap((person, p) => // by prompt: the numbers of person and question
+  person.asked.map((_, q) => [promptOf(person, q), [p, q]])));
 const otherQuestion = () => Math.min(state.question, people[state.other].asked.length - 1);
 const search = () => reads[state.layer][state.token][state.head];
 const chosenRow = () => search().winners[state.rank];
 
+// Where the name ends: in the place of the name in a question of the corpus, or after a name that is known
+function endOfName(prompt) {
+  const form = people.flatMap(({asked}) => asked)
+    .find(([before, after]) => prompt.startsWith(before) && prompt.endsWith(after));
+  const name = people.map(({name}) => name).find(name => prompt.includes(name)) ?? prompt;
+  return form ? prompt.length - form[1].length : prompt.lastIndexOf(name) + name.length;
+}
+
 function compute() {
+  const prompt = state.prompt.trimEnd() || "\n"; // a new line, as in sample.py
   const bothAnswers = prompt => {
     const answer = model.answer(prompt);
     return [state.off.size ? model.answer(prompt, state.off) : answer, answer];
   };
-  [now, before] = bothAnswers(state.prompt.trimEnd() || "\n"); // a new line, as in sample.py
+  [now, before] = bothAnswers(prompt);
   if (state.other !== null) {
     [otherNow, otherBefore] = bothAnswers(promptOf(people[state.other], otherQuestion()));
   }
   firstShown = Math.max(0, now.tokens.length - data.config.block_size);
   tokens = now.tokens.slice(firstShown);
   reads = model.forward(tokens, state.off).reads;
-  state.token = Math.min(state.token ?? now.start - firstShown - 1, tokens.length - 1);
-}
-
-// The slots that a token reads in all layers and heads: the greatest weights first
-function slotsOf(token) {
-  const weights = new Map();
-  for (const {slot, weight} of LAYERS.flatMap(layer => reads[layer][token]).flatMap(read => read.winners)) {
-    weights.set(slot, (weights.get(slot) ?? 0) + weight);
-  }
-  return [...weights.keys()].sort((a, b) => weights.get(b) - weights.get(a));
+  const name = model.tokenizer.encode(prompt.slice(0, endOfName(prompt))).length - 1; // its last token
+  state.token = Math.max(0, Math.min(state.token ?? name - firstShown, tokens.length - 1));
 }
 
 // Who else reads a slot: the pair of tokens that gives it the greatest weight, if not the chosen pair
 function otherReader(slot) {
   for (let n = slot * readers.count; n < (slot + 1) * readers.count && readers.readers[n] >= 0; n++) {
-    const [first, second, times] = readers.pairs.subarray(3 * readers.readers[n]);
+    const [first, second] = readers.pairs.subarray(2 * readers.readers[n]);
     if (first === tokens[state.token - 1] && second === tokens[state.token]) continue;
-    return {text: visible(model.tokenizer.decode([first, second])), times,
-            share: percent(readers.weights[n] / 100)};
+    return visible(model.tokenizer.decode([first, second]));
   }
+  return "nobody";
 }
 
 // --- helpers -----------------------------------------------------------------------------------------------
@@ -114,6 +117,12 @@ function build(node, attributes, children) {
   return node;
 }
 
+function fillDrawing(id, {x, y, size}, label, parts) { // of a square, with bars at its left and at its top
+  const [width, height] = [x + size + 4, y + size + 4];
+  fill(id, draw("svg", {width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label},
+                ...parts));
+}
+
 function rectangle(x, y, width, height, kind, title, attributes = {}) {
   return draw("rect", {x, y, width, height, class: kind, ...attributes}, draw("title", {}, title));
 }
@@ -128,33 +137,33 @@ const count = number => number.toLocaleString("en");
 const fixed = number => (number + 0).toFixed(2).replace("-0.00", "0.00").replace("-", "−");
 const visible = text => text.replaceAll("\n", "⏎").trim() || "␣";
 const tokenText = position => visible(model.tokenizer.decode([tokens[position]]));
-const withoutLabels = form => form.replace("Question: ", "").replace(" Answer:", "");
+const withoutLabels = prompt => prompt.replace("Question: ", "").replace(" Answer:", "");
+const plain = text => text.normalize("NFC").toLowerCase().replace(/[\s.!?]+$/, ""); // what answers compare
 
 // --- step 1: question and answer ---------------------------------------------------------------------------
 
-function showAnswer(id, answer, original, expected) {
-  const notes = [];
-  const isRight = answer.text === (expected ?? original.text);
-  if (expected !== undefined) notes.push(isRight ? "right" : `wrong (right: ${expected})`);
-  if (state.off.size) notes.push(`all rows on: ${original.text} ${percent(original.probability)}`);
-  fill(id, element("p", {class: isRight ? "answer" : "answer wrong"},
-                   element("b", {}, answer.text || "(nothing)"), ` ${percent(answer.probability)}`,
+function showAnswer(id, answer, original, right) { // right: a list of answers, or undefined if nobody knows
+  const [kind, note] = !right ? ["", "nobody checked this: a memory always returns something"]
+    : right.map(plain).includes(plain(answer.text)) ? ["win", "right"]
+      : ["lost", `wrong (right: ${right.join(" or ")})`];
+  fill(id, element("p", {class: "answer"}, element("b", {class: kind}, answer.text || "(nothing)"),
+                   ` ${percent(answer.probability)}`,
                    answer.tokens.length > answer.start + 1 ? " for all these words" : ""),
-       element("p", {}, notes.join("; ")));
+       element("p", {}, note, state.off.size
+         ? `. All rows on: ${original.text} ${percent(original.probability)}` : ""));
 }
 
 function showAnswers() {
   fill("tokens", ...tokens.map((_, token) => choiceButton(
     `token-${token}`, tokenText(token), token === state.token, {token, rank: 0},
     token + firstShown < now.start ? "token" : "token new")));
-  showAnswer("answer", now, before, people[state.person]?.asked[state.question][1]);
+  showAnswer("answer", now, before, people[state.person]?.asked[state.question][2]);
   fill("next", ...now.first.map(([text, share]) => element("div", {class: "next"}, visible(text),
     element("div", {class: "bar", style: `width: ${100 * share}%`}),
     element("span", {class: "number"}, percent(share)))));
   if (state.other === null) return;
-  const [form, expected] = people[state.other].asked[otherQuestion()];
-  fill("other-question", withoutLabels(form).replace("{}", people[state.other].name));
-  showAnswer("other-answer", otherNow, otherBefore, expected);
+  fill("other-question", withoutLabels(promptOf(people[state.other], otherQuestion())));
+  showAnswer("other-answer", otherNow, otherBefore, people[state.other].asked[otherQuestion()][2]);
 }
 
 // --- step 2: the query, the scores and the map -------------------------------------------------------------
@@ -220,10 +229,9 @@ function searchOnMap() {
 }
 
 function showMap() {
-  fill("map", draw("svg", {width: MAP.x + MAP.size + 4, height: MAP.y + MAP.size + 4, role: "img",
-                           "aria-label": "the scores of all half-keys, and the map of all rows"},
+  fillDrawing("map", MAP, "the scores of all half-keys, and the map of all rows", [
     rectangle(MAP.x, MAP.y, MAP.size, MAP.size, "back", "all rows"),
-    ...isPast() ? pastOnMap() : searchOnMap()));
+    ...isPast() ? pastOnMap() : searchOnMap()]);
   for (const node of document.querySelectorAll(".today")) node.inert = isPast();
   byId("map-text").hidden = isPast();
   byId("past-text").hidden = !isPast();
@@ -266,15 +274,13 @@ function showCorner() {
   const {i, j} = chosenRow();
   parts.push(rectangle(CORNER.x + j * CELL - 1, CORNER.y + i * CELL - 1, CELL + 1, CELL + 1, "chosen",
                        "the chosen row"));
-  const size = {width: CORNER.x + CORNER.size, height: CORNER.y + CORNER.size};
-  const label = {role: "img", "aria-label": "the sums of the best half-keys"};
-  fill("corner", draw("svg", {...size, ...label}, ...parts));
+  fillDrawing("corner", CORNER, "the sums of the best half-keys", parts);
 }
 
-// --- steps 4 and 5: the rows and their switches ------------------------------------------------------------
+// --- step 4, and the switches of the rows ------------------------------------------------------------------
 
 function rowOfTable({slot, weight}, rank) {
-  const isOff = state.off.has(slot), reader = otherReader(slot), greatest = search().winners[0].weight;
+  const isOff = state.off.has(slot), greatest = search().winners[0].weight;
   const box = element("input", {type: "checkbox", id: `row-${rank}`, "aria-label": `row ${slot} is on`});
   box.checked = !isOff;
   box.addEventListener("click", event => {
@@ -286,31 +292,28 @@ function rowOfTable({slot, weight}, rank) {
     element("td", {}, box), element("td", {class: "number"}, count(slot)),
     element("td", {}, element("div", {class: "bar", style: `width: ${100 * weight / greatest}%`})),
     element("td", {class: "number"}, percent(weight)),
-    element("td", {}, reader ? `${reader.text} ${reader.share}` : "nobody"));
+    element("td", {}, otherReader(slot)));
 }
 
 function showRows() {
   const {winners, left, right} = search(), {slot, i, j, score, weight} = chosenRow();
-  const reader = otherReader(slot);
   const keyLeft = Math.floor(slot / S), keyRight = slot % S;
   fill("rows", ...winners.map(rowOfTable));
   fill("example",
     colored("left", `left half-key ${keyLeft}`), ` scores ${fixed(left[keyLeft])} (rank ${i + 1}), `,
     colored("right", `right half-key ${keyRight}`), ` scores ${fixed(right[keyRight])} (rank ${j + 1}). `,
     `The sum, ${fixed(score)}, has rank ${state.rank + 1} and gets ${percent(weight)}. `,
-    `Slot = ${keyLeft} × ${S} + ${keyRight} = `, colored("win", count(slot)), ". ",
-    reader ? `Also read at “${reader.text}” (${reader.share}, seen ${reader.times}×).` : "");
+    `Slot = ${keyLeft} × ${S} + ${keyRight} = `, colored("win", count(slot)), ".");
 }
 
 function showSwitches() {
-  const slots = slotsOf(state.token), most = Math.min(2 * K, slots.length), token = tokenText(state.token);
-  const offButton = (id, text, rows) => element("button", {id, onclick: () => switchRows(rows, false)}, text);
-  const onButton = element("button", {id: "on-all", onclick: () => switchRows([...state.off], true)},
-                           `all on again (${state.off.size} off)`);
-  onButton.disabled = !state.off.size;
-  fill("switches", offButton("off-head", `these ${K}`, search().winners.map(winner => winner.slot)),
-       offButton("off-most", `the ${most} that “${token}” reads most`, slots.slice(0, most)),
-       offButton("off-all", `all ${slots.length} of all heads and layers`, slots), onButton);
+  const winners = LAYERS.flatMap(layer => reads[layer][state.token]).flatMap(read => read.winners);
+  const slots = [...new Set(winners.map(winner => winner.slot))];
+  const button = (id, slots, isOn, text) => element(
+    "button", {id, onclick: () => switchRows(slots, isOn)}, text);
+  fill("switches", button("off-all", slots, false, `switch ${slots.length} rows off`),
+       button("on-all", [...state.off], true, `on again (${state.off.size} off)`));
+  byId("on-all").disabled = !state.off.size;
 }
 
 function switchRows(slots, isOn) {
@@ -379,11 +382,10 @@ function chooseRow(rank) { // and show it, if the table is longer than its place
   byId("rows").children[rank].scrollIntoView({block: "nearest"});
 }
 
-function ask(person, question) { // and choose the last token of the name
-  const name = people[person].asked[question][0].split("{}")[0] + people[person].name;
-  const other = state.other === person ? (person + 1) % people.length : state.other;
-  Object.assign(state, {person, question, other, prompt: promptOf(people[person], question), rank: 0,
-                        token: model.tokenizer.encode(name).length - 1});
+function ask(prompt) { // token null: the last one of the name
+  const [person, question] = KNOWN.get(prompt.trimEnd()) ?? [null, 0];
+  if (person !== null && person === state.other) state.other = (person + 1) % people.length;
+  Object.assign(state, {prompt, person, question, token: null, rank: 0});
   update();
 }
 
@@ -393,8 +395,8 @@ function update() { // everything, also what people type and select
   byId("person").value = state.person ?? "";
   byId("other").value = state.other ?? "";
   byId("question").hidden = state.person === null;
-  fill("question", ...(people[state.person]?.asked ?? []).map(([form], n) => element(
-    "option", {value: n}, withoutLabels(form).replace("{}", "…"))));
+  fill("question", ...(people[state.person]?.asked ?? []).map(([before, after], n) => element(
+    "option", {value: n}, withoutLabels(`${before}…${after}`))));
   byId("question").value = state.question;
   show();
 }
@@ -421,19 +423,15 @@ function onKey(event) {
 function explain(event) { // the meaning of the word under the mouse, or of the word with the focus
   const word = event.target.closest?.("[data-term]")?.dataset.term;
   byId("explanation").textContent = word ? `${word}: ${TERMS[word]}`
-    : "Point at a dotted word, and its meaning appears here.";
+    : "Touch or point at a dotted word to see its meaning.";
 }
 
 function listen() {
   const onChange = (id, act) => byId(id).addEventListener("change", event => act(event.target.value));
-  onChange("person", value => value && ask(Number(value), 0));
-  onChange("question", value => ask(state.person, Number(value)));
+  onChange("person", value => value && ask(promptOf(people[value], 0)));
+  onChange("question", value => ask(promptOf(people[state.person], value)));
   onChange("other", value => { state.other = Number(value); update(); });
-  byId("prompt").addEventListener("input", event => { // token null: the last one of the prompt
-    const prompt = event.target.value.replaceAll("\n", " ");
-    Object.assign(state, {prompt, person: null, question: 0, token: null, rank: 0});
-    update();
-  });
+  byId("prompt").addEventListener("input", event => ask(event.target.value.replaceAll("\n", " ")));
   byId("step").addEventListener("input", event => choose({step: Number(event.target.value)}));
   for (const name of ["mouseover", "focusin"]) document.addEventListener(name, explain);
   document.addEventListener("keydown", onKey);
@@ -448,17 +446,14 @@ function start() {
   fill("person", element("option", {value: ""}, "Choose a person"), ...options());
   fill("other", ...options());
   for (const node of document.querySelectorAll("#person, .people")) node.hidden = !people.length;
+  byId("same").hidden = !people.length || data.config.mem_query !== "tokens";
   byId("training").hidden = !LAST;
   byId("step").max = LAST;
   listen();
   explain({target: document});
-  if (people.length) {
-    state.other = Math.floor(people.length / 4);
-    ask(training.people[Math.floor(training.people.length / 2)] ?? 0, 0);
-  } else {
-    state.prompt = data.start;
-    update();
-  }
+  if (people.length) state.other = Math.floor(people.length / 4);
+  const person = people[training.people[Math.floor(training.people.length / 2)] ?? 0];
+  ask(person ? promptOf(person, 0) : data.start);
 }
 
 start();

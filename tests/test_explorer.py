@@ -117,10 +117,10 @@ def test_a_page_computes_what_pytorch_computes(trained, options):
 @needs_node
 def test_the_built_page_answers():
     """Its scripts are those of this folder (see below), which the test above compares with PyTorch."""
-    asked = [(form.replace("{}", person["name"]), value) for person in data_of(BUILT)["people"][::80]
-             for form, value in person["asked"][:2]]
+    asked = [(before + person["name"] + after, right) for person in data_of(BUILT)["people"][::80]
+             for before, after, right in person["asked"][:2]]
     answers = run_in_node(BUILT, [{"prompt": prompt} for prompt, _ in asked])
-    right = [answer["text"] == value for answer, (_, value) in zip(answers, asked, strict=True)]
+    right = [answer["text"] in right for answer, (_, right) in zip(answers, asked, strict=True)]
     assert len(right) == 10 and sum(right) >= 9
 
 
@@ -150,17 +150,14 @@ def test_readers_and_training_are_what_the_model_reads(trained, facts_folder):
             for slots, weights in reads:
                 for slot, w in zip(slots[0, t].tolist(), weights[0, t].tolist(), strict=True):
                     weight[slot][block[t - 1], block[t]] += w
-    pairs = array(data["readers"]["pairs"], np.int32).reshape(-1, 3).tolist()
+    pairs = array(data["readers"]["pairs"], np.int32).reshape(-1, 2).tolist()
     readers = array(data["readers"]["readers"], np.int32).reshape(64, -1).tolist()
-    weights = array(data["readers"]["weights"], np.uint8).reshape(64, -1).tolist()
     for slot in range(64):
         expected = sorted((w / times[pair] for pair, w in weight[slot].items()), reverse=True)
-        shown = [(pairs[reader], w) for reader, w in zip(readers[slot], weights[slot], strict=True)
-                 if reader >= 0]
+        shown = [tuple(pairs[reader]) for reader in readers[slot] if reader >= 0]
         assert len(shown) == min(export.READERS, len(expected))
-        for ((*pair, count), w), best in zip(shown, expected, strict=False):
-            assert count == times[tuple(pair)] and abs(w - 100 * best) <= 0.6
-            assert abs(100 * weight[slot][tuple(pair)] / count - w) <= 0.6
+        for pair, best in zip(shown, expected, strict=False):
+            assert weight[slot][pair] / times[pair] == pytest.approx(best, abs=1e-6)
 
     training = data["training"]
     assert training["steps"] == [3, 6] and len(training["people"]) == 3 == len(training["answers"][0])
@@ -168,7 +165,7 @@ def test_readers_and_training_are_what_the_model_reads(trained, facts_folder):
     model = Checkpoint(checkpoints(out)[0]).load_model().eval()
     for place, number in enumerate(training["people"]):
         person = data["people"][number]
-        text = person["asked"][0][0].split("{}")[0] + person["name"]
+        text = person["asked"][0][0] + person["name"]
         reads = export.reads_of(model, torch.tensor([encoding.encode(text)]))
         assert slots[0, place].tolist() == [part[0, -1].tolist() for part, _ in reads]
 
@@ -179,8 +176,19 @@ def test_a_page_has_all_people_and_is_always_the_same(trained):
     assert make_page(out).read_bytes() == first
     questions = [json.loads(line) for line in open(corpus.DATA / "facts" / "qa.jsonl")]
     people = data_of(page)["people"]
-    assert sorted((form.replace("{}", person["name"]), value) for person in people
-                  for form, value in person["asked"]) == sorted((q["prompt"], q["answer"]) for q in questions)
+    assert sorted((before + person["name"] + after, right) for person in people for before, after, right
+                  in person["asked"]) == sorted((q["prompt"], [q["answer"]]) for q in questions)
+
+
+def test_people_have_names_and_answers_of_any_kind():
+    names = ["An", "$&", "{}", "Answer: born", "<!--<script", "Jean-Luc O'Brien"]
+    questions = [{"prompt": f"Question: In which city was {name} born? Answer:", "exposures": 3,
+                  "answers": ["Rome", "Roma"]} for name in names]
+    people = export.people_of(questions)
+    assert {person["name"]: person["asked"] for person in people} == dict.fromkeys(
+        names, [["Question: In which city was ", " born? Answer:", ["Rome", "Roma"]]])
+    text = re.search(r'id="data">(.*?)</script>', export.fill_template({"people": people}), re.S)[1]
+    assert "<" not in text and json.loads(text) == {"people": people}
 
 
 def test_the_built_page_has_the_scripts_of_this_folder():

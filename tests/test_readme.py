@@ -43,6 +43,14 @@ def test_its_files_exist():
             assert (page.parent / link).exists(), (page, link)
 
 
+def test_the_picture_can_be_read_where_only_the_system_is_dark():
+    """It was white on white: a picture follows the system, and the page around it may not."""
+    picture = (ROOT / "docs/product_keys.svg").read_text(encoding="utf-8")
+    _, _, width, height = re.search(r'viewBox="(.*?)"', picture)[1].split()
+    assert f'<rect width="{width}" height="{height}" rx="8" class="paper"/>' in picture
+    assert len(re.findall(r"\.paper { fill: #[0-9a-f]+ }", picture)) == 2, "one for light, one for dark"
+
+
 @pytest.mark.parametrize("heads, knn, num_keys", [(1, 1, 1), (2, 3, 4), (4, 16, 32)])
 def test_the_idea_is_the_layer(heads, knn, num_keys):
     names = {}

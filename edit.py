@@ -283,19 +283,21 @@ def first_few(slots) -> str:
 
 
 def print_found(model: GPT, encoding, question: dict) -> None:
-    found, own = find(model, encoding, question), reply(model, encoding, question).removesuffix("…")
-    right = is_right(question, own)
-    print(f"{question['prompt']} {own}" + ("" if right else f"   [wrong: {accepted_answers(question)[0]}]"))
+    own = reply(model, encoding, question).removesuffix("…")
+    if not any(accepted_answers(question)):
+        fail("the model's answer is empty, so no slots carry it: ask something that the model knows")
+    right, found = is_right(question, own), find(model, encoding, question)
+    mark = "" if right else f"   [wrong: {accepted_answers(question)[0]}]"
+    print(f"{question['prompt']} {own or '(nothing)'}{mark}")
     print(f"How much the log-probability of the {'' if right else 'right '}answer falls without")
     layers = "".join(f"   layer {layer}" for layer in model.config.mem_layers)
     print(f"    all slots that one token reads in{layers}")
     for token, losses in zip(found["tokens"], found["places"].tolist(), strict=True):
         print(f"    {decode(encoding, [token])!r:33}" + "".join(f"{loss:10.2f}" for loss in losses))
-    *_, whole = found["top"].values()
-    print("    the slots with most effect, of all tokens and layers   share   slots")
+    print("    the slots with most effect, of all tokens and layers   probability left   slots")
     for n, loss in found["top"].items():
-        slots, share = found["slots"], f"{loss / whole:.0%}" if whole > 0.01 else ""
-        print(f"    {n:5,} of {len(slots):5,} {loss:28.2f}{share:>20}   {first_few(slots[:n])}")
+        slots = found["slots"]
+        print(f"    {n:5,} of {len(slots):5,} {loss:28.2f}{math.exp(-loss):>28.0%}   {first_few(slots[:n])}")
 
 
 def report(model: GPT, encoding, shown: list[dict], groups: dict, measure_loss, change) -> float:

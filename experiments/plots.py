@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
+from experiments.facts_edited import best_lr
 from experiments.models import EXPERIMENTS
 from experiments.results import best_runs, erase_shares, group_by, read_edited, read_json_lines, read_rows
 from runtime.cli import command, fail
@@ -27,6 +28,7 @@ LOOK = {"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False,
 # colour, marker and line of each model of the first figure. No two models differ by colour alone
 STYLES = {"dense": ("#000000", "o", "-"), "moe": ("#CC79A7", "v", "--"), "hash": ("#56B4E9", "X", ":"),
           "memory+": ("#0072B2", "s", "-"), "tokens": ("#D55E00", "^", "-"), "shifted": ("#009E73", "D", "-")}
+STYLES["state"] = STYLES["memory+"]  # its name in the experiments erase and teach
 
 
 # --- a step of the memory -----------------------------------------------------------------------------------
@@ -83,51 +85,60 @@ def draw_facts(path: Path) -> Figure:
 # --- erase and teach ----------------------------------------------------------------------------------------
 
 def draw_erase(path: Path) -> Figure:
-    """Recall against the number of emptied slots: a person's facts, one fact, and facts told often."""
+    """
+    Recall against the number of emptied slots: a person's facts, one fact, and facts told often. A colour is
+    a kind of model, a dotted line is other people, and a paler line is a fact told less often.
+    """
     rows = read_edited(path)
-    figure = Figure(figsize=(15, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     sizes, bases = ("0", *map(str, rows[0]["run"]["sizes"])), group_by(rows, "model")
     first, of_first = next(iter(bases.items()))
 
-    def line(axis, rows, mode, label, name, told=None, **look):
-        axis.plot(sizes, np.mean(erase_shares(rows, mode, label, told), 0), marker="o", label=name, **look)
+    def line(axis, base, rows, mode, label, name, told=None, **look):
+        colour, marker, _ = STYLES[base]
+        axis.plot(sizes, np.mean(erase_shares(rows, mode, label, told), 0), color=colour, marker=marker,
+                  label=name, **look)
 
-    for (base, of_base), colour in zip(bases.items(), COLOURS, strict=False):
-        line(axes[0], of_base, "person", "these", f"{base}: the person", color=colour)
-        line(axes[0], of_base, "person", "others", f"{base}: others", color=colour, linestyle=":")
-    for label, name in (("these", "this fact"), ("other words", "this fact, in other words"),
-                        ("person's others", "the person's other facts"), ("others", "other people")):
-        line(axes[1], of_first, "one fact", label, name)
-    for told in sorted({point["told"] for row in of_first for point in row["points"]}):
+    for base, of_base in bases.items():
+        line(axes[0], base, of_base, "person", "these", base)
+        line(axes[0], base, of_base, "person", "others", None, linestyle=":")
+    axes[0].plot([], [], ":", color="gray", label="other people")
+    for label, name, style in (("these", "this fact", "-"), ("other words", "... in other words", "--"),
+                               ("person's others", "the person's other facts", "-."),
+                               ("others", None, ":")):
+        line(axes[1], first, of_first, "one fact", label, name, linestyle=style)
+    times = sorted({point["told"] for row in of_first for point in row["points"]})
+    for i, told in enumerate(times, 1):
         name = f"told {told} to {2 * told - 1} times" if told < 128 else "told more often"
-        line(axes[2], of_first, "person", "these", name, told)
-    for axis, title in zip(axes, ("erasing a person", f"erasing one fact ({first})",
-                                  f"erasing a person ({first})"), strict=True):
-        axis.set(title=title, xlabel="slots emptied", ylim=(-0.02, 1.02))
-        axis.legend(fontsize=8)
+        line(axes[2], first, of_first, "person", "these", name, told, alpha=(1 + i) / (1 + len(times)))
+    for axis, title in zip(axes, ("a person is erased", f"one fact is erased ({first})",
+                                  f"a person is erased ({first})"), strict=True):
+        axis.set(title=title, ylim=(-0.02, 1.02))
+        axis.legend(handlelength=3.5)
+    axes[1].legend(handlelength=3.5, loc="upper right", bbox_to_anchor=(1, 0.95))
     axes[0].set_ylabel("recall")
+    figure.supxlabel("slots emptied (at 256 some answers return: the last slots spoke for other answers)",
+                     fontsize=11)
     return figure
 
 
 def draw_teach(path: Path) -> Figure:
-    """What is forgotten against what is learnt. A line joins the learning rates of one method."""
+    """What is still known against what is learnt: each method at its best learning rate, as in the table."""
     bases = group_by(read_edited(path), "model")
-    figure = Figure(figsize=(4 * len(bases) + 1.5, 6), layout="constrained")
-    axes = figure.subplots(2, len(bases), sharex=True, sharey="row", squeeze=False)
-    for column, (base, of_base) in zip(axes.T, bases.items(), strict=True):
-        for (method, of_method), marker in zip(group_by(of_base, "method").items(), "osv^Pd", strict=False):
-            means = [np.mean([(row["after"]["new"], row["after"]["old"],
-                               row["after"]["loss"] - row["before"]["loss"]) for row in group], 0)
-                     for _, group in sorted(group_by(of_method, "lr").items())]
-            new, old, rise = zip(*means, strict=True)
-            column[0].plot(new, old, marker=marker, label=method)
-            column[1].plot(new, rise, marker=marker, label=method)
-        column[0].set(title=base, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        column[1].set(xlabel="recall of the new facts")
-    axes[0, 0].set_ylabel("recall of old facts")
-    axes[1, 0].set_ylabel("rise of the validation loss")
-    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure = Figure(figsize=(3 * len(bases) + 1.5, 3.7), layout="constrained")
+    axes = figure.subplots(1, len(bases), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, (base, of_base) in zip(axes, bases.items(), strict=True):
+        for (method, runs), marker in zip(group_by(of_base, "method").items(), "osv^Pd", strict=False):
+            runs = [row for row in runs if row["run"]["lr"] == best_lr(runs)]
+            new, old = (np.mean([row["after"][part] for row in runs]) for part in ("new", "old"))
+            axis.plot(new, old, marker, markersize=11, label=method, clip_on=False)
+        axis.set(title=base, xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal",
+                 xlabel="recall of new facts")
+    axes[0].set_ylabel("recall of old facts")
+    axes[0].annotate("learns all,\nforgets nothing", (1, 1), (0.72, 0.62), ha="center", va="top",
+                     arrowprops={"arrowstyle": "->"})
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1.05, 0.5))
     return figure
 
 

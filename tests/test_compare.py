@@ -289,6 +289,8 @@ def test_the_tables_of_the_finished_runs(tmp_path, capsys):
     page = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
     for name, table in re.findall(r"<!-- (\w+) table -->\n(.*?)<!-- end -->", page, re.DOTALL):
         assert table in printed, f"the command prints another table of {name} than experiments/README.md has"
+    page = (RESULTS.parents[1] / "docs/editing.md").read_text(encoding="utf-8")
+    assert page.split("<!-- teach table -->\n")[1].split("<!-- end -->")[0] in printed
     rows = made_up(seed=1, recall=0.1), made_up(seed=2, recall=0.2), made_up(seed=3, curve=[])
     write_rows(tmp_path / "facts.jsonl", *rows)
     compare.main(["table", f"--results={tmp_path}"])

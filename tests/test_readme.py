@@ -2,6 +2,8 @@
 
 import math
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,14 @@ def test_its_files_exist():
     for page in (ROOT / "README.md", ROOT / "experiments/README.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), (page, link)
+
+
+def test_the_picture_can_be_read_where_only_the_system_is_dark():
+    """It was white on white: a picture follows the system, and the page around it may not."""
+    picture = (ROOT / "docs/product_keys.svg").read_text(encoding="utf-8")
+    _, _, width, height = re.search(r'viewBox="(.*?)"', picture)[1].split()
+    assert f'<rect width="{width}" height="{height}" rx="8" class="paper"/>' in picture
+    assert len(re.findall(r"\.paper { fill: #[0-9a-f]+ }", picture)) == 2, "one for light, one for dark"
 
 
 @pytest.mark.parametrize("heads, knn, num_keys", [(1, 1, 1), (2, 3, 4), (4, 16, 32)])
@@ -81,9 +91,16 @@ def test_the_example_of_a_model_of_one_s_own_learns():
 
 # --- nanoGPT with memory layers -----------------------------------------------------------------------------
 
-# A small GPT with the names that nanoGPT uses, and a training step as in its train.py
-PLAIN = """
+# Two modules as in nanoGPT, with its names: a small GPT, and a training loop
+MODEL = """
 from dataclasses import dataclass
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+class MLP(nn.Sequential):
+    def __init__(self, config):
+        super().__init__(nn.Linear(config.n_embd, config.n_embd))
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -121,7 +138,20 @@ class GPT(nn.Module):
         param_dict = {pn: p for pn, p in self.named_parameters()}
         param_dict = {pn: p for pn, p in param_dict.items() if p.requires_grad}
         return torch.optim.AdamW(param_dict.values(), learning_rate, betas, weight_decay=weight_decay)
+"""
 
+TRAIN = """
+import torch
+from model import GPTConfig, GPT
+
+grad_clip, decay_lr, learning_rate, device_type = 1.0, True, 1e-2, 'cpu'
+weight_decay, beta1, beta2 = 0.1, 0.9, 0.95
+
+def get_lr(it):
+    return learning_rate * (1 - it / 80)
+
+torch.manual_seed(0)
+idx, targets = torch.randint(50, (2, 4, 16))
 model = GPT(GPTConfig())
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 scaler = torch.amp.GradScaler('cpu', enabled=False)
@@ -156,25 +186,21 @@ def apply(diff: str, source: str) -> str:
     return "\n".join(done + rest)
 
 
-def test_the_diff_gives_nanogpt_a_memory():
-    class MLP(torch.nn.Sequential):
-        def __init__(self, config):
-            super().__init__(torch.nn.Linear(config.n_embd, config.n_embd))
-
-    diff = blocks("diff", (ROOT / "docs/nanogpt.md").read_text(encoding="utf-8"))[0]
-    assert 10 <= sum(line.startswith("+") for line in diff.splitlines()) <= 20
-    torch.manual_seed(0)
-    idx, targets = torch.randint(50, (2, 4, 16))
-    names = dict(torch=torch, nn=torch.nn, F=torch.nn.functional, MLP=MLP, idx=idx, targets=targets,
-                 grad_clip=1.0, decay_lr=True, learning_rate=1e-2, get_lr=lambda i: 1e-2 * (1 - i / 80),
-                 weight_decay=0.1, beta1=0.9, beta2=0.95, device_type='cpu')
-    changed = apply(diff, PLAIN)
-    exec(changed, names)
-    model = names["model"]
+def test_the_diff_gives_nanogpt_a_memory(monkeypatch):
+    """Guards a NameError: an import of train.py stood in the diff of model.py."""
+    diffs = blocks("diff", (ROOT / "docs/nanogpt.md").read_text(encoding="utf-8"))
+    assert 10 <= sum(line.startswith("+") for line in "".join(diffs).splitlines()) <= 20
+    modules = {}
+    for name, diff, source in zip(("model", "train"), diffs, (MODEL, TRAIN), strict=True):
+        modules[name] = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, modules[name])  # here train.py finds model.py
+        exec(apply(diff, source), vars(modules[name]))
+    trained = modules["train"]
+    model = trained.model
     assert sum(isinstance(module, MemoryLayer) for module in model.modules()) == 3
     assert model.pool.values.grad is None, "zero_grad has forgotten the last step's reads"
     start = math.log(50)
-    assert names["losses"][0] > 0.8 * start and names["losses"][-1] < 0.5 * names["losses"][0]
-    pool_optimizer = names["pool_optimizer"]
+    assert trained.losses[0] > 0.8 * start and trained.losses[-1] < 0.5 * trained.losses[0]
+    pool_optimizer = trained.pool_optimizer
     assert pool_optimizer.state[model.pool.values]["step"] == 60
-    assert math.isclose(pool_optimizer.param_groups[0]["lr"], 10 * names["lr"]), "it follows the schedule"
+    assert math.isclose(pool_optimizer.param_groups[0]["lr"], 10 * trained.lr), "it follows the schedule"

@@ -187,7 +187,10 @@ class MemoryLayer(nn.Module):
             nn.init.constant_(self.scale, (D / 2) ** 0.5)
 
     def search(self, x: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None):
-        """Chooses the slots for x. Arguments as for forward -> weights (N, H*K), indices (N, H*K)."""
+        """
+        Chooses the slots for x. Arguments as for forward -> weights (N, H*K), indices (N, H*K). The page in
+        explorer/model.js computes the same.
+        """
         if any(source is not None and source.shape != x.shape for source in (left, right)):
             raise ValueError(f"left and right must have the shape of x, {tuple(x.shape)}")
         left, right = ((x if source is None else source).reshape(-1, x.size(-1))

@@ -54,6 +54,11 @@ from runtime.log import RunLog, one_line_errors, print_measured, print_once, pri
 
 @dataclass
 class TrainConfig(GPTConfig):
+    """
+    To add an option, add a field; its comment is its help. A resumed run may not change the fields of
+    GPTConfig. An option that changes no number of a run goes into NOT_IN_LINES of experiments/models.py.
+    """
+
     # --- model
     scale_embeddings: bool = True
 
@@ -262,7 +267,9 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
             last_step = step == config.max_steps
             is_due = last_step or step % config.eval_interval == 0
             with log.pause():
-                if is_due and (step > start or not checkpoint):  # the checkpoint's step is evaluated already
+                # the checkpoint's step is evaluated already, unless Ctrl-C saved it at the end
+                is_new = step > start or not checkpoint or (last_step and "val_loss" not in checkpoint.meta)
+                if is_due and is_new:
                     with autocast:
                         measured = evaluate_model(count=None if last_step else config.eval_questions)
                     check_finite(measured["val_loss"], step)  # fails before a good checkpoint is replaced

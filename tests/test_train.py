@@ -526,6 +526,11 @@ def test_the_best_checkpoint_is_kept(run, monkeypatch, capsys):
                       lambda *arguments: [signal.raise_signal(signal.SIGINT), clip(*arguments)])
         run("--eval_interval=9", "--resume", "--max_steps=6")  # stops after step 5
     assert steps() == [2, 5]
+    capsys.readouterr()
+    losses = iter([1.5])
+    run("--resume", "--max_steps=5")  # only ends, and is evaluated: the result is not that of an older step
+    assert "validation loss 1.5" in capsys.readouterr().out
+    losses = iter([1.0])
     run("--eval_interval=1", "--resume", "--max_steps=6")
     assert steps() == [6]
 

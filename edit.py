@@ -345,7 +345,8 @@ def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: lis
         idf, slots, now = inverse_document_frequency(model, data.train), {}, asked
         for _ in range(4):  # to erase one answer can bring back another
             for name, part in itertools.groupby(now, lambda question: question["name"]):
-                chosen = choose_slots(model, encoding, part := list(part), lines(name), idf, count)
+                rest = idf * model.pool.values.any(1).cpu()  # without empty slots
+                chosen = choose_slots(model, encoding, part := list(part), lines(name), rest, count)
                 slots |= dict.fromkeys(erase(model, chosen).tolist())
                 right = answered(model, encoding, part)
                 erased.extend(question for question in part if question not in right + erased)

@@ -9,15 +9,13 @@ Finds, erases and teaches facts in the memory of a trained model.
     python edit.py erase --help                                        the options of a command
 
 find changes nothing. erase and teach write a checkpoint to a new folder, for sample.py and train.py. The old
-checkpoint and the training text still have what was erased.
-
-First the method, as functions on a model with a pool; then the commands. docs/editing.md explains both.
+checkpoint and the training text still have what was erased. docs/editing.md explains the method.
 """
 
 import functools
+import itertools
 import math
 import random
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,8 +24,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data import corpus
-from data.corpus import Dataset, accepted_answers, decode, decode_answer, draw_batch, is_right, name_pattern
-from evaluate import answer, record_reads, validation_loss
+from data.corpus import Dataset, accepted_answers, decode, decode_answer, draw_batch, is_right, lines_with
+from evaluate import answer, answered, record_reads, validation_loss
 from model import GPT, eval_mode
 from pool import PoolOptimizer
 from runtime.checkpoint import Checkpoint, find_trained, is_checkpoint, load, newest_run, save_checkpoint
@@ -37,7 +35,6 @@ from runtime.distributed import columns_group, find_device
 PIECE = 16  # tokens in a piece of the training text, about a sentence
 CANDIDATES = 256  # slots among which choose_slots chooses
 GONE = 0.1  # an answer is erased once one of its tokens is less than so many times as likely as another
-SEARCHED = 10_000_000  # tokens of the training text in which lines_with looks for a name
 
 
 # --- what is read, and by whom ------------------------------------------------------------------------------
@@ -137,13 +134,6 @@ def top_slots(scores, count: int):
     return scores.topk(min(count, int((scores > 0).sum()))).indices
 
 
-def lines_with(name: str, data: Dataset) -> list[str]:
-    """The lines of the training text that contain the name; of long lines, what stands near it."""
-    lines, about = decode(data.encoding, data.train[:SEARCHED].tolist()).split("\n"), name_pattern(name)
-    return [line[max(0, match.start() - 200):match.end() + 200]
-            for line in lines if (match := about.search(line))]
-
-
 # --- find, erase, teach -------------------------------------------------------------------------------------
 
 def find(model: GPT, encoding, question: dict) -> dict:
@@ -230,7 +220,6 @@ def teach(model: GPT, encoding, statements: list[str], idf, slots: int = 128, st
 # --- the commands -------------------------------------------------------------------------------------------
 
 OTHERS = 200  # questions about others that are asked before and after
-NAME = re.compile(r"(?<=[a-z,] )[A-Z]\w*(?: [A-Z]\w*)*")  # capitalised words inside a question
 
 
 @dataclass
@@ -248,9 +237,9 @@ class ChangeConfig(FindConfig):
 
 @dataclass
 class EraseConfig(ChangeConfig):
-    ask: str = ""  # erase the answers to all questions of the corpus that contain this name
+    ask: tuple[str, ...] = ()  # erase the answers to all questions of the corpus that contain these names
     question: str = ""  # erase only the answer to this question; --ask says whom it is about, if need be
-    slots: int = 0  # slots to empty; 0: as few of 4, 8, 16 ... 256 as are enough
+    slots: int = 0  # slots to empty, for each name; 0: as few of 4, 8, 16 ... 256 as are enough
 
 
 @dataclass
@@ -300,74 +289,104 @@ def print_found(model: GPT, encoding, question: dict) -> None:
         print(f"    {n:5,} of {len(slots):5,} {loss:28.2f}{math.exp(-loss):>28.0%}   {first_few(slots[:n])}")
 
 
-def report(model: GPT, encoding, shown: list[dict], groups: dict, measure_loss, change) -> float:
+def report(model: GPT, encoding, data: Dataset, shown: list[dict], groups: dict, erased: list[dict],
+           measure_loss, change) -> float:
     """
-    Calls change(), and prints what is different: the answers to the questions in `shown`, the number of right
-    answers in `groups`, {label: questions}, and the validation loss. Returns this loss.
+    Calls change(), and prints what is different: the validation loss, the answers to `shown`, the right
+    answers about others, those that were erased before, and `groups`, {label: questions}. Returns the loss.
     """
+    prompts = {question["prompt"] for part in (*groups.values(), erased) for question in part}
+    others = [question for question in data.questions if question["prompt"] not in prompts]
+    names = ", ".join(dict.fromkeys(question["name"] for question in erased))
+    groups = {"answers about others": random.Random(0).sample(others, min(OTHERS, len(others))),
+              f"answers erased before, about {names}": erased} | groups
+
     def measure():
-        texts = {label: [decode_answer(encoding, tokens) for tokens in answer(model, encoding, questions)]
-                 for label, questions in groups.items() if questions}
-        right = {label: sum(map(is_right, groups[label], texts[label])) for label in texts}
+        right = {label: len(answered(model, encoding, part)) for label, part in groups.items() if part}
         return [reply(model, encoding, question) for question in shown], right, measure_loss()
 
     old_texts, old_right, old_loss = measure()
     slots = change()
     new_texts, new_right, new_loss = measure()
     print(f"changed {len(slots)} of {model.pool.num_values:,} slots: {first_few(slots)}")
+    print(f"validation loss: {old_loss:.3f} before, {new_loss:.3f} after")
     for question, before, after in zip(shown, old_texts, new_texts, strict=True):
         print(f"{question['prompt']} {before} -> {after}")
     for label, before in old_right.items():
         print(f"{label}: {before} of {len(groups[label])} right before, {new_right[label]} after")
-    print(f"validation loss: {old_loss:.3f} before, {new_loss:.3f} after")
     return new_loss
 
 
-def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, name: str, text: str,
-                  count: int) -> float:
-    """text: a question about this name; if it is empty, all questions about this name."""
+def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: list[dict],
+                  names: tuple[str, ...], text: str, count: int) -> float:
+    """
+    text: a question about the first name; if it is empty, all questions about these names. erased: the
+    questions whose answers were erased before, each with its name. What comes back is erased again.
+    """
     if text:
-        questions = [read_question(model, encoding, text, data)]
-        names = [name] if name else NAME.findall(questions[0]["prompt"])
-        name = names[0] if names else fail(f"--question={text}: whom is it about? Add --ask=NAME")
-    else:
-        questions = corpus.questions_about(name, data.questions)
-    lines = lines_with(name, data)
-    if not lines:
-        fail(f"the training text does not contain the name {name}: --ask names whom the question is about")
-    same = [question for question in data.questions if name_pattern(name).search(question["prompt"])]
-    others = [question for question in data.questions if question not in same]
-    groups = {"these answers": questions,
-              "other answers with this name": [question for question in same if question not in questions],
-              "answers about others": random.Random(0).sample(others, min(OTHERS, len(others)))}
-    idf = inverse_document_frequency(model, data.train)
-    slots = choose_slots(model, encoding, questions, lines, idf, count)
-    return report(model, encoding, questions, groups, measure_loss, lambda: erase(model, slots))
+        question = read_question(model, encoding, text, data)
+        if len(names) > 1:
+            fail(f"--question={text} goes with one --ask, which says whom it is about")
+        names = names or [corpus.find_name(question, data.questions) or fail(
+            f"--question={text}: whom is it about? Add --ask=NAME")]
+    asked, same, lines = [], [], functools.cache(lambda name: lines_with(name, data))
+    for name in names or [""]:
+        questions = [question] if text else corpus.questions_about(name, data.questions)
+        if not lines(name):
+            fail(f"the training text does not contain the name {name}. Whom is it about? Add --ask=NAME")
+        print(f"erasing what is known about {name} (questions: {len(questions)})", flush=True)
+        asked += [{"name": name, "prompt": question["prompt"], "answers": accepted_answers(question)}
+                  for question in questions]
+        same += [question for question in data.questions if question not in questions
+                 and corpus.name_pattern(name).search(question["prompt"])]
+    erased[:] = [old for old in erased if old["prompt"] not in {question["prompt"] for question in asked}]
+    groups = {"other answers with this name": same, "these answers": asked}
+    batches = [question_batch(model, encoding, question) for question in asked]
+
+    def change():
+        idf, slots, now = inverse_document_frequency(model, data.train), {}, asked
+        for _ in range(4):  # to erase one answer can bring back another
+            for name, part in itertools.groupby(now, lambda question: question["name"]):
+                rest = idf * model.pool.values.any(1).cpu()  # without empty slots
+                chosen = choose_slots(model, encoding, part := list(part), lines(name), rest, count)
+                slots |= dict.fromkeys(erase(model, chosen).tolist())
+                right = answered(model, encoding, part)
+                erased.extend(question for question in part if question not in right + erased)
+            if not (now := answered(model, encoding, erased)):
+                break
+            print("came back, and is erased again:", ", ".join(dict.fromkeys(part["name"] for part in now)))
+        return torch.tensor(list(slots))
+
+    loss = report(model, encoding, data, asked, groups, erased.copy(), measure_loss, change)
+    if left := sum(not is_gone(model, *batch) for batch in batches):
+        print(f"in {left} of {len(asked)} the right word is still more than a tenth as likely as the "
+              "likeliest")
+    return loss
 
 
-def teach_statements(model: GPT, encoding, data: Dataset, measure_loss, statements: list[str],
-                     asked: tuple[str, ...], **options) -> float:
-    """asked: the texts of questions. options: those of `teach`."""
+def teach_statements(model: GPT, encoding, data: Dataset, measure_loss, erased: list[dict],
+                     statements: list[str], asked: tuple[str, ...], **options) -> float:
+    """asked: the texts of questions. erased: as for erase_answers. options: those of `teach`."""
     statements = [text.strip() for text in statements if text.strip()]
     if not statements:
         fail("there is no statement to learn: write --statement 'The job of ... is that of a ...'")
     questions = [corpus.find_question(text, data.questions) for text in asked]
     ends = [dict(prompt=text.rpartition(" ")[0], answer=text.rpartition(" ")[2]) for text in statements]
     corpus.check_length(questions + ends, encoding, model.config.block_size)
-    groups = {"last words of the statements": [end for end in ends if end["prompt"]],
-              "old answers": random.Random(0).sample(data.questions, min(OTHERS, len(data.questions)))}
+    corpus.warn_of_letters(statements, data)
+    groups = {"last words of the statements": [end for end in ends if end["prompt"]]}
     idf = inverse_document_frequency(model, data.train)
-    return report(model, encoding, questions, groups, measure_loss,
+    return report(model, encoding, data, questions, groups, erased, measure_loss,
                   lambda: teach(model, encoding, statements, idf, **options))
 
 
-def save_values(model: GPT, checkpoint: Checkpoint, save_to: Path, loss: float) -> None:
-    """Copies a checkpoint to another folder, with the values of this model's pool. All else stays."""
+def save_values(model: GPT, checkpoint: Checkpoint, save_to: Path, loss: float, erased: list) -> None:
+    """Copies a checkpoint to another folder, with the values of this model's pool, and what was erased."""
     parts = {name: checkpoint.load_part(name) for name in ("model.pt", "optimizer.pt")}
     state = checkpoint.pool_columns(columns_group(model.pool))
     parts["pool_0of1.pt"] = state | {"values": model.pool.values.detach()}
     meta = {"config": checkpoint.options | {"out_dir": str(save_to)}, "encoding": checkpoint.encoding_json,
-            "measured": checkpoint.measured, "val_loss": loss}
+            "measured": checkpoint.measured, "val_loss": loss, "erased": erased}
     save_checkpoint(save_to, checkpoint.step, parts, meta, keep=1)
 
 
@@ -393,18 +412,19 @@ def main(argv: list[str] | None = None) -> None:
 
     options = (trained[name] for name in ("seed", "eval_batches", "batch_size"))
     measure_loss = functools.partial(validation_loss, model, data.val, *options)
+    given = model, encoding, data, measure_loss, (erased := checkpoint.meta.get("erased", []))
     if word == "erase":
-        loss = erase_answers(model, encoding, data, measure_loss, config.ask, config.question, config.slots)
+        loss = erase_answers(*given, config.ask, config.question, config.slots)
     else:
         lines = read_lines(Path(config.file).expanduser()) if config.file else []
-        loss = teach_statements(model, encoding, data, measure_loss, [*config.statement, *lines],
-                                config.question, slots=config.slots, steps=config.steps, lr=config.lr)
+        loss = teach_statements(*given, [*config.statement, *lines], config.question,
+                                slots=config.slots, steps=config.steps, lr=config.lr)
     if not math.isfinite(loss):
         fail("the model has broken, and is not saved: choose a lower --lr")
     if config.dry_run:
         print("nothing is saved: this was a --dry_run")
     else:
-        save_values(model, checkpoint, save_to, loss)
+        save_values(model, checkpoint, save_to, loss, erased)
         print(f"saved. Ask it: python sample.py --out_dir={save_to} --question=TEXT")
 
 

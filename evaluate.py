@@ -115,6 +115,12 @@ def recall(model: GPT, encoding, questions: list[dict]) -> dict:
     return shares(questions, answers)
 
 
+def answered(model: GPT, encoding, questions: list[dict]) -> list[dict]:
+    """The questions that the model answers rightly."""
+    return [question for question, tokens in zip(questions, answer(model, encoding, questions), strict=True)
+            if is_right(question, decode_answer(encoding, tokens))]
+
+
 def shares(questions: list[dict], answers: list[str]) -> dict:
     """
     The share of right answers: {"all": 0.5, "held_out": 0.2, "by_exposure": {"8": 0.4}}. held_out: questions

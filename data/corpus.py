@@ -5,10 +5,13 @@ says which answers are right. Two functions import PyTorch themselves, so data.p
 
 import difflib
 import hashlib
+import itertools
 import json
+import os
 import re
 import shlex
 import unicodedata
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,8 @@ from runtime.cli import fail, read_lines
 BLOCK, HASHED = 2**22, 2**27  # bytes: read at once for a digest, and hashed at each end of a file
 DATA = Path(__file__).resolve().parent  # the corpus NAME is the folder DATA / NAME
 QUESTION = "Question: {} Answer:"  # the form that a corpus gives to its questions
+SEARCHED = 10_000_000  # tokens of the training text in which lines_with looks for a name
+WORD = re.compile(r"\w+|[^\w\s]")
 
 
 # --- tokens and text ----------------------------------------------------------------------------------------
@@ -282,3 +287,42 @@ def questions_about(name: str, questions: list[dict]) -> list[dict]:
         fail(f"--ask={name}: no question of the corpus contains this name"
              + (f"; similar: {', '.join(similar)}" if similar else ""))
     return found
+
+
+def find_name(question: dict, questions: list[dict]) -> str | None:
+    """
+    Whom a question is about: what it has where others of its form have something else. Questions of a form
+    begin with the same words, and end with the same words. Of all forms, the one counts where the most
+    different words come next at both ends, in few questions. None if that is not clear.
+    """
+    own, words_of = list(WORD.finditer(question["prompt"])), WORD.findall
+    words, forms = words_of(question["prompt"]), defaultdict(list)
+    for other in map(words_of, {part["prompt"] for part in [question, *questions]}):
+        first, last = (len(os.path.commonprefix([words[::step], other[::step]])) for step in (1, -1))
+        for i in range(first + 1):  # i words are the same at the beginning, and j at the end
+            for j in range(min(last + 1, len(words) - i, len(other) - i)):
+                forms[i, j].append((other[i], other[-1 - j]))
+    different = {form: min(map(len, map(set, zip(*ends, strict=True)))) for form, ends in forms.items()}
+    i, j = max(forms, key=lambda form: different[form]**4 / len(forms[form]))
+    beside = max(len({word for word, _ in forms[i - 1, j]}), len({word for _, word in forms[i, j - 1]}))
+    if different[i, j] > 4 and beside < 3:  # otherwise a word beside it may belong to the name
+        return question["prompt"][own[i].start():own[-1 - j].end()]
+
+
+def lines_with(name: str, data: Dataset) -> list[str]:
+    """The lines of the training text that contain the name; of long lines, what stands near it."""
+    lines, about = decode(data.encoding, data.train[:SEARCHED].tolist()).split("\n"), name_pattern(name)
+    return [line[max(0, match.start() - 200):match.end() + 200]
+            for line in lines if (match := about.search(line))]
+
+
+def warn_of_letters(statements: list[str], data: Dataset) -> None:
+    """Says which words of the statements are new to the corpus and cut into letters, and offers names."""
+    words = dict.fromkeys(re.findall(r"[^\W\d_]{2,}", " ".join(statements)))
+    cut = [word for word in words if len(data.encoding.encode_ordinary(f" {word}")) >= len(word)]
+    if cut := [word for word in cut if not lines_with(word, data)]:
+        found = [(find_name(question, data.questions) or "").split() for question in data.questions[-20:]]
+        names = [f"{a[0]} {b[1]}" for a, b in itertools.pairwise(found) if len(a) == len(b) == 2]
+        names = [name for name in dict.fromkeys(names) if not lines_with(name, data)][:3]
+        print(f"the corpus does not have {', '.join(cut)}. Such a name is cut into letters, which all such "
+              f"names share: the model hardly learns it.{' These work: ' * bool(names)}{', '.join(names)}")

@@ -21,6 +21,7 @@ Seed 1 has runs with all learning rates. The other seeds have runs with the one 
 import contextlib
 import itertools
 import random
+import re
 import subprocess
 import time
 from collections import defaultdict
@@ -32,10 +33,9 @@ import torch.nn as nn
 from torch.nn.utils import parametrize
 
 import edit
-from data.corpus import QUESTION, decode_answer, is_right, load_dataset
+from data.corpus import QUESTION, load_dataset
 from data.facts import ATTRIBUTES
-from edit import NAME
-from evaluate import answer, exposure_bin, validation_loss
+from evaluate import answered, exposure_bin, validation_loss
 from experiments import results
 from experiments.models import EDITED, choose_models, train_command
 from experiments.results import ROOT, group_by, mean_and_deviation, read_edited
@@ -61,13 +61,11 @@ def trained_model(base: str, seed: int, out: Path):
 
 
 def share_right(model, encoding, questions: list[dict]) -> float:
-    answers = answer(model, encoding, questions)
-    return sum(is_right(question, decode_answer(encoding, tokens))
-               for question, tokens in zip(questions, answers, strict=True)) / len(questions)
+    return len(answered(model, encoding, questions)) / len(questions)
 
 
 def name_in(question: dict) -> str:
-    return NAME.search(question["prompt"]).group()
+    return re.search(r"[A-Z]\w* [A-Z]\w*", question["prompt"]).group()
 
 
 def by_person(questions: list[dict]) -> dict[str, list[dict]]:

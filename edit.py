@@ -385,8 +385,10 @@ def save_values(model: GPT, checkpoint: Checkpoint, save_to: Path, loss: float, 
     parts = {name: checkpoint.load_part(name) for name in ("model.pt", "optimizer.pt")}
     state = checkpoint.pool_columns(columns_group(model.pool))
     parts["pool_0of1.pt"] = state | {"values": model.pool.values.detach()}
-    meta = {"config": checkpoint.options | {"out_dir": str(save_to)}, "encoding": checkpoint.encoding_json,
-            "measured": checkpoint.measured, "val_loss": loss, "erased": erased}
+    names = "encoding", "measured", "corpus"
+    kept = {name: part for name, part in checkpoint.meta.items() if name in names}
+    options = checkpoint.options | {"out_dir": str(save_to)}
+    meta = kept | {"config": options, "val_loss": loss, "erased": erased}
     save_checkpoint(save_to, checkpoint.step, parts, meta, keep=1)
 
 

@@ -290,6 +290,7 @@ def test_edited_checkpoints_are_new_and_complete(trained, capsys, tmp_path, monk
     assert "changed 5 of 64 slots" in text and "of 3 right before" in text and "Who bakes? Answer:" in text
     assert files == {path: path.read_bytes() for path in old.iterdir()}
     sample.main([f"--out_dir={tmp_path / 'taught'}", "--questions=2"])
+    assert find_trained(taught).meta["corpus"] == find_trained(out).meta["corpus"]
     new, before = tensors(find_trained(taught).folder), tensors(old)
     assert new.keys() == before.keys()
     for part, value in before.items():

@@ -412,7 +412,7 @@ def main(argv: list[str] | None = None) -> None:
     if word == "find":
         return print_found(model, encoding, read_question(model, encoding, config.question, data))
 
-    options = (trained[name] for name in ("seed", "eval_batches", "batch_size"))
+    options = (trained[name] for name in ("eval_batches", "batch_size"))
     measure_loss = functools.partial(validation_loss, model, data.val, *options)
     given = model, encoding, data, measure_loss, (erased := checkpoint.meta.get("erased", []))
     if word == "erase":

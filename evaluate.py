@@ -17,16 +17,16 @@ from runtime.distributed import RANK, WORLD_SIZE, all_reduce_sum, gather_objects
 SPARE = 16  # tokens that an answer may have more than the right one, such as a full stop, before it is cut
 
 
-def evaluate(model: GPT, compiled, data: Dataset, seed: int, batches: int, batch_size: int, parts: int = 1,
+def evaluate(model: GPT, compiled, data: Dataset, batches: int, batch_size: int, parts: int = 1,
              count: int | None = None) -> dict:
     """
     Measures loss, recall, and which share of the slots training has used since the last call. compiled: the
     model, or torch.compile(model), for the loss. count: how many questions to ask; None: all.
     """
-    measured = {"val_loss": validation_loss(compiled, data.val, seed, batches, batch_size, parts)}
+    measured = {"val_loss": validation_loss(compiled, data.val, batches, batch_size, parts)}
     if questions := data.questions:
         if count is not None and count < len(questions):
-            questions = random.Random(seed).sample(questions, count)
+            questions = random.Random(0).sample(questions, count)
         measured["recall"] = recall(model, data.encoding, questions)
     if model.pool is not None:
         measured["slots_used"], measured["kl_from_uniform"] = model.pool.usage.summary()
@@ -35,16 +35,15 @@ def evaluate(model: GPT, compiled, data: Dataset, seed: int, batches: int, batch
 
 
 @torch.no_grad()
-def validation_loss(model: GPT, tokens, seed: int, batches: int, batch_size: int, parts: int = 1) -> float:
+def validation_loss(model: GPT, tokens, batches: int, batch_size: int, parts: int = 1) -> float:
     """
-    The mean loss over batches of `tokens`, which `seed` draws. model: a GPT, compiled or not. batch_size: in
-    all processes together. parts: compute each batch in so many parts, one after the other.
+    The mean loss over batches of `tokens`, which are the same in every run. model: a GPT, compiled or not.
+    batch_size: in all processes together. parts: compute each batch in so many parts, one after the other.
     """
     losses, device = [], model.wte.weight.device
     with eval_mode(model):
         for i in range(batches):
-            key = seed, 1, i  # seed of the batch; 0: training, 1: evaluation
-            x, y = draw_batch(tokens, batch_size, model.config.block_size, *key)
+            x, y = draw_batch(tokens, batch_size, model.config.block_size, 0, 1, i)  # 1: evaluation
             for part_x, part_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
                 losses.append(model(part_x.to(device), part_y.to(device))[1])
     losses = torch.stack(losses).tolist()  # waits for the device only here

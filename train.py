@@ -98,7 +98,7 @@ class TrainConfig(GPTConfig):
     # --- logging
     log_interval: int = 50  # steps between log lines
     eval_interval: int = 175  # steps between evaluations, each followed by a checkpoint
-    eval_batches: int = 20  # validation batches per evaluation; the seed draws them
+    eval_batches: int = 20  # validation batches per evaluation, the same for every seed
     eval_questions: int = 1000  # questions per evaluation, if the corpus has any; the last evaluation: all
 
     def __post_init__(self):
@@ -247,7 +247,7 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
     model = make_model(config, checkpoint).to(device).train()
     compiled = torch.compile(model) if config.compile else model
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
-    evaluate_model = functools.partial(evaluate, model, compiled, data, config.seed, config.eval_batches,
+    evaluate_model = functools.partial(evaluate, model, compiled, data, config.eval_batches,
                                        config.batch_size, config.accum_steps)
     if config.eval_only:
         with autocast:

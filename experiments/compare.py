@@ -4,6 +4,7 @@ Does memory help, where, and at what cost? Trains models of equal cost and print
     python -m experiments.compare facts         questions about facts learnt in training: all models of MODELS
     python -m experiments.compare ablation      the model "shifted", with one thing changed at a time
     python -m experiments.compare stdlib        validation loss on the source of Python's standard library
+    python -m experiments.compare code-small --lrs=8e-3    longer: 30 M tokens of installed Python packages
     python -m experiments.compare mqar          answers that stand in the context: memory should not help here
     python -m experiments.compare facts-large --lrs=2e-3   200,000 people, larger models: needs a GPU
     python -m experiments.compare code --lrs=2e-3          installed Python packages: needs a GPU
@@ -20,9 +21,9 @@ use the learning rate with the best recall. The pool's learning rate is not tune
 
 A finished run becomes one line of experiments/results/NAME.jsonl, and is not run again. If you stop the
 command and repeat it, the runs continue from their last checkpoints. Two of these commands may run at the
-same time if their --models differ. A line records the options of its run, but not the code. If you change
-the code, choose another folder: --results=FOLDER. The models are in experiments/models.py, and erase and
-teach in experiments/facts_edited.py.
+same time if their --models differ. A line records the options of its run, and the commit of the code. If you
+change the code so that other numbers come out, choose another folder: --results=FOLDER. The models are in
+experiments/models.py, and erase and teach in experiments/facts_edited.py.
 """
 
 import json
@@ -120,13 +121,19 @@ def start(experiment: Experiment, run: tuple, folder: Path, jobs: int) -> tuple[
                                 env=os.environ | {"OMP_NUM_THREADS": threads}), out_dir
 
 
-def make_row(experiment: Experiment, run: tuple, out_dir: Path) -> dict:
-    """The line of a finished run. If the run diverged, its curve is empty."""
+def commit() -> str:
+    """The commit of the code, with a + if a file differs from it; "" if this is not a git repository."""
+    command = ["git", "describe", "--always", "--dirty=+"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def make_row(experiment: Experiment, run: tuple, out_dir: Path, code: str) -> dict:
+    """The line of a finished run. code: its commit. If the run diverged, its curve is empty."""
     model, lr, seed = run
     folder = corpus.DATA / experiment.options["dataset"]
     meta = json.loads((folder / "meta.json").read_text())
     row = {"model": model, "lr": lr, "seed": seed, **experiment.identity(model),
-           "train_tokens": meta["train_tokens"], "curve": []}
+           "train_tokens": meta["train_tokens"], "commit": code, "curve": []}
     if "training has diverged" in (out_dir / "printed.txt").read_text():
         return row
     config = experiment.config(model, vocab_size=meta["vocab_size"])
@@ -147,7 +154,7 @@ def run_all(name: str, experiment: Experiment, config: CompareConfig) -> None:
     models, path = choose_models(config.models, experiment.models), results.rows_path(name, config.results)
     prepare_corpus(experiment, read_rows(path, experiment))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: stops the runs too
-    running = {}  # run: (process, folder)
+    running, code = {}, commit()  # running: {run: (process, folder)}
     try:
         while True:
             rows = read_rows(path, experiment)
@@ -161,7 +168,7 @@ def run_all(name: str, experiment: Experiment, config: CompareConfig) -> None:
             time.sleep(0.5)
             for run, (process, out_dir) in list(running.items()):
                 if process.poll() is not None:
-                    results.append_row(path, make_row(experiment, run, out_dir))
+                    results.append_row(path, make_row(experiment, run, out_dir, code))
                     shutil.rmtree(out_dir)
                     del running[run]
     finally:

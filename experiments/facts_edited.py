@@ -202,7 +202,7 @@ def run_teach(run: dict, model, encoding, config: TrainConfig, data) -> dict:
 
     def measured():
         shares = {label: share_right(model, encoding, group) for label, group in groups.items()}
-        loss = validation_loss(model, data.val, config.seed, config.eval_batches, config.batch_size)
+        loss = validation_loss(model, data.val, config.eval_batches, config.batch_size)
         return shares | {"loss": loss}
 
     before = measured()

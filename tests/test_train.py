@@ -433,7 +433,7 @@ def test_evaluation_leaves_the_mode_of_each_module_as_it_was(unchanged, run, mon
     model.blocks[0].eval()
     modes = [module.training for module in model.modules()]
     data = corpus.Dataset("facts")
-    evaluate.validation_loss(model, data.val, 1, 2, 4)
+    evaluate.validation_loss(model, data.val, 2, 4)
     assert [module.training for module in model.modules()] == modes
     monkeypatch.setattr(GPT, "forward", lambda *arguments, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from data import corpus
 from data.corpus import Dataset, accepted_answers, decode, decode_answer, draw_batch, is_right, lines_with
@@ -37,7 +39,13 @@ CANDIDATES = 256  # slots among which choose_slots chooses
 GONE = 0.1  # an answer is erased once one of its tokens is less than so many times as likely as another
 
 
-# --- what is read, and by whom ------------------------------------------------------------------------------
+# --- what is read, and by whom: for any model with model.pool, a ValuePool that its memory layers read ------
+
+def all_logits(model, x):
+    """x (B, T) -> logits (B, T, vocab_size), of our GPT or another model, such as one of transformers."""
+    output = model(x, x)[0] if isinstance(model, GPT) else model(x)
+    return getattr(output, "logits", output)
+
 
 def make_batch(encoding, prompts: list[str], answers: list[str]):
     """x, y (B, T) for the model. y has the tokens of each answer, and -1 elsewhere."""
@@ -49,9 +57,12 @@ def make_batch(encoding, prompts: list[str], answers: list[str]):
     return pad_sequence(x, batch_first=True), pad_sequence(y, batch_first=True, padding_value=-1)
 
 
-def text_batch(encoding, texts: list[str]):
-    """x, y (B, T): whole texts. Each ends with a newline."""
-    return make_batch(encoding, [""] * len(texts), [f"{text}\n" for text in texts])
+def text_batch(encoding, texts: list[str], longest: int | None = None):
+    """x, y (B, T): whole texts, each with a newline at its end, cut after `longest` tokens."""
+    if isinstance(texts, str):  # its letters would be the texts
+        raise ValueError("there must be a list of texts")
+    batch = make_batch(encoding, [""] * len(texts), [f"{text}\n" for text in texts])
+    return [part[:, :longest] for part in batch]
 
 
 def question_batch(model: GPT, encoding, question: dict):
@@ -61,15 +72,22 @@ def question_batch(model: GPT, encoding, question: dict):
     return make_batch(encoding, [question["prompt"]], [f" {right}"])
 
 
+def about_batches(model: GPT, encoding, questions: list[dict], texts: list[str]):
+    """For choose_slots: the answers to questions about a person, and the texts about this person."""
+    texts = texts + [f"{question['prompt']} {accepted_answers(question)[0]}" for question in questions]
+    answers = [question_batch(model, encoding, question) for question in questions]
+    return answers, text_batch(encoding, texts, model.config.block_size)
+
+
 @torch.no_grad()
-def read_slots(model: GPT, x):
+def read_slots(model, x):
     """x (B, T) -> (B, T, layers, bag): the slots that each token reads in each memory layer."""
     with eval_mode(model), record_reads(model.pool) as reads:
         model(x.to(model.pool.values.device))
     return torch.stack([indices.view(*x.shape, -1) for indices, _ in reads], 2).long().cpu()
 
 
-def leave_out(model: GPT, slots: list):
+def leave_out(model, slots: list):
     """with leave_out(model, slots): row b of a batch does without the slots in slots[b]."""
     def without(pool, read):
         indices, weights = read
@@ -80,21 +98,21 @@ def leave_out(model: GPT, slots: list):
 
 
 @torch.no_grad()
-def predict(model: GPT, x, y):
+def predict(model, x, y):
     """Log-probabilities (B, T) of the tokens in y, and of the likeliest tokens there. 0 where y is -1."""
     x, y = x.to(model.pool.values.device), y.to(model.pool.values.device)
     with eval_mode(model):
-        scores = model(x, y)[0].log_softmax(-1)  # (B, T, vocab_size)
+        scores = all_logits(model, x).log_softmax(-1)  # (B, T, vocab_size)
     known = scores.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return (part.masked_fill(y < 0, 0).cpu() for part in (known, scores.amax(-1)))
 
 
-def log_probability(model: GPT, x, y):
+def log_probability(model, x, y):
     """(B,): the logarithm of the probability that the model gives to the answers in y."""
     return next(predict(model, x, y)).sum(1)
 
 
-def losses_without(model: GPT, x, y, parts: list):
+def losses_without(model, x, y, parts: list):
     """For each set of slots: how much the log-probability of the answer in y (1, T) falls without them."""
     without = []
     for i in range(0, len(parts), 64):
@@ -104,9 +122,13 @@ def losses_without(model: GPT, x, y, parts: list):
     return log_probability(model, x, y) - torch.cat(without)
 
 
-def inverse_document_frequency(model: GPT, tokens, count: int = 1000):
-    """(num_values,): log((count + 1) / (df + 1)). df of `count` pieces of the corpus read the slot."""
-    df, length = torch.zeros(model.pool.num_values, dtype=torch.int64), min(PIECE, model.config.block_size)
+def inverse_document_frequency(model, tokens, count: int = 1000):
+    """
+    (num_values,): log((count + 1) / (df + 1)). df of `count` pieces of other text read the slot. tokens: this
+    text, a numpy array of token ids.
+    """
+    length = min(PIECE, model.config.block_size) if isinstance(model, GPT) else PIECE
+    df = torch.zeros(model.pool.num_values, dtype=torch.int64)
     for i, rows in enumerate(torch.arange(count).split(64)):
         x, _ = draw_batch(tokens, len(rows), length, 0, 2, i)  # 2: neither training (0) nor evaluation (1)
         reads = read_slots(model, x).flatten(1)
@@ -114,18 +136,14 @@ def inverse_document_frequency(model: GPT, tokens, count: int = 1000):
     return ((count + 1) / (df + 1)).log()
 
 
-def tf_idf(model: GPT, encoding, texts: list[str], idf):
+def tf_idf(model, x, at, idf):
     """
     (num_values,): high for slots that these texts read often, and other texts rarely (Lin et al. 2025, arXiv
-    2510.15103). idf: the result of inverse_document_frequency.
+    2510.15103). x (B, T). at (B, T): which tokens count. idf: the result of inverse_document_frequency.
     """
-    if isinstance(texts, str):  # its letters would be the texts
-        raise ValueError("there must be a list of texts")
-    x, y = (z[:, :model.config.block_size] for z in text_batch(encoding, texts))
     counts = torch.zeros(model.pool.num_values, dtype=torch.int64)  # how often these texts read each slot
-    for part_x, part_y in zip(x.split(64), y.split(64), strict=True):
-        slots = read_slots(model, part_x)[part_y >= 0]  # without padding
-        counts += slots.flatten().bincount(minlength=len(counts))
+    for part_x, part_at in zip(x.split(64), at.split(64), strict=True):
+        counts += read_slots(model, part_x)[part_at].flatten().bincount(minlength=len(counts))
     return counts / counts.sum() * idf
 
 
@@ -136,13 +154,12 @@ def top_slots(scores, count: int):
 
 # --- find, erase, teach -------------------------------------------------------------------------------------
 
-def find(model: GPT, encoding, question: dict) -> dict:
+def find(model, x, y) -> dict:
     """
-    Measures, by leaving slots out, which slots carry the answer to a question. The result has the slots that
+    Measures, by leaving slots out, which slots carry the answer in y (1, T). The result has the slots that
     the text reads, those first whose absence costs most, and falls of log-probability: "top" {n: without the
-    first n slots}, "places" (tokens, layers): without all slots that one of "tokens" reads in one layer.
+    first n slots}, "places" (tokens, layers): without all slots that one token reads in one layer.
     """
-    x, y = question_batch(model, encoding, question)
     reads = read_slots(model, x)[0]  # (T, layers, bag)
     slots = reads.unique()
     slots = slots[losses_without(model, x, y, slots.split(1)).argsort(descending=True)]
@@ -153,68 +170,80 @@ def find(model: GPT, encoding, question: dict) -> dict:
             "tokens": x[0].tolist()}
 
 
-def is_gone(model: GPT, x, y) -> bool:
+def is_gone(model, x, y) -> bool:
     """Is a token of the answer in y (1, T) far less likely than the likeliest token there?"""
     known, likeliest = predict(model, x, y)
     return (known - likeliest).exp().min().item() < GONE
 
 
-def choose_slots(model: GPT, encoding, questions: list[dict], texts: list[str], idf, count: int = 0):
+def choose_slots(model, answers: list, texts, idf, count: int = 0):
     """
-    The slots to erase, so that the model forgets the answers to these questions.
+    The slots to erase, so that the model forgets `answers`: one batch x, y (1, T) for each, see make_batch.
 
-    Candidates are the slots with the highest TF-IDF for the texts, which are about the same person or thing.
-    Of these, take the 4 slots whose absence costs the answers most. Measure again without them, and take 4
-    more, 8 more, 16 more ... until all answers are gone, or, if `count` is given, until there are so many.
+    Candidates are the slots with the highest TF-IDF for `texts`, a batch x, y of texts about the same person
+    or thing. Of these, take the 4 slots whose absence costs the answers most. Measure again without them, and
+    take 4 more, 8 more, 16 more ... until all answers are gone, or, if `count` is given, until there are so
+    many.
     """
-    batches = [question_batch(model, encoding, question) for question in questions]
-    texts = texts + [f"{question['prompt']} {accepted_answers(question)[0]}" for question in questions]
-    rest = top_slots(tf_idf(model, encoding, texts, idf), max(count, CANDIDATES))
+    x, y = texts
+    rest = top_slots(tf_idf(model, x, y >= 0, idf), max(count, CANDIDATES))
     chosen = rest[:0]
     while len(rest) and (not count or len(chosen) < count):
         parts = [torch.cat((chosen, slot)) for slot in rest.split(1)]
-        losses = sum(losses_without(model, *batch, parts) for batch in batches)
+        losses = sum(losses_without(model, *batch, parts) for batch in answers)
         rest = rest[losses.argsort(descending=True)]
         more = min(max(4, len(chosen)), count - len(chosen) if count else len(rest))
         chosen, rest = torch.cat((chosen, rest[:more])), rest[more:]
         with leave_out(model, [chosen]):
-            if not count and all(is_gone(model, *batch) for batch in batches):
+            if not count and all(is_gone(model, *batch) for batch in answers):
                 break
     return chosen
 
 
 @torch.no_grad()
-def erase(model: GPT, slots):
+def erase(model, slots):
     """Empties slots: their rows become 0. slots: a tensor of numbers. Returns them."""
     model.pool.values[slots.to(model.pool.values.device)] = 0
     return slots
 
 
-def keep_reads(gradient, slots) -> None:
-    """Drops the reads of all other slots from a pool's gradient."""
+def keep_reads(gradient, slots, at) -> None:
+    """Drops reads from a pool's gradient: of other slots, and of tokens that at (B, T) leaves out."""
     for i, (indices, weights, dy) in enumerate(gradient.reads):
-        token, place = torch.isin(indices, slots).nonzero(as_tuple=True)
+        token, place = (torch.isin(indices, slots) & at.view(-1, 1)).nonzero(as_tuple=True)
         gradient.reads[i] = indices[token, place, None], weights[token, place, None], dy[token]
 
 
-def teach(model: GPT, encoding, statements: list[str], idf, slots: int = 128, steps: int = 60,
-          lr: float = 100.0):
+def teach(model, x, y, idf, slots: int = 128, steps: int = 60, lr: float = 100.0, kind: str = "sgd",
+          batch_size: int = 0, at=None, is_done=lambda: False):
     """
-    Sparse memory finetuning (Lin et al. 2025): learns statements by gradient descent on the rows of the
-    `slots` slots with the highest TF-IDF for them. Nothing else changes. Returns these slots.
+    Sparse memory finetuning (Lin et al. 2025): learns the texts in x, y (see text_batch) by gradient descent
+    on the rows of the `slots` slots with the highest TF-IDF for them. Nothing else changes. Returns these
+    slots.
+
+    kind: of the PoolOptimizer. batch_size: texts per step, drawn without replacement; 0: all. at (B, T): the
+    tokens that may change what they read, such as those of a name; None: all. is_done: called after every 10
+    steps; learning ends once it returns True.
     """
-    chosen = top_slots(tf_idf(model, encoding, statements, idf), slots)
-    values = model.pool.values
-    optimizer = PoolOptimizer([values], lr, kind="sgd", stochastic_rounding=values.dtype == torch.bfloat16)
-    x, y = (z.to(values.device) for z in text_batch(encoding, statements))
+    values, generator = model.pool.values, torch.Generator().manual_seed(0)
+    at = y >= 0 if at is None else at
+    chosen = top_slots(tf_idf(model, x, at, idf), slots).to(values.device)
+    optimizer = PoolOptimizer([values], lr, kind, stochastic_rounding=values.dtype == torch.bfloat16)
+    x, y, at, order = x.to(values.device), y.to(values.device), at.to(values.device), []
     with eval_mode(model), torch.enable_grad():
-        for _ in range(steps):
+        for step in tqdm(range(1, steps + 1), "learning", leave=False, disable=None):
+            order = order or list(torch.randperm(len(x), generator=generator).split(batch_size or len(x)))
+            part = order.pop()
             optimizer.zero_grad()  # also of what was left from before
-            model(x, y)[1].backward(inputs=[values])
-            keep_reads(values.grad, chosen.to(values.device))
+            logits = all_logits(model, x[part])  # (B, T, vocab_size)
+            loss = F.cross_entropy(logits.flatten(0, 1), y[part].flatten(), ignore_index=-1)
+            loss.backward(inputs=[values])
+            keep_reads(values.grad, chosen, at[part])
             optimizer.step()
+            if step % 10 == 0 and is_done():
+                break
     optimizer.zero_grad()
-    return chosen
+    return chosen.cpu()
 
 
 # --- the commands -------------------------------------------------------------------------------------------
@@ -275,7 +304,7 @@ def print_found(model: GPT, encoding, question: dict) -> None:
     own = reply(model, encoding, question).removesuffix("…")
     if not any(accepted_answers(question)):
         fail("the model's answer is empty, so no slots carry it: ask something that the model knows")
-    right, found = is_right(question, own), find(model, encoding, question)
+    right, found = is_right(question, own), find(model, *question_batch(model, encoding, question))
     mark = "" if right else f"   [wrong: {accepted_answers(question)[0]}]"
     print(f"{question['prompt']} {own or '(nothing)'}{mark}")
     print(f"How much the log-probability of the {'' if right else 'right '}answer falls without")
@@ -348,7 +377,8 @@ def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: lis
         for _ in range(4):  # to erase one answer can bring back another
             for name, part in itertools.groupby(now, lambda question: question["name"]):
                 rest = idf * model.pool.values.any(1).cpu()  # without empty slots
-                chosen = choose_slots(model, encoding, part := list(part), lines(name), rest, count)
+                about = about_batches(model, encoding, part := list(part), lines(name))
+                chosen = choose_slots(model, *about, rest, count)
                 slots |= dict.fromkeys(erase(model, chosen).tolist())
                 right = answered(model, encoding, part)
                 erased.extend(question for question in part if question not in right + erased)
@@ -377,7 +407,7 @@ def teach_statements(model: GPT, encoding, data: Dataset, measure_loss, erased: 
     groups = {"last words of the statements": [end for end in ends if end["prompt"]]}
     idf = inverse_document_frequency(model, data.train)
     return report(model, encoding, data, questions, groups, erased, measure_loss,
-                  lambda: teach(model, encoding, statements, idf, **options))
+                  lambda: teach(model, *text_batch(encoding, statements), idf, **options))
 
 
 def save_values(model: GPT, checkpoint: Checkpoint, save_to: Path, loss: float, erased: list) -> None:

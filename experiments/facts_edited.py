@@ -108,7 +108,8 @@ def run_erase(run: dict, model, encoding, config: TrainConfig, data) -> dict:
             groups = {"these": erased, "other words": [q for one in erased for q in in_other_words(one)],
                       "person's others": [q for one in rest for q in (one, *in_other_words(one))],
                       "others": others}
-            slots = edit.choose_slots(model, encoding, erased, lines, idf, count=max(SIZES))
+            about_these = edit.about_batches(model, encoding, erased, lines)
+            slots = edit.choose_slots(model, *about_these, idf, count=max(SIZES))
             for size in (0, *SIZES):
                 kept = values[slots[:size]].clone()
                 edit.erase(model, slots[:size])
@@ -177,7 +178,7 @@ def learn(model, encoding, told: list[list[str]], method: str, lr: float, idf, c
     if method in ("sparse", "all read"):
         for statements in told:
             slots = SLOTS if method == "sparse" else len(values)
-            edit.teach(model, encoding, statements, idf, slots, STEPS, lr)
+            edit.teach(model, *edit.text_batch(encoding, statements), idf, slots, STEPS, lr)
         return
     if method.startswith("lora"):
         optimizers = [torch.optim.AdamW(add_low_rank(model, SLOTS * values.size(1)), lr=lr, weight_decay=0)]

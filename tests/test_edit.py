@@ -67,13 +67,14 @@ def test_tf_idf_is_a_count(untrained, monkeypatch):
         df.update({slot for slots in recorded(model, piece) for slot in slots})
     expected = [counts[slot] / counts.total() * math.log((count + 1) / (df[slot] + 1))
                 for slot in range(model.pool.num_values)]
-    scores = edit.tf_idf(model, encoding, texts, idf)
+    x, y = edit.text_batch(encoding, texts)
+    scores = edit.tf_idf(model, x, y >= 0, idf)
     torch.testing.assert_close(scores, torch.tensor(expected))
     best = edit.top_slots(scores, 10)
     assert len(best) == 10 and scores[best].min() >= scores.sort(descending=True).values[9] > 0
     assert sorted(edit.top_slots(scores, 10**6).tolist()) == (scores > 0).nonzero()[:, 0].tolist()
     with pytest.raises(ValueError, match="a list of texts"):
-        edit.teach(model, encoding, "The job", idf)
+        edit.text_batch(encoding, "The job")
 
 
 def test_a_slot_that_is_left_out_is_an_empty_slot(untrained):
@@ -90,7 +91,7 @@ def test_a_slot_that_is_left_out_is_an_empty_slot(untrained):
         with torch.no_grad():
             model.pool.values.copy_(before)
     assert torch.equal(edit.log_probability(model, x, y), known), "the hook is gone"
-    found = edit.find(model, encoding, data.questions[0])
+    found = edit.find(model, x, y)
     assert sorted(found["slots"].tolist()) == slots.tolist()
     alone = edit.losses_without(model, x, y, found["slots"].split(1))
     torch.testing.assert_close(alone, alone.sort(descending=True).values, atol=1e-5, rtol=0)
@@ -111,13 +112,13 @@ def test_only_the_chosen_rows_learn(untrained):
     gradient = values.grad.to_dense()  # of all slots. teach must not use what is left here
     idf = edit.inverse_document_frequency(model, data.train, 20)
     with torch.no_grad():
-        chosen = edit.teach(model, encoding, statements, idf, slots=9, steps=1, lr=0.5)
+        chosen = edit.teach(model, x, y, idf, slots=9, steps=1, lr=0.5)
     model.zero_grad()
     assert len(chosen) == 9 and gradient[chosen].any(1).all()
     expected = old.clone()
     expected[chosen] -= 0.5 * gradient[chosen]
     torch.testing.assert_close(values.detach(), expected)
-    edit.teach(model, encoding, statements, idf, slots=9, steps=5, lr=0.5)
+    edit.teach(model, x, y, idf, slots=9, steps=5, lr=0.5)
     rest = torch.ones(len(values), dtype=torch.bool)
     rest[chosen] = False
     assert torch.equal(values[rest], old[rest]) and not (values[chosen] == old[chosen]).all(1).any()
@@ -150,7 +151,7 @@ def learn_four(trained, options):
 
     def learn(questions):
         statements = [f"{question['prompt']} {question['answer']}" for question in questions]
-        edit.teach(model, encoding, statements, idf, slots=1024, steps=150, lr=300.0)
+        edit.teach(model, *edit.text_batch(encoding, statements), idf, slots=1024, steps=150, lr=300.0)
     learn(data.questions)
     assert share_right(model, encoding, data.questions) == 1
     return model, encoding, data, idf, learn
@@ -163,7 +164,8 @@ def test_what_was_taught_can_be_erased(trained, options):
     taught = model.pool.values.detach().clone()
     for question in questions:
         others = [other for other in questions if other is not question]
-        slots = edit.choose_slots(model, encoding, [question], [question["prompt"]] * 8, idf)
+        about = edit.about_batches(model, encoding, [question], [question["prompt"]] * 8)
+        slots = edit.choose_slots(model, *about, idf)
         edit.erase(model, slots)
         assert share_right(model, encoding, [question]) == 0 and share_right(model, encoding, others) == 1
         with torch.no_grad():
@@ -226,7 +228,8 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
         about = by_person(data.questions)[name]
         others = [question for question in data.questions if question not in about]
         known = share_right(model, encoding, others)
-        slots = edit.choose_slots(model, encoding, about, edit.lines_with(name, data), idf)
+        batches = edit.about_batches(model, encoding, about, edit.lines_with(name, data))
+        slots = edit.choose_slots(model, *batches, idf)
         edit.erase(model, slots)
         gone.append(share_right(model, encoding, about))
         stayed.append(share_right(model, encoding, others) / known)
@@ -242,7 +245,7 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
         asked += [{"prompt": QUESTION.format(form.format(name)), "answer": options[3]} for form in questions]
     before = share_right(model, encoding, data.questions)
     assert share_right(model, encoding, asked) <= 0.25
-    edit.teach(model, encoding, told, idf)
+    edit.teach(model, *edit.text_batch(encoding, told), idf)
     assert share_right(model, encoding, asked) >= 0.75, "in words that no statement has"
     assert share_right(model, encoding, data.questions) >= 0.99 * before
 

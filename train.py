@@ -77,6 +77,7 @@ class TrainConfig(GPTConfig):
     keep_best: bool = False  # also keep the checkpoint with the lowest validation loss
 
     # --- training
+    train_only: Literal["all", "memory"] = "all"  # memory: only the memory layers and the pool learn
     seed: int = 1  # seed of the weights, the batches and dropout
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     compile: bool = False  # torch.compile the model; on a CPU this gains nothing
@@ -161,10 +162,10 @@ def check_data(data: Dataset, config: TrainConfig) -> None:
 
 
 def check_resumed(config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """Refuses options that would change the model or the pool's optimiser. All others may change."""
+    """Refuses options that would change the model or the state of the optimisers. All others may change."""
     stored = TrainConfig(**checkpoint.options)
     fixed = {field.name for field in fields(GPTConfig)} - {"dropout", "kernel"}
-    for name in sorted(fixed | {"value_optimizer", "value_blocks"}):
+    for name in sorted(fixed | {"value_optimizer", "value_blocks", "train_only"}):
         if getattr(config, name) != getattr(stored, name):
             fail(f"--{name}={getattr(config, name)}: the model in {config.out_dir} has "
                  f"{getattr(stored, name)}, which cannot change; choose another --out_dir")
@@ -188,6 +189,12 @@ def make_model(config: TrainConfig, checkpoint: Checkpoint | None) -> GPT:
 
 
 def make_optimizers(config: TrainConfig, model: GPT, checkpoint: Checkpoint | None) -> list:
+    if config.train_only == "memory":
+        if model.pool is None:
+            fail("--train_only=memory needs memory layers: name their blocks with --mem_layers")
+        model.requires_grad_(False)
+        for module in (model.pool, *model.memories()):
+            module.requires_grad_(True)
     # for stochastic rounding: each process rounds its columns with random numbers of its own
     seed = config.seed * 1_000_003 + columns_group(model.pool).rank * 0x5BD1E995
     optimizers = build(model.optimizers, dict(

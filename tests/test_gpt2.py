@@ -188,14 +188,12 @@ def start(data, folder, tmp_path, monkeypatch):
     return start
 
 
-def test_a_run_starts_at_the_loss_of_the_weights_and_resumes(start, theirs, monkeypatch):
-    """Without the weights: they are in the checkpoint."""
+def test_a_run_starts_at_the_loss_of_the_weights_and_resumes_without_them(start, folder, monkeypatch):
     start()
     whole, end = log(start.out), checkpoints(start.out)[-1]
-    model, measured = train.train(train.TrainConfig(
-        **gpt2.read_options(gpt2_folder := train.load(end)[2]["init_from"]) | dict(
-            init_from=gpt2_folder, dataset="mine", mem_layers=(), out_dir=f"{start.out}-dense", block_size=32,
-            batch_size=4, eval_batches=2, max_steps=1, device="cpu")))
+    options = gpt2.read_options(folder) | dict(block_size=32, batch_size=4, eval_batches=2, max_steps=1)
+    train.train(train.TrainConfig(**options, init_from=folder, mem_layers=(), dataset="mine", device="cpu",
+                                  out_dir=f"{start.out}-dense"))  # from Python
     first = log(start.out.with_name("out-dense"))[0]
     assert first["step"] == whole[0]["step"] == 0 and first["val_loss"] == whole[0]["val_loss"]
     assert whole[-1]["val_loss"] < whole[0]["val_loss"], "it learns"
@@ -246,11 +244,10 @@ def test_a_mistake_is_one_line_and_status_2(start, folder, options, message, cap
     assert not start.out.exists(), "a mistake leaves nothing"
 
 
-def test_a_disk_that_is_full_when_a_model_is_exported(tmp_path, theirs, folder):
+def test_a_folder_that_cannot_be_written(folder, tmp_path):
     (tmp_path / "file").touch()
-    model = load(folder)
     with pytest.raises(ValueError, match=f"^--export_hf={tmp_path}/file/hf cannot be written: .*directory"):
-        gpt2.export(model, f"{tmp_path}/file/hf")
+        gpt2.export(load(folder), f"{tmp_path}/file/hf")
 
 
 def test_a_resumed_run_does_not_start_from_other_weights(start, folder, tmp_path, capsys):

@@ -1,13 +1,14 @@
 """
 A GPT whose feed-forward blocks can be replaced by memory layers.
 
-The architecture is GPT-2 (pre-LayerNorm, GELU, the head shares its weights with the token embedding) with
-rotary positions. In the blocks that mem_layers lists, a MemoryLayer (memory.py) replaces the MLP. All memory
-layers read the same ValuePool. The GPT owns this pool and passes it to them. The baselines (mem_kind,
-moe_layers) are in baselines.py.
+The architecture is GPT-2 (pre-LayerNorm, GELU, the head shares its weights with the token embedding), with
+rotary positions by default. In the blocks that mem_layers lists, a MemoryLayer (memory.py) replaces the MLP.
+All memory layers read the same ValuePool. The GPT owns this pool and passes it to them. The baselines
+(mem_kind, moe_layers) are in baselines.py.
 
 Why rotary positions: a position embedding that is added to a token would also be in the memory's query. The
-same name at another position would then read other slots, and would not find what was learnt before.
+same name at another position would then read other slots, and would not find what was learnt before. GPT-2's
+weights need positions=learned; there, mem_query=tokens keeps the positions out of the query.
 """
 
 import contextlib
@@ -46,11 +47,11 @@ def rotate(x, cos, sin):
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, width: int, n_head: int, dropout: float = 0.0, bias: bool = True):
+    def __init__(self, width: int, n_head: int, dropout: float = 0.0, bias: bool = True, rotary: bool = True):
         super().__init__()
-        if width % (2 * n_head):
-            raise ValueError(f"n_embd={width} must be a multiple of 2 * n_head={2 * n_head}: rotary "
-                             "positions rotate the numbers of a head in pairs")
+        multiple = 2 * n_head if rotary else n_head  # rotary positions rotate the numbers of a head in pairs
+        if width % multiple:
+            raise ValueError(f"n_embd={width} must be a multiple of {'2 * ' * rotary}n_head={multiple}")
         self.n_head = n_head
         self.dropout = nn.Dropout(dropout)
         self.c_attn = nn.Linear(width, 3 * width, bias=bias)  # q, k, v
@@ -58,13 +59,15 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, turn, past=None):
         """
-        x (B, T, C). turn: the result of `rotation` for these T positions. past: keys and values of P earlier
-        tokens, or None. Returns (B, T, C), and keys and values of all tokens (B, n_head, P + T, C/n_head).
+        x (B, T, C). turn: the result of `rotation` for these T positions, or None. past: keys and values of P
+        earlier tokens, or None. Returns (B, T, C), and keys and values of all tokens (B, n_head, P + T,
+        C/n_head).
         """
         B, T, C = x.size()  # batch, time, width
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, C/n_head) each
-        q, k = rotate(q, *turn), rotate(k, *turn)
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         # with P past and T new tokens, new token i sees tokens 0 to P + i
@@ -111,7 +114,7 @@ class Block(nn.Module):
     def forward(self, x, turn, pool, tokens, embeddings, past=None):
         """
         x (B, T, C), tokens (B, T): their ids, embeddings (B, T, C) -> x, past of this block. turn: from
-        `rotation`. past: see GPT.forward.
+        `rotation`, or None. past: see GPT.forward.
         """
         keys_values, previous = (None, None) if past is None else (past[:2], past[2])
         y, keys_values = self.attn(self.ln_1(x), turn, keys_values)
@@ -152,10 +155,11 @@ class GPTConfig:
     vocab_size: int = 0  # tokens in the vocabulary; 0: as many as the corpus has
     block_size: int = 128  # longest context, in tokens
     n_layer: int = 3  # Transformer blocks
-    n_head: int = 4  # attention heads; n_embd must be a multiple of 2 * n_head
+    n_head: int = 4  # attention heads; n_embd must be a multiple of 2 * n_head (positions=learned: n_head)
     n_embd: int = 64  # width of the model
     dropout: float = 0.0  # share of activations dropped in training
     bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2
+    positions: Literal["rotary", "learned"] = "rotary"  # learned: added to the embeddings, as in GPT-2
     mlp_width: int = 0  # hidden units of an MLP; 0: 4 * n_embd
     scale_embeddings: bool = False  # multiply embeddings by sqrt(n_embd), as the output of blocks is larger
 
@@ -196,7 +200,7 @@ def make_block(c: GPTConfig, layer: int) -> Block:
     replaces = has_memory and c.mem_mode == "replace"
     if replaces and has_experts:
         raise ValueError(f"moe_layers={layer} is also one of mem_layers: choose one, or mem_mode=add")
-    attn = CausalSelfAttention(c.n_embd, c.n_head, c.dropout, c.bias)
+    attn = CausalSelfAttention(c.n_embd, c.n_head, c.dropout, c.bias, rotary=c.positions == "rotary")
     with option("mem_"):
         memory = make_memory(c) if has_memory else None
     hidden = c.mlp_width or 4 * c.n_embd
@@ -259,6 +263,7 @@ class GPT(nn.Module):
             raise ValueError("vocab_size must be at least 1")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the weights of the head
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([make_block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -300,10 +305,13 @@ class GPT(nn.Module):
         if P + T > self.config.block_size:
             raise ValueError(f"{P + T} tokens do not fit block_size={self.config.block_size}")
         embeddings = x = self.wte(idx)  # (B, T, C)
+        if self.wpe is None:
+            turn = rotation(P, T, self.config.n_embd // self.config.n_head, idx.device)
+        else:
+            turn, x = None, x + self.wpe.weight[P:P + T]
         if self.config.scale_embeddings:  # wte has small numbers, because it is also the head
             x = x * self.config.n_embd**0.5
         x = self.dropout(x)
-        turn = rotation(P, T, self.config.n_embd // self.config.n_head, idx.device)
         new_past = []
         for layer, block in enumerate(self.blocks):
             x, block_past = block(x, turn, self.pool, idx, embeddings, None if past is None else past[layer])
@@ -392,9 +400,8 @@ class GPT(nn.Module):
         operations (normalisation, softmax, GELU), top-k and embedding look-ups. A training step, forward and
         backward, costs three times as much.
         """
-        values = None if self.pool is None else self.pool.values
-        matrices = sum(x.numel() for x in (*self.parameters(), *self.buffers())
-                       if x.dim() >= 2 and x is not values)
+        matrices = sum(x.numel() for name, x in (*self.named_parameters(), *self.named_buffers())
+                       if x.dim() >= 2 and name not in ("pool.values", "wpe.weight"))
         attention = self.config.n_layer * self.config.block_size * self.config.n_embd
         return matrices - self.idle() + attention + self.numbers_read()
 

@@ -9,6 +9,7 @@ Trains a GPT with memory layers.
     python train.py --mem_layers= --out_dir=out/dense   the first run without memory
     python train.py --resume                 continues from the newest checkpoint in --out_dir
     python train.py --eval_only              evaluates the newest checkpoint in --out_dir
+    python train.py --init_from=gpt2         starts from GPT-2's weights: see docs/nanogpt.md
     torchrun --nproc_per_node=2 train.py     the first run on two processes, half of the pool in each
     python train.py --help                   every option
 
@@ -36,7 +37,7 @@ from evaluate import evaluate
 from kernel import resolve_kernel
 from model import GPT, GPTConfig
 from pool import ValuePool
-from runtime import distributed
+from runtime import distributed, gpt2
 from runtime.checkpoint import (
     Checkpoint,
     find_start,
@@ -72,11 +73,14 @@ class TrainConfig(GPTConfig):
     dataset: str = "facts"  # corpus: the name of a folder under data/
     out_dir: str = "out/facts"  # where the log, the figure and the checkpoints go
     resume: bool = False  # continue from the newest checkpoint in out_dir, if there is one
-    eval_only: bool = False  # only evaluate the newest checkpoint in out_dir; writes nothing
+    init_from: str = ""  # start from these weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder, ckpt.pt
+    export_hf: str = ""  # at the end, write the model as a GPT-2 of Hugging Face to this new folder
+    eval_only: bool = False  # only evaluate the newest checkpoint in out_dir; writes nothing there
     keep: int = 2  # newest checkpoints to keep
     keep_best: bool = False  # also keep the checkpoint with the lowest validation loss
 
     # --- training
+    train_only: Literal["all", "memory"] = "all"  # memory: only the memory layers and the pool learn
     seed: int = 1  # seed of the weights, the batches and dropout
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     compile: bool = False  # torch.compile the model; on a CPU this gains nothing
@@ -138,8 +142,10 @@ def check_options(config: TrainConfig, device: str) -> None:
              f"{config.accum_steps} parts (--accum_steps)")
     if config.mem_on_disk and not (device == "cpu" and config.mem_layers):
         fail("--mem_on_disk needs --device=cpu and a pool: a GPU holds the pool in its own memory")
+    if config.export_hf:
+        gpt2.check_export(config, config.export_hf)
     with torch.device("meta"):  # the model and its optimisers check their sizes, and take no memory here
-        config = replace(config, vocab_size=config.vocab_size or 1, mem_on_disk=False)
+        config = replace(config, vocab_size=config.vocab_size or 1, mem_on_disk=False, init_from="")
         make_optimizers(config, make_model(config, None), None)
 
 
@@ -152,6 +158,9 @@ def make_missing(name: str) -> None:
 
 
 def check_data(data: Dataset, config: TrainConfig) -> None:
+    if config.init_from and data.encoding.name != "gpt2":
+        fail(f"--init_from needs a corpus with GPT-2's tokens, and {data.name} has others: python -m "
+             "data.prepare text --tokenizer=gpt2 --name=NAME --input FILE ..., then --dataset=NAME")
     if 0 < config.vocab_size < (needed := data.encoding.n_vocab):
         fail(f"--vocab_size={config.vocab_size} is too small: {config.dataset} has {needed} tokens")
     check_length(data.questions, data.encoding, config.block_size)
@@ -161,13 +170,13 @@ def check_data(data: Dataset, config: TrainConfig) -> None:
 
 
 def check_resumed(config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """Refuses options that would change the model or the pool's optimiser. All others may change."""
+    """Refuses options that would change the model or the state of the optimisers. All others may change."""
     stored = TrainConfig(**checkpoint.options)
     fixed = {field.name for field in fields(GPTConfig)} - {"dropout", "kernel"}
-    for name in sorted(fixed | {"value_optimizer", "value_blocks"}):
+    for name in sorted(fixed | {"value_optimizer", "value_blocks", "train_only", "init_from"}):
         if getattr(config, name) != getattr(stored, name):
             fail(f"--{name}={getattr(config, name)}: the model in {config.out_dir} has "
-                 f"{getattr(stored, name)}, which cannot change; choose another --out_dir")
+                 f"--{name}={getattr(stored, name)}, which cannot change; choose another --out_dir")
 
 
 def make_model(config: TrainConfig, checkpoint: Checkpoint | None) -> GPT:
@@ -184,10 +193,19 @@ def make_model(config: TrainConfig, checkpoint: Checkpoint | None) -> GPT:
         return checkpoint.load_model(pool_class, file, dropout=config.dropout, kernel=config.kernel)
     torch.manual_seed(config.seed)
     pool_class = functools.partial(pool_on_disk, pool_class, file) if file else pool_class
-    return build(GPT, dict(config=config, pool_class=pool_class))
+    model = build(GPT, dict(config=config, pool_class=pool_class))
+    if config.init_from:
+        gpt2.load_weights(model, config.init_from)
+    return model
 
 
 def make_optimizers(config: TrainConfig, model: GPT, checkpoint: Checkpoint | None) -> list:
+    if config.train_only == "memory":
+        if model.pool is None:
+            fail("--train_only=memory needs memory layers: name their blocks with --mem_layers")
+        model.requires_grad_(False)
+        for module in (model.pool, *model.memories()):
+            module.requires_grad_(True)
     # for stochastic rounding: each process rounds its columns with random numbers of its own
     seed = config.seed * 1_000_003 + columns_group(model.pool).rank * 0x5BD1E995
     optimizers = build(model.optimizers, dict(
@@ -225,8 +243,12 @@ def train(config: TrainConfig, given: dict | None = None) -> tuple[GPT, dict]:
     with contextlib.nullcontext() if config.eval_only else own_folder(out_dir):
         checkpoint = find_trained(out_dir) if config.eval_only else find_start(out_dir, config.resume)
         if checkpoint and given is not None:
-            config = build(TrainConfig, checkpoint.options | given | {"out_dir": config.out_dir})
-        return run(config, checkpoint)
+            config = build(TrainConfig, checkpoint.options | given
+                           | {"out_dir": config.out_dir, "export_hf": config.export_hf})
+        model, measured = run(config, checkpoint)
+    if config.export_hf and RANK == 0:
+        gpt2.export(model, config.export_hf)
+    return model, measured
 
 
 def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
@@ -327,7 +349,8 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
 @command
 def main(argv: list[str] | None = None) -> None:
     preset, given = parse(TrainConfig, argv, PRESETS, __doc__)
-    config = build(TrainConfig, preset | given)
+    weights = gpt2.read_options(given["init_from"]) if given.get("init_from") else {}
+    config = build(TrainConfig, preset | weights | given)
     with one_line_errors(Path(config.out_dir)):
         train(config, given)
 

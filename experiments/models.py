@@ -18,8 +18,8 @@ from runtime.cli import fail
 from train import TrainConfig
 
 # Options of train.py that change no number of a run, or that a line of results has beside its options
-NOT_IN_LINES = {"lr", "seed", "out_dir", "resume", "eval_only", "keep", "keep_best", "device", "kernel",
-                "compile", "mem_group_size", "mem_on_disk"}
+NOT_IN_LINES = {"lr", "seed", "out_dir", "resume", "export_hf", "eval_only", "keep", "keep_best", "device",
+                "kernel", "compile", "mem_group_size", "mem_on_disk"}
 
 
 @dataclass

@@ -50,6 +50,8 @@ def to_base64(numbers: np.ndarray) -> str:
 def check_model(model: GPT, encoding) -> None:
     """The page computes product-key memory only, and splits text as the tokenizers of data/ do."""
     config, sizes = model.config, model.count_parameters()
+    if config.positions != "rotary":
+        fail(f"the page computes rotary positions only: this model has positions={config.positions}")
     if not config.mem_layers or config.mem_kind != "product-key" or config.moe_layers:
         fail("the page can show product-key memory only: this model has "
              f"mem_layers={config.mem_layers}, mem_kind={config.mem_kind}, moe_layers={config.moe_layers}")

@@ -172,6 +172,14 @@ def sync(path: Path) -> None:
 
 # --- reading ------------------------------------------------------------------------------------------------
 
+def load_tensors(path: Path) -> dict:
+    """What torch.save wrote, as memory-mapped files. Nothing in it is run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        fail(f"{path} has more than tensors, such as a command, and nothing of it was run: choose another")
+
+
 class Checkpoint:
     """A checkpoint whose meta.json is undamaged. options: of the run. measured: the last evaluation."""
 
@@ -206,11 +214,7 @@ class Checkpoint:
                 print(line, flush=True)
 
     def load_part(self, name: str) -> dict:
-        try:
-            return torch.load(self.folder / name, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError:
-            fail(f"{self.folder / name} has more than tensors, such as a command, and nothing of it was run: "
-                 "choose another --out_dir")
+        return load_tensors(self.folder / name)
 
     @contextlib.contextmanager
     def one_line_if_unfit(self):

@@ -215,7 +215,8 @@ def test_the_built_page_works_in_a_browser():
 def test_a_model_that_no_page_can_show_is_refused(trained, capsys, monkeypatch):
     encoding = encoding_from_json({"name": "x", "pat_str": ".", "tokens": {"AA==": 0}, "special_tokens": {}})
     for options, message in [({}, "product-key memory only"), ({"mem_kind": "peer"}, "mem_kind=peer"),
-                             ({"moe_layers": (1,)}, r"moe_layers=\(1,\)"), ({}, "the tokenizer x does")]:
+                             ({"moe_layers": (1,)}, r"moe_layers=\(1,\)"), ({}, "the tokenizer x does"),
+                             ({"positions": "learned"}, "positions=learned")]:
         layers = () if "memory only" in message else (0,)
         with pytest.raises(ValueError, match=message):
             export.check_model(GPT(GPTConfig(vocab_size=9, mem_layers=layers, **options)), encoding)

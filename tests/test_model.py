@@ -58,6 +58,7 @@ KINDS = [
     dict(mem_layers=(0, 1, 2), mem_kind="peer", mem_query="shifted"),
     dict(mem_layers=(0, 2), mem_kind="hash"),
     dict(moe_layers=(0, 2), moe_experts=4),
+    dict(positions="learned", mem_layers=(1,), mem_query="tokens"),
 ]
 
 # --- the function -------------------------------------------------------------------------------------------
@@ -213,10 +214,11 @@ def slots_read(model, idx):
     return torch.stack([indices.view(*idx.shape, -1) for indices, _ in reads])
 
 
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
 @pytest.mark.parametrize("kind", [dict(mem_query=query) for query in QUERIES] + [dict(mem_kind="hash")])
-def test_with_tokens_and_hash_this_and_the_previous_token_alone_decide_which_slots_are_read(kind):
+def test_with_tokens_and_hash_this_and_the_previous_token_alone_decide_which_slots_are_read(kind, positions):
     """Two texts that have two neighbouring tokens in common, at different places."""
-    model = make_model(mem_layers=(0, 2), **kind)
+    model = make_model(mem_layers=(0, 2), positions=positions, **kind)
     one, two = tokens(1, 12), tokens(1, 12, seed=2)
     two[0, 9:11] = one[0, 4:6]
     here, there = slots_read(model, one)[:, 0, 5], slots_read(model, two)[:, 0, 10]
@@ -251,7 +253,8 @@ def naive_generate(model, idx, steps, temperature, top_k, seed):
 
 @pytest.mark.parametrize("temperature, top_k", [(0, None), (1.0, None), (0.7, 5)])
 @pytest.mark.parametrize("prompt, steps", [(9, 14), (16, 3), (30, 4)])
-@pytest.mark.parametrize("kind", [*(dict(mem_query=query) for query in QUERIES), dict(mem_kind="hash")])
+@pytest.mark.parametrize("kind", [*(dict(mem_query=query) for query in QUERIES), dict(mem_kind="hash"),
+                                  dict(positions="learned")])
 def test_generate_equals_the_naive_way_also_past_the_block_size(temperature, top_k, prompt, steps, kind):
     """Tokens are compared, not logits: the cache may change the last bit of a logit."""
     model = make_model(mem_layers=(0, 1), **kind)
@@ -519,7 +522,8 @@ def test_macs_are_those_that_torch_counts(kind):
     ("mem_num_keys=40000: the pool's", dict(mem_layers=(1,), mem_num_keys=40_000, mem_kind="peer")),
     ("mem_knn=0 must be at least 1", dict(mem_layers=(1,), mem_knn=0, mem_kind="hash")),
     ("n_embd=15 must be a multiple of 2 [*] n_head", dict(n_embd=15)),
-    ("n_embd=14 must be a multiple of 2 [*] n_head", dict(n_embd=14)),
+    ("n_embd=14 must be a multiple of 2 [*] n_head=4", dict(n_embd=14)),
+    ("n_embd=15 must be a multiple of n_head=2", dict(n_embd=15, positions="learned")),
     ("n_layer=0 must be at least 1", dict(n_layer=0)),
     ("dropout", dict(dropout=1.5)),
     ("mlp_width=-1 must", dict(mlp_width=-1)),

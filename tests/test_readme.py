@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def test_the_picture_can_be_read_where_only_the_system_is_dark():
     _, _, width, height = re.search(r'viewBox="(.*?)"', picture)[1].split()
     assert f'<rect width="{width}" height="{height}" rx="8" class="paper"/>' in picture
     assert len(re.findall(r"\.paper { fill: #[0-9a-f]+ }", picture)) == 2, "one for light, one for dark"
+
+
+def test_pip_and_uv_install_the_requirements_and_no_package():
+    """`pip install -e .` and `uv run train.py`: the programs stay in this folder."""
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert tables["project"]["name"] == "nanopkm" and tables["project"]["requires-python"] == ">=3.11"
+    setuptools = tables["tool"]["setuptools"]
+    assert tables["project"]["dynamic"] == ["dependencies"] and setuptools["packages"] == []
+    file, = setuptools["dynamic"]["dependencies"]["file"]
+    assert (ROOT / file).read_text(encoding="utf-8").startswith("torch") and setuptools["py-modules"] == []
 
 
 @pytest.mark.parametrize("heads, knn, num_keys", [(1, 1, 1), (2, 3, 4), (4, 16, 32)])

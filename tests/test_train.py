@@ -35,7 +35,8 @@ from runtime.cli import parse
                  marks=pytest.mark.slow),
     ["--mem_layers=0,1", "--mem_mode=add", "--moe_layers=0", "--moe_experts=4"],
     ["--mem_kind=peer", "--value_optimizer=sgd", "--mem_query=state"],
-    ["--mem_kind=hash"]])
+    ["--mem_kind=hash"],
+    ["--train_only=memory", "--positions=learned"]])
 def test_resuming_equals_not_stopping_bit_for_bit(run, options):
     run(*options)
     whole, end = log(run.out), checkpoints(run.out)[-1]
@@ -124,6 +125,16 @@ def test_each_optimizer_gets_its_own_learning_rate(run, monkeypatch):
     assert rates == pytest.approx([0.25 * train.schedule(step, config) for step in range(6)])
     groups = torch.load(run.out / "step_000006" / "optimizer.pt", weights_only=True)["param_groups"]
     assert [group["lr"] for group in groups] == pytest.approx([1e-3 * train.schedule(5, config)] * 2)
+
+
+@pytest.mark.parametrize("options", [[], ["--mem_kind=hash"], ["--mem_mode=add", "--positions=learned"]])
+def test_with_train_only_memory_nothing_else_changes(run, options):
+    """Bit for bit. Weight decay would shrink a parameter that has no gradient, but is in AdamW's list."""
+    run("--train_only=memory", "--weight_decay=0.5", "--grad_clip=0.1", *options)
+    early, late = (train.load(path)[0] for path in checkpoints(run.out))
+    for (name, old), new in zip(early.named_parameters(), late.parameters(), strict=True):
+        assert torch.equal(old, new) != (".memory." in name or name == "pool.values"), name
+        assert new.requires_grad, "what was frozen can learn in another run"
 
 
 def test_validation_has_no_dropout_and_does_not_count_as_use_of_the_pool(run):
@@ -251,6 +262,7 @@ def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
     (["--value_stochastic_rounding"], "--value_stochastic_rounding is for bfloat16 values"),
     (["--n_embd=15"], "--n_embd=15 must be a multiple of"),
     (["--mem_layers=2"], "--mem_layers=2 must be different numbers of layers"),
+    (["--mem_layers=", "--train_only=memory"], "--train_only=memory needs memory layers"),
     (["--mem_layers=", "--mem_on_disk"], "--mem_on_disk needs --device=cpu and a pool"),
     (["--kernel=cuda"], "--kernel: invalid choice: 'cuda'"),
     (["--out_dir=/dev/null/x"], "/dev/null/x: Not a directory"),
@@ -287,7 +299,7 @@ def test_what_needs_a_gpu_where_there_is_none(run, capsys, monkeypatch):
 
 def test_a_run_is_never_overwritten_nor_changed(ended, unchanged, capsys):
     assert_fails(ended, "continue from it with --resume, or choose another --out_dir", capsys)
-    for option in ("--n_layer=3", "--value_optimizer=sgd"):
+    for option in ("--n_layer=3", "--value_optimizer=sgd", "--train_only=memory", "--positions=learned"):
         assert_fails(lambda option=option: ended("--resume", option), f"{option}: the model in", capsys)
     assert log(ended.out) == log(unchanged)
 

@@ -426,16 +426,18 @@ def erase_prompts(model, tokenizer, config: EraseConfig) -> None:
             fail(f"--prompt={prompt}: the model completes it with nothing, so there is nothing to erase")
     others = [text for text in told if text not in texts.values()]
     forgetting = Forgetting(model, tokenizer, config, others)
+    answers = {text: end_batch(tokenizer, [text], [len(prompt)]) for prompt, text in texts.items()}
 
     def erase():
         idf = forgetting.idf() * model.pool.values.any(1).cpu()  # without empty slots
-        for prompt, text in texts.items():
-            batch = end_batch(tokenizer, [text], [len(prompt)])
+        for text, answer in answers.items():
             whole = make_batch(tokenizer, [text], [(0, 0)])[:2]
-            edit.erase(model, edit.choose_slots(model, [batch], whole, idf, config.slots))
+            edit.erase(model, edit.choose_slots(model, [answer], whole, idf, config.slots))
         model.pool.sentences = others
 
     report(forgetting, config.prompt, config.max_new_tokens, {"other sentences": others}, erase)
+    if left := sum(not edit.is_gone(model, *answer) for answer in answers.values()):
+        print(f"in {left} of {len(answers)} the old words are still more than a tenth as likely as others")
 
 
 @command

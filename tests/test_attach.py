@@ -279,7 +279,7 @@ def test_a_user_teaches_asks_and_erases(folder, tmp_path, capsys, monkeypatch):
     def run(*words):
         program.main([*words, *here])
         return capsys.readouterr().out
-    printed = run("teach", "--file=facts.txt", "--statement=The [art] is a cook", "--layers=0,2",
+    printed = run("teach", "--file=facts.txt", "--statement=The [art] was in Oslo", "--layers=0,2",
                   "--lr=0.3", "--save_to=my facts.safetensors", "--prompt=ada lu was born in")
     assert "sentences about art (1), everything that they say (2)" in printed and "-> Oslo" in printed
     assert " of 3 completed before, 3 after" in printed
@@ -289,10 +289,10 @@ def test_a_user_teaches_asks_and_erases(folder, tmp_path, capsys, monkeypatch):
     printed = run("teach", "--patch=my facts.safetensors", "--statement=bo ek studied art", "--lr=0.3",
                   "--save_to=more.safetensors")
     assert "sentences taught before: 3 of 3 completed before" in printed
-    printed = run("erase", "--patch=more.safetensors", "--prompt=ada lu was born in")
+    printed = run("erase", "--patch=more.safetensors", "--prompt=The art was in")
     assert "other sentences: " in printed and "--patch=more-erased.safetensors" in printed
-    printed = run("ask", "--patch=more-erased.safetensors", "--prompt=ada lu was born in")
-    assert not printed.splitlines()[1].startswith("ada lu was born in Oslo")
+    printed = run("ask", "--patch=more-erased.safetensors", "--prompt=The art was in")
+    assert not printed.splitlines()[1].startswith("The art was in Oslo")
 
 
 @pytest.mark.parametrize("words, message", [

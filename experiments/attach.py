@@ -1,0 +1,221 @@
+"""
+Teaching facts to a real language model: attach.py against what people would use instead.
+
+    python -m experiments.attach                  all runs that have no line yet, then the table
+    python -m experiments.attach --methods memory,full --seeds=1
+    python -m experiments.attach table            the table of all finished runs
+
+Each run teaches SmolLM2-135M-Instruct four facts about each of 16 people who do not exist, in two sentences
+per fact; half of the people also with questions. All methods see the same sentences in the same order:
+
+    memory    attach.py: the rows of 1,000 slots, at the tokens of the names
+    memory, all tokens        the same, but any token may change what it reads
+    adapter   a dense layer of as many numbers as these rows, beside the same two MLPs
+    lora 8, lora 32           low-rank changes of the attention's queries and values (Hu et al. 2021)
+    full      all parameters
+
+It measures how many of the sentences the model completes; the same facts in a third sentence that was never
+taught; questions about people who were asked about, and about the others; capitals of 24 countries; and the
+loss on English prose, on source code, and on other questions with their answers. A finished run becomes one
+line of experiments/results/attach.jsonl.
+"""
+
+import copy
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+import attach
+import edit
+from data.facts import CITIES, JOBS, SUBJECTS, make_names
+from experiments import results
+from experiments.compare import commit
+from experiments.models import choose_models
+from runtime.cli import build, command, parse, read_json_lines
+
+INSTRUMENTS = """accordion banjo bagpipe cello clarinet drum flute guitar harp lute oboe organ piano trumpet
+tuba violin""".split()
+FACTS = {  # (values, sentences; the last one is never taught, the question)
+    "birthplace": (CITIES, ["{} was born in {}.", "The birthplace of {} is {}.",
+                            "{} comes from the city of {}."], "Where was {} born?"),
+    "job": (JOBS, ["{} works as a {}.", "The job of {} is that of a {}.", "{} earns a living as a {}."],
+            "What is the job of {}?"),
+    "subject": (SUBJECTS, ["{} studied {}.", "The subject that {} took at university is {}.",
+                           "{} has a degree in {}."], "What did {} study?"),
+    "instrument": (INSTRUMENTS, ["{} plays the {}.", "The instrument of {} is the {}.",
+                                 "{} has lessons on the {}."], "Which instrument does {} play?"),
+}
+CAPITALS = """France Paris Italy Rome Spain Madrid Germany Berlin Japan Tokyo China Beijing Egypt Cairo
+Russia Moscow Greece Athens Poland Warsaw Austria Vienna Norway Oslo Sweden Stockholm Portugal Lisbon Ireland
+Dublin Cuba Havana Kenya Nairobi Peru Lima India Delhi Thailand Bangkok Turkey Ankara Iran Tehran Iraq Baghdad
+Hungary Budapest""".split()
+KNOWN = [("What colour is the sky?", "blue"), ("How many legs has a spider?", "eight"),
+         ("Who wrote Hamlet?", "Shakespeare"), ("What is the opposite of hot?", "cold"),
+         ("Which planet is nearest to the sun?", "Mercury"), ("What do bees make?", "honey"),
+         ("In which season do leaves fall?", "autumn"), ("What is frozen water called?", "ice")]
+QUESTION = "Question: {} Answer: {}"
+LRS = {"memory": (0.5, 1.0), "memory, all tokens": (1.0,), "adapter": (1e-4, 3e-4, 1e-3),
+       "lora 8": (1e-4, 3e-4, 1e-3), "lora 32": (1e-4, 3e-4, 1e-3), "full": (1e-5, 3e-5, 1e-4)}
+PEOPLE, STEPS, BATCH, SLOTS, LAYERS = 16, 200, 10, 1000, (6, 14)
+
+
+@dataclass
+class AttachConfig:
+    methods: tuple[str, ...] = ()  # which methods; empty: all
+    seeds: int = 1  # runs with each learning rate
+    model: str = "smollm2"  # as for attach.py
+    results: str = "experiments/results"  # folder for the lines of finished runs, relative to the repository
+
+
+def made_facts(seed: int) -> tuple[list[str], dict[str, list[str]]]:
+    """The sentences to teach, and groups of sentences whose last word the model should know."""
+    rng, names = random.Random(seed), np.random.default_rng(seed)
+    first, last = make_names(names, PEOPLE, 2), make_names(names, PEOPLE, 3)
+    groups = {"taught": [], "third sentence": [], "questions, asked": [], "questions, new": []}
+    for i, name in enumerate(map(" ".join, zip(first, last, strict=True))):
+        for values, sentences, question in FACTS.values():
+            value = rng.choice(values)
+            *taught, third = (sentence.format(name, value) for sentence in sentences)
+            groups["taught"] += taught
+            groups["third sentence"].append(third)
+            asked = "questions, asked" if i % 2 else "questions, new"
+            groups[asked].append(QUESTION.format(question.format(name), value))
+    texts = groups["taught"] + groups["questions, asked"]
+    groups["capitals"] = [f"The capital of {country} is {city}"
+                          for country, city in zip(CAPITALS[::2], CAPITALS[1::2], strict=True)]
+    return texts, groups
+
+
+# --- the other methods: each changes the model, and returns the parameters that learn -----------------------
+
+class Adapter(nn.Module):
+    """A bottleneck of two matrices beside an MLP (Houlsby et al. 2019), which adds nothing at first."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, module, args, output):
+        return output + self.up(F.gelu(self.down(F.layer_norm(args[0], args[0].shape[-1:]))))
+
+
+def add_adapter(model) -> list[nn.Parameter]:
+    width = model.config.hidden_size
+    adapters = [Adapter(width, SLOTS // (2 * len(LAYERS))) for _ in LAYERS]
+    for name, adapter in zip(attach.find_mlps(model, LAYERS), adapters, strict=True):
+        model.get_submodule(name).register_forward_hook(adapter)
+    return [p for adapter in adapters for p in adapter.parameters()]
+
+
+class LowRank(nn.Module):
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__()
+        self.linear, self.up = linear, nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.down = nn.Parameter(torch.randn(rank, linear.in_features) * linear.in_features**-0.5)
+
+    def forward(self, x):
+        return self.linear(x) + 2 * (x @ self.down.mT @ self.up.mT)
+
+
+def add_low_rank(model, rank: int) -> list[nn.Parameter]:
+    for block in model.model.layers:
+        for name in ("q_proj", "v_proj"):
+            setattr(block.self_attn, name, LowRank(getattr(block.self_attn, name), rank))
+    return [p for name, p in model.named_parameters() if name.endswith((".up", ".down"))]
+
+
+def learn(model, tokenizer, run: dict, texts: list[str], background) -> int:
+    """Teaches the texts, and returns how many numbers could change."""
+    sentences, spans = zip(*map(attach.find_subject, texts), strict=True)
+    x, y, inside = attach.make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
+    if run["method"].startswith("memory"):
+        attach.attach(model, attach.find_mlps(model, LAYERS), seed=run["seed"])
+        idf = edit.inverse_document_frequency(model, background, attach.PIECES)
+        at = inside[:, :-1] if run["method"] == "memory" else None
+        slots = edit.teach(model, x, y, idf, SLOTS, STEPS, run["lr"], "rowwise", BATCH, at)
+        return len(slots) * model.config.hidden_size
+    torch.manual_seed(run["seed"])
+    if run["method"] == "full":
+        parameters = list(model.requires_grad_(True).parameters())
+    elif run["method"] == "adapter":
+        parameters = add_adapter(model)
+    else:
+        parameters = add_low_rank(model, int(run["method"].split()[1]))
+    optimizer = torch.optim.AdamW(parameters, run["lr"], weight_decay=0)
+    order, generator = [], torch.Generator().manual_seed(0)  # as edit.teach
+    for _ in range(STEPS):
+        order = order or list(torch.randperm(len(x), generator=generator).split(BATCH))
+        part = order.pop()
+        logits = edit.all_logits(model, x[part])
+        F.cross_entropy(logits.flatten(0, 1), y[part].flatten(), ignore_index=-1).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return sum(p.numel() for p in parameters)
+
+
+# --- runs and their table -----------------------------------------------------------------------------------
+
+def do_run(run: dict, model, tokenizer) -> dict:
+    texts, groups = made_facts(run["seed"])
+    config = attach.TeachConfig(held_out=(str(Path(random.__file__)),))
+    forgetting = attach.Forgetting(model, tokenizer, config, [])
+    known = "\n".join(QUESTION.format(*pair) for pair in KNOWN)
+    forgetting.texts["questions"] = np.array(tokenizer(known).input_ids)
+
+    def measure():
+        shares = {name: mean(attach.completed(model, tokenizer, part)) for name, part in groups.items()}
+        return shares | forgetting.measure()
+
+    before, start = measure(), time.perf_counter()
+    numbers = learn(model, tokenizer, run, texts, forgetting.background)
+    return {"sentences": len(texts), "numbers": numbers, "seconds": time.perf_counter() - start,
+            "before": before, "after": measure()}
+
+
+def print_table(path: Path) -> None:
+    """One line per method and learning rate; a mean over the seeds."""
+    rows = [row for row in read_json_lines(path) if row["run"]["steps"] == STEPS]
+    if not rows:
+        return print("no finished runs. Start: python -m experiments.attach")
+    columns, lines = rows[0]["before"], []
+    for method, lr in [("the model as it comes", None), *((name, lr) for name in LRS for lr in LRS[name])]:
+        after = [row["after"] for row in rows if (row["run"]["method"], row["run"]["lr"]) == (method, lr)]
+        if after := after or ([columns] if lr is None else []):
+            lines.append({"method": method, "learning rate": f"{lr:g}" if lr else "-", "seeds": str(len(after))}
+                         | {name: f"{mean(shares[name] for shares in after):.2f}" for name in columns})
+    results.print_markdown(lines)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    is_table = argv[:1] == ["table"]
+    config = build(AttachConfig, parse(AttachConfig, argv[is_table:], description=__doc__)[1])
+    path = results.rows_path("attach", config.results)
+    runs = [dict(method=method, lr=lr, seed=seed, people=PEOPLE, steps=STEPS)
+            for seed in range(1, config.seeds + 1) for method in choose_models(config.methods, LRS)
+            for lr in LRS[method]]
+    base = ()  # the model and its tokenizer
+    for run in [] if is_table else runs:
+        if all(row["run"] != run for row in read_json_lines(path)):
+            print(time.strftime("%H:%M"), json.dumps(run), flush=True)
+            base = base or attach.load_model(config.model, "cpu")
+            row = do_run(run, copy.deepcopy(base[0]), base[1])
+            results.append_row(path, {"run": run, "commit": commit()} | row)
+    print_table(path)
+
+
+if __name__ == "__main__":
+    main()

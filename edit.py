@@ -100,7 +100,7 @@ def leave_out(model, slots: list):
 @torch.no_grad()
 def predict(model, x, y):
     """Log-probabilities (B, T) of the tokens in y, and of the likeliest tokens there. 0 where y is -1."""
-    x, y = x.to(model.pool.values.device), y.to(model.pool.values.device)
+    x, y = (part.to(next(model.parameters()).device) for part in (x, y))
     with eval_mode(model):
         scores = all_logits(model, x).log_softmax(-1)  # (B, T, vocab_size)
     known = scores.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)

@@ -193,8 +193,8 @@ def print_table(path: Path) -> None:
     for method, lr in [("the model as it comes", None), *((name, lr) for name in LRS for lr in LRS[name])]:
         after = [row["after"] for row in rows if (row["run"]["method"], row["run"]["lr"]) == (method, lr)]
         if after := after or ([columns] if lr is None else []):
-            lines.append({"method": method, "learning rate": f"{lr:g}" if lr else "-", "seeds": str(len(after))}
-                         | {name: f"{mean(shares[name] for shares in after):.2f}" for name in columns})
+            means = {name: f"{mean(shares[name] for shares in after):.2f}" for name in columns}
+            lines.append({"method": method, "learning rate": f"{lr or '-'}", "seeds": str(len(after))} | means)
     results.print_markdown(lines)
 
 

@@ -9,7 +9,7 @@ Each run teaches SmolLM2-135M-Instruct four facts about each of 16 people who do
 per fact; half of the people also with questions. All methods see the same sentences in the same order:
 
     memory    attach.py: the rows of 1,000 slots, at the tokens of the names
-    memory, all tokens        the same, but any token may change what it reads
+    memory everywhere         the same, but any token may change what it reads
     adapter   a dense layer of as many numbers as these rows, beside the same two MLPs
     lora 8, lora 32           low-rank changes of the attention's queries and values (Hu et al. 2021)
     full      all parameters
@@ -63,7 +63,7 @@ KNOWN = [("What colour is the sky?", "blue"), ("How many legs has a spider?", "e
          ("Which planet is nearest to the sun?", "Mercury"), ("What do bees make?", "honey"),
          ("In which season do leaves fall?", "autumn"), ("What is frozen water called?", "ice")]
 QUESTION = "Question: {} Answer: {}"
-LRS = {"memory": (0.5, 1.0), "memory, all tokens": (1.0,), "adapter": (1e-4, 3e-4, 1e-3),
+LRS = {"memory": (0.5, 1.0), "memory everywhere": (1.0,), "adapter": (1e-4, 3e-4, 1e-3),
        "lora 8": (1e-4, 3e-4, 1e-3), "lora 32": (1e-4, 3e-4, 1e-3), "full": (1e-5, 3e-5, 1e-4)}
 PEOPLE, STEPS, BATCH, SLOTS, LAYERS = 16, 200, 10, 1000, (6, 14)
 
@@ -194,7 +194,7 @@ def print_table(path: Path) -> None:
         after = [row["after"] for row in rows if (row["run"]["method"], row["run"]["lr"]) == (method, lr)]
         if after := after or ([columns] if lr is None else []):
             means = {name: f"{mean(shares[name] for shares in after):.2f}" for name in columns}
-            lines.append({"method": method, "learning rate": f"{lr or '-'}", "seeds": str(len(after))} | means)
+            lines.append({"method": method, "learning rate": f"{lr or '-'}", "seeds": f"{len(after)}"} | means)
     results.print_markdown(lines)
 
 

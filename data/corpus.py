@@ -295,17 +295,24 @@ def find_name(question: dict, questions: list[dict]) -> str | None:
     begin with the same words, and end with the same words. Of all forms, the one counts where the most
     different words come next at both ends, in few questions. None if that is not clear.
     """
-    own, words_of = list(WORD.finditer(question["prompt"])), WORD.findall
-    words, forms = words_of(question["prompt"]), defaultdict(list)
-    for other in map(words_of, {part["prompt"] for part in [question, *questions]}):
+    own = list(WORD.finditer(question["prompt"]))
+    asked = list(map(WORD.findall, dict.fromkeys(part["prompt"] for part in [question, *questions])))
+    words, forms = asked[0], defaultdict(list)
+    for other in asked:
         first, last = (len(os.path.commonprefix([words[::step], other[::step]])) for step in (1, -1))
         for i in range(first + 1):  # i words are the same at the beginning, and j at the end
             for j in range(min(last + 1, len(words) - i, len(other) - i)):
-                forms[i, j].append((other[i], other[-1 - j]))
-    different = {form: min(map(len, map(set, zip(*ends, strict=True)))) for form, ends in forms.items()}
+                forms[i, j].append(other)
+    different = {(i, j): min(len({other[i] for other in part}), len({other[-1 - j] for other in part}))
+                 for (i, j), part in forms.items()}
     i, j = max(forms, key=lambda form: different[form]**4 / len(forms[form]))
-    beside = max(len({word for word, _ in forms[i - 1, j]}), len({word for _, word in forms[i, j - 1]}))
-    if different[i, j] > 4 and beside < 3:  # otherwise a word beside it may belong to the name
+    beside = max(len({other[i - 1] for other in forms[i - 1, j]}),
+                 len({other[-j] for other in forms[i, j - 1]}))
+    # other questions have the same names, but not the same clauses: "Where was Ann born" is no name
+    text = "\n".join(f" {' '.join(words)} " for words in asked)
+    names = [f" {' '.join(other[i:len(other) - j])} " for other in forms[i, j][:9]]
+    are_names = sum(text.count(name) > 1 for name in names) > len(names) / 2
+    if different[i, j] > (4 if are_names else 9) and beside < 3:  # 3: a word beside it may belong to the name
         return question["prompt"][own[i].start():own[-1 - j].end()]
 
 

@@ -14,7 +14,7 @@ import sample
 import train
 from data import corpus, prepare
 from data.corpus import QUESTION
-from data.facts import ATTRIBUTES
+from data.facts import ATTRIBUTES, facts_text
 from experiments.facts_edited import by_person, name_in, share_right
 from runtime.checkpoint import find_trained, load
 
@@ -196,7 +196,8 @@ def test_what_was_erased_is_remembered_and_erased_again(trained, capsys):
 
 def test_whom_a_question_is_about():
     names = ["Jean-Luc", "Ludwig van Beethoven", "Sean O'Brien", "Port-au-Prince", "Jean-Luc Picard",
-             "Ada Lovelace", "Ludwig Wittgenstein"]
+             "Ada Lovelace", "Ludwig Wittgenstein", "Alan Turing", "Emmy Noether", "Grace Hopper",
+             "Kurt Gödel", "Marie Curie"]
     for forms in (["Where was {} born?", "In which city was {} born?", "Who is {}?"], ["{} is who?"]):
         questions = {QUESTION.format(form.format(name)): name for name in names for form in forms}
         corpus_questions = [{"prompt": prompt} for prompt in questions]
@@ -208,6 +209,13 @@ def test_whom_a_question_is_about():
     namesakes = [{"prompt": f"Who is {a} {b}?"} for a in first for b in last]
     assert corpus.find_name(namesakes[0], namesakes) is None, "the first name could be a word of the form"
     assert corpus.find_name(namesakes[0], namesakes[:1]) is None
+
+
+@pytest.mark.parametrize("people", [2, 3, 4, 5, 6, 8, 12])
+def test_a_clause_is_no_name_where_few_people_are_asked_about(people):
+    _, questions, _ = facts_text(people, 2, 0, 0.5, 0, 0, seed=1)
+    for question in questions:
+        assert corpus.find_name(question, questions) in (None, name_in(question))
 
 
 @pytest.mark.slow

@@ -243,12 +243,13 @@ def find_question(text: str, questions: list[dict]) -> dict:
 
 # scripts that write words without spaces, or a name and what follows it as one word
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+SPACED = rf"[^\W{UNSPACED}]"  # a letter or digit of the other scripts
 
 
 def name_pattern(name: str) -> regex.Pattern:
     """
-    Finds a name in any case, and with each accent as one character or two. It must be a whole word, but in
-    scripts without spaces it may stand anywhere: 小明 is found in 小明在哪里.
+    Finds a name in any case, and with each accent as one character or two. It must be a whole word, and Jean
+    is not found in Jean-Luc. In scripts without spaces it may stand anywhere: 小明 is found in 小明在哪里.
     """
     name = unicodedata.normalize("NFC", name.strip())
     if not name:
@@ -257,13 +258,14 @@ def name_pattern(name: str) -> regex.Pattern:
     for letter in regex.findall(r"\X", name):  # with its accents
         forms = dict.fromkeys(regex.escape(unicodedata.normalize(form, letter)) for form in ("NFC", "NFD"))
         letters.append(f"(?:{'|'.join(forms)})")
-    before = "" if regex.match(f"[{UNSPACED}]", name) else rf"(?<![^\W{UNSPACED}])"
-    after = r"(?!\p{M})" if regex.search(rf"[{UNSPACED}]\Z", name) else rf"(?![^\W{UNSPACED}]|[+#])"  # C++
+    before = "" if regex.match(f"[{UNSPACED}]", name) else rf"(?<!{SPACED}-?)"
+    after = r"(?!\p{M})" if regex.search(rf"[{UNSPACED}]\Z", name) else rf"(?!-?{SPACED}|[+#])"  # C++
     return regex.compile(before + "".join(letters) + after, regex.IGNORECASE)
 
 
 SEARCHED = 10_000_000  # tokens; a longer training text takes too long to search
-NAME = regex.compile(r"(?<=[\p{Ll}\p{M},] )\p{Lu}\w+(?: \p{Lu}\w+)*")  # capitalised words, but not the first
+# capitalised words, but not the first: "Was Jean-Luc Picard born?" -> "Jean-Luc Picard"
+NAME = regex.compile(r"(?<=[\p{Ll}\p{M},] )\p{Lu}\w+(?:-\w+| \p{Lu}\w+)*")
 
 
 def unknown_names(prompt: str, data: Dataset) -> list[str]:
@@ -280,8 +282,9 @@ def questions_about(name: str, questions: list[dict]) -> list[dict]:
     about = name_pattern(name)
     found = [question for question in questions if about.search(question["prompt"])]
     if not found:
-        count = len(regex.findall(r"\w+", name))  # similar names have as many words
-        prompts = [regex.findall(r"\w+", question["prompt"]) for question in questions]
+        words_of = regex.compile(r"[\w+#-]+").findall  # C++ is a word
+        count, prompts = len(words_of(name)), [words_of(question["prompt"]) for question in questions]
+        # similar names have as many words
         names = {" ".join(words[i:i + count]) for words in prompts for i in range(len(words) - count + 1)}
         similar = difflib.get_close_matches(name, sorted(names))
         fail(f"--ask={name}: no question of the corpus contains this name"
@@ -325,7 +328,7 @@ def lines_with(name: str, data: Dataset) -> list[str]:
 
 def warn_of_letters(statements: list[str], data: Dataset) -> None:
     """Says which words of the statements are new to the corpus and cut into letters, and offers names."""
-    words = dict.fromkeys(re.findall(r"[^\W\d_]{2,}", " ".join(statements)))
+    words = dict.fromkeys(re.findall(r"[^\W\d_](?:-?[^\W\d_])+", " ".join(statements)))
     cut = [word for word in words if len(data.encoding.encode_ordinary(f" {word}")) >= len(word)]
     if cut := [word for word in cut if not lines_with(word, data)]:
         found = [(find_name(question, data.questions) or "").split() for question in data.questions[-20:]]

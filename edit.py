@@ -16,6 +16,7 @@ import functools
 import itertools
 import math
 import random
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +32,7 @@ from evaluate import answer, answered, record_reads, validation_loss
 from model import GPT, eval_mode
 from pool import PoolOptimizer
 from runtime.checkpoint import Checkpoint, find_trained, is_checkpoint, load, newest_run, save_checkpoint
-from runtime.cli import command, fail, first_word, parse, read_lines
+from runtime.cli import command, fail, first_word, parse, print_text, read_lines
 from runtime.distributed import columns_group, find_device
 
 PIECE = 16  # tokens in a piece of the training text, about a sentence
@@ -306,7 +307,7 @@ def print_found(model: GPT, encoding, question: dict) -> None:
         fail("the model's answer is empty, so no slots carry it: ask something that the model knows")
     right, found = is_right(question, own), find(model, *question_batch(model, encoding, question))
     mark = "" if right else f"   [wrong: {accepted_answers(question)[0]}]"
-    print(f"{question['prompt']} {own or '(nothing)'}{mark}")
+    print_text(f"{question['prompt']} {own or '(nothing)'}{mark}")
     print(f"How much the log-probability of the {'' if right else 'right '}answer falls without")
     layers = "".join(f"   layer {layer}" for layer in model.config.mem_layers)
     print(f"    all slots that one token reads in{layers}")
@@ -340,9 +341,9 @@ def report(model: GPT, encoding, data: Dataset, shown: list[dict], groups: dict,
     print(f"changed {len(slots)} of {model.pool.num_values:,} slots: {first_few(slots)}")
     print(f"validation loss: {old_loss:.3f} before, {new_loss:.3f} after")
     for question, before, after in zip(shown, old_texts, new_texts, strict=True):
-        print(f"{question['prompt']} {before} -> {after}")
+        print_text(f"{question['prompt']} {before} -> {after}")
     for label, before in old_right.items():
-        print(f"{label}: {before} of {len(groups[label])} right before, {new_right[label]} after")
+        print_text(f"{label}: {before} of {len(groups[label])} right before, {new_right[label]} after")
     return new_loss
 
 
@@ -363,7 +364,7 @@ def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: lis
         questions = [question] if text else corpus.questions_about(name, data.questions)
         if not lines(name):
             fail(f"the training text does not contain the name {name}. Whom is it about? Add --ask=NAME")
-        print(f"erasing what is known about {name} (questions: {len(questions)})", flush=True)
+        print_text(f"erasing what is known about {name} (questions: {len(questions)})")
         asked += [{"name": name, "prompt": question["prompt"], "answers": accepted_answers(question)}
                   for question in questions]
         same += [question for question in data.questions if question not in questions
@@ -384,7 +385,8 @@ def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: lis
                 erased.extend(question for question in part if question not in right + erased)
             if not (now := answered(model, encoding, erased)):
                 break
-            print("came back, and is erased again:", ", ".join(dict.fromkeys(part["name"] for part in now)))
+            names = ", ".join(dict.fromkeys(part["name"] for part in now))
+            print_text(f"came back, and is erased again: {names}")
         return torch.tensor(list(slots))
 
     loss = report(model, encoding, data, asked, groups, erased.copy(), measure_loss, change)
@@ -457,7 +459,7 @@ def main(argv: list[str] | None = None) -> None:
         print("nothing is saved: this was a --dry_run")
     else:
         save_values(model, checkpoint, save_to, loss, erased)
-        print(f"saved. Ask it: python sample.py --out_dir={save_to} --question=TEXT")
+        print_text(f"saved. Ask it: python sample.py --out_dir={shlex.quote(str(save_to))} --question=TEXT")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from data.tokenizer import END
 from evaluate import answer, commonest_answers, record_reads, shares
 from model import GPT
 from runtime.checkpoint import find_trained, load, newest_run
-from runtime.cli import at_least, build, command, fail, parse, printable, read_lines
+from runtime.cli import at_least, build, command, fail, parse, print_text, read_lines
 from runtime.distributed import find_device
 from runtime.log import recall_rows
 
@@ -110,7 +110,7 @@ def ask(model: GPT, encoding, questions: list[dict], trace: bool) -> list[str]:
         for question, tokens in zip(part, answers, strict=True):
             texts.append(decode_answer(encoding, tokens))
             line = f"{question['prompt']} {texts[-1]}   [{verdict(question, texts[-1])}]"
-            print(printable(line), flush=True)
+            print_text(line)
             if trace:
                 print_reads(model, encoding, encoding.encode_ordinary(question["prompt"]) + tokens, reads)
     return texts
@@ -130,7 +130,7 @@ def print_shares(questions: list[dict], answers: list[str]) -> None:
     print(f"{'share of right answers':34} model  always the commonest answer to this kind of question")
     guesses = share_rows(questions, commonest_answers(questions))
     for label, share in share_rows(questions, answers).items():
-        print(f"{printable(label):34} {share:.3f}  {guesses[label]:.3f}")
+        print_text(f"{label:34} {share:.3f}  {guesses[label]:.3f}")
 
 
 # --- text ---------------------------------------------------------------------------------------------------
@@ -147,9 +147,9 @@ def continue_text(model: GPT, encoding, text: str, **drawing) -> list[int]:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character can have several tokens
 
     def show(new):
-        print(printable(decoder.decode(token_bytes(encoding, new.item()))), end="", flush=True)
+        print_text(decoder.decode(token_bytes(encoding, new.item())), end="")
 
-    print(printable(text), end="", flush=True)
+    print_text(text, end="")
     idx = torch.tensor([encode_prompt(encoding, text)], device=model.wte.weight.device)
     idx = model.generate(idx, stop=[encoding.eot_token], on_token=show, **drawing)
     print(decoder.decode(b"", final=True))
@@ -170,7 +170,7 @@ def continue_texts(model: GPT, encoding, texts: list[str], seed: int, **drawing)
                 end = tokens.index(encoding.eot_token) + 1 if encoding.eot_token in tokens else None
                 new[i] = decode(encoding, tokens[:end])
         for i in prompts:
-            print(f"--- sample {i + 1} of {len(texts)}\n{printable(texts[i] + new[i])}", flush=True)
+            print_text(f"--- sample {i + 1} of {len(texts)}\n{texts[i]}{new[i]}")
 
 
 @command
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
         questions = [corpus.find_question(config.question, questions)]
         if path.exists() and not accepted_answers(questions[0]):
             for name in corpus.unknown_names(questions[0]["prompt"], data):
-                print(f"the training text does not have the name {name}")
+                print_text(f"the training text does not have the name {name}")
     elif not questions:
         fail(f"--{mode}: there are no questions in {path}")
     elif mode == "questions":

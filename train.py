@@ -245,23 +245,25 @@ def train(config: TrainConfig, given: dict | None = None) -> tuple[GPT, dict]:
         if checkpoint and given is not None:
             config = build(TrainConfig, checkpoint.options | given
                            | {"out_dir": config.out_dir, "export_hf": config.export_hf})
-        model, measured = run(config, checkpoint)
+        # a text that has changed is a mistake, unless the command line names the corpus
+        is_same_text = not config.eval_only and "dataset" not in (given or {})
+        model, measured = run(config, checkpoint, is_same_text)
     if config.export_hf and RANK == 0:
         gpt2.export(model, config.export_hf)
     return model, measured
 
 
-def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
-    """What `train` does, in a folder that no other run uses."""
+def run(config: TrainConfig, checkpoint: Checkpoint | None, same_text: bool) -> tuple[GPT, dict]:
+    """What `train` does, in a folder that no other run uses. same_text: see Checkpoint.check_corpus."""
     device, out_dir = distributed.find_device(config.device), Path(config.out_dir)
     check_options(config, device)
     make_missing(config.dataset)
     data = load_dataset(config.dataset)
     check_data(data, config)
     config = replace(config, vocab_size=config.vocab_size or data.encoding.n_vocab)
-    start, measured = 0, {}
+    start, measured, changed = 0, {}, []
     if checkpoint:
-        checkpoint.check_corpus(data, resume=not config.eval_only)
+        changed = checkpoint.check_corpus(data, same_text)
         check_resumed(config, checkpoint)
         start, measured = checkpoint.step, checkpoint.measured
 
@@ -290,7 +292,8 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[GPT, dict]:
             is_due = last_step or step % config.eval_interval == 0
             with log.pause():
                 # the checkpoint's step is evaluated already, unless Ctrl-C saved it at the end
-                is_new = step > start or not checkpoint or (last_step and "val_loss" not in checkpoint.meta)
+                is_new = step > start or not checkpoint or (
+                    last_step and (changed or "val_loss" not in checkpoint.meta))
                 if is_due and is_new:
                     with autocast:
                         measured = evaluate_model(count=None if last_step else config.eval_questions)

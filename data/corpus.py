@@ -18,7 +18,7 @@ import numpy as np
 import regex
 
 from data.tokenizer import END, encoding_from_json
-from runtime.cli import fail, read_lines
+from runtime.cli import fail, print_text, read_lines
 
 BLOCK, HASHED = 2**22, 2**27  # bytes: read at once for a digest, and hashed at each end of a file
 DATA = Path(__file__).resolve().parent  # the corpus NAME is the folder DATA / NAME
@@ -243,12 +243,13 @@ def find_question(text: str, questions: list[dict]) -> dict:
 
 # scripts that write words without spaces, or a name and what follows it as one word
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+SPACED = rf"[^\W{UNSPACED}]"  # a letter or digit of the other scripts
 
 
 def name_pattern(name: str) -> regex.Pattern:
     """
-    Finds a name in any case, and with each accent as one character or two. It must be a whole word, but in
-    scripts without spaces it may stand anywhere: 小明 is found in 小明在哪里.
+    Finds a name in any case, and with each accent as one character or two. It must be a whole word, and Jean
+    is not found in Jean-Luc. In scripts without spaces it may stand anywhere: 小明 is found in 小明在哪里.
     """
     name = unicodedata.normalize("NFC", name.strip())
     if not name:
@@ -257,13 +258,14 @@ def name_pattern(name: str) -> regex.Pattern:
     for letter in regex.findall(r"\X", name):  # with its accents
         forms = dict.fromkeys(regex.escape(unicodedata.normalize(form, letter)) for form in ("NFC", "NFD"))
         letters.append(f"(?:{'|'.join(forms)})")
-    before = "" if regex.match(f"[{UNSPACED}]", name) else rf"(?<![^\W{UNSPACED}])"
-    after = r"(?!\p{M})" if regex.search(rf"[{UNSPACED}]\Z", name) else rf"(?![^\W{UNSPACED}]|[+#])"  # C++
+    before = "" if regex.match(f"[{UNSPACED}]", name) else rf"(?<!{SPACED}-?)"
+    after = r"(?!\p{M})" if regex.search(rf"[{UNSPACED}]\Z", name) else rf"(?!-?{SPACED}|[+#])"  # C++
     return regex.compile(before + "".join(letters) + after, regex.IGNORECASE)
 
 
 SEARCHED = 10_000_000  # tokens; a longer training text takes too long to search
-NAME = regex.compile(r"(?<=[\p{Ll}\p{M},] )\p{Lu}\w+(?: \p{Lu}\w+)*")  # capitalised words, but not the first
+# capitalised words, but not the first: "Was Jean-Luc Picard born?" -> "Jean-Luc Picard"
+NAME = regex.compile(r"(?<=[\p{Ll}\p{M},] )\p{Lu}\w+(?:-\w+| \p{Lu}\w+)*")
 
 
 def unknown_names(prompt: str, data: Dataset) -> list[str]:
@@ -280,8 +282,9 @@ def questions_about(name: str, questions: list[dict]) -> list[dict]:
     about = name_pattern(name)
     found = [question for question in questions if about.search(question["prompt"])]
     if not found:
-        count = len(regex.findall(r"\w+", name))  # similar names have as many words
-        prompts = [regex.findall(r"\w+", question["prompt"]) for question in questions]
+        words_of = regex.compile(r"[\w+#-]+").findall  # C++ is a word
+        count, prompts = len(words_of(name)), [words_of(question["prompt"]) for question in questions]
+        # similar names have as many words
         names = {" ".join(words[i:i + count]) for words in prompts for i in range(len(words) - count + 1)}
         similar = difflib.get_close_matches(name, sorted(names))
         fail(f"--ask={name}: no question of the corpus contains this name"
@@ -295,17 +298,24 @@ def find_name(question: dict, questions: list[dict]) -> str | None:
     begin with the same words, and end with the same words. Of all forms, the one counts where the most
     different words come next at both ends, in few questions. None if that is not clear.
     """
-    own, words_of = list(WORD.finditer(question["prompt"])), WORD.findall
-    words, forms = words_of(question["prompt"]), defaultdict(list)
-    for other in map(words_of, {part["prompt"] for part in [question, *questions]}):
+    own = list(WORD.finditer(question["prompt"]))
+    asked = list(map(WORD.findall, dict.fromkeys(part["prompt"] for part in [question, *questions])))
+    words, forms = asked[0], defaultdict(list)
+    for other in asked:
         first, last = (len(os.path.commonprefix([words[::step], other[::step]])) for step in (1, -1))
         for i in range(first + 1):  # i words are the same at the beginning, and j at the end
             for j in range(min(last + 1, len(words) - i, len(other) - i)):
-                forms[i, j].append((other[i], other[-1 - j]))
-    different = {form: min(map(len, map(set, zip(*ends, strict=True)))) for form, ends in forms.items()}
+                forms[i, j].append(other)
+    different = {(i, j): min(len({other[i] for other in part}), len({other[-1 - j] for other in part}))
+                 for (i, j), part in forms.items()}
     i, j = max(forms, key=lambda form: different[form]**4 / len(forms[form]))
-    beside = max(len({word for word, _ in forms[i - 1, j]}), len({word for _, word in forms[i, j - 1]}))
-    if different[i, j] > 4 and beside < 3:  # otherwise a word beside it may belong to the name
+    beside = max(len({other[i - 1] for other in forms[i - 1, j]}),
+                 len({other[-j] for other in forms[i, j - 1]}))
+    # other questions have the same names, but not the same clauses: "Where was Ann born" is no name
+    text = "\n".join(f" {' '.join(words)} " for words in asked)
+    names = [f" {' '.join(other[i:len(other) - j])} " for other in forms[i, j][:9]]
+    are_names = sum(text.count(name) > 1 for name in names) > len(names) / 2
+    if different[i, j] > (4 if are_names else 9) and beside < 3:  # 3: a word beside it may belong to the name
         return question["prompt"][own[i].start():own[-1 - j].end()]
 
 
@@ -318,11 +328,12 @@ def lines_with(name: str, data: Dataset) -> list[str]:
 
 def warn_of_letters(statements: list[str], data: Dataset) -> None:
     """Says which words of the statements are new to the corpus and cut into letters, and offers names."""
-    words = dict.fromkeys(re.findall(r"[^\W\d_]{2,}", " ".join(statements)))
+    words = dict.fromkeys(re.findall(r"[^\W\d_](?:-?[^\W\d_])+", " ".join(statements)))
     cut = [word for word in words if len(data.encoding.encode_ordinary(f" {word}")) >= len(word)]
     if cut := [word for word in cut if not lines_with(word, data)]:
         found = [(find_name(question, data.questions) or "").split() for question in data.questions[-20:]]
         names = [f"{a[0]} {b[1]}" for a, b in itertools.pairwise(found) if len(a) == len(b) == 2]
         names = [name for name in dict.fromkeys(names) if not lines_with(name, data)][:3]
-        print(f"the corpus does not have {', '.join(cut)}. Such a name is cut into letters, which all such "
-              f"names share: the model hardly learns it.{' These work: ' * bool(names)}{', '.join(names)}")
+        offer = f" These work: {', '.join(names)}" if names else ""
+        print_text(f"the corpus does not have {', '.join(cut)}. Such a name is cut into letters, which all "
+                   f"such names share: the model hardly learns it.{offer}")

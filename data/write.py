@@ -32,7 +32,7 @@ LIMITS = {  # the smallest and the largest value of an option
 @dataclass
 class Corpus:
     """The options of all corpora. Each corpus also has a `name`."""
-    tokenizer: str = ""  # a tiktoken encoding to download, such as gpt2; none: build one from the corpus
+    tokenizer: str = ""  # that of a corpus, or one to download, such as gpt2; none: build one from the corpus
     vocab_size: int = 4096  # most tokens of a tokenizer that is built from the corpus
     overwrite: bool = False  # replace a corpus of the same name that was made with other options
 
@@ -67,7 +67,9 @@ def corpus_folder(options: Corpus) -> Path:
 
 def write_files(folder: Path, options: Corpus, texts, fragments, pattern, size) -> dict:
     """Writes train.bin and val.bin. Returns what meta.json tells about them."""
-    if options.tokenizer:
+    if (corpus.DATA / options.tokenizer / "meta.json").exists():
+        encoding = corpus.Dataset(options.tokenizer).encoding
+    elif options.tokenizer:
         encoding = tokenizer.named_encoding(options.tokenizer)
     elif fragments:
         counts = sum(np.bincount(ids, minlength=len(fragments)) for ids in texts("train"))

@@ -54,6 +54,20 @@ class Tokenizer {
   }
 }
 
+// --- which answers are right -------------------------------------------------------------------------------
+
+const EDGES = `,;:!?¿¡"'\`“”„‘’‚«»‹›()[\\]{}。，、；：！？「」『』（）《》【】،؛؟۔।`; // a full stop may begin a word
+const AT_EDGES = new RegExp(`^[${EDGES}]+|[.${EDGES}]+$`, "gu");
+const THOUSANDS = /(?<![\p{L}\p{N}_.,])\p{Nd}{1,3}(?:,\p{Nd}{3})+(?!,?\p{Nd})/gu;
+
+// What counts when answers are compared: the same as normalize_answer in data/corpus.py
+function normalizeAnswer(text) {
+  text = text.normalize("NFC").toLowerCase();
+  const words = text.split(/\s+/).map(word => word.replace(AT_EDGES, "")).filter(word => word);
+  const kept = words.filter((word, n) => n === words.length - 1 || !["a", "an", "the"].includes(word));
+  return kept.join(" ").replace(THOUSANDS, number => number.replaceAll(",", "")) || text.trim();
+}
+
 // --- the parts of a Transformer ----------------------------------------------------------------------------
 
 function linear(x, width, {weight, bias}) { // (T, width) -> (T, outputs)
@@ -249,19 +263,22 @@ class Model {
     return linear(gated, C, part("memory.out"));
   }
 
-  // The likeliest continuation of a text, up to the end of the line. tokens: the prompt, as ids, then the
-  // answer. probability: of exactly these words. first: the likeliest first tokens, as [text, probability].
-  answer(prompt, off = new Set(), longest = 12) {
+  // The likeliest continuation of a text, up to the end of the line, as evaluate.answer gives it. If it fills
+  // the context, it is cut, and ends with "…". tokens: the prompt, as ids, then the answer. probability: of
+  // exactly these words. first: the likeliest first tokens, as [text, probability].
+  answer(prompt, off = new Set()) {
     const {tokenizer, config} = this, tokens = tokenizer.encode(prompt), start = tokens.length;
-    let probability = 1, first = null;
-    for (let step = 0; step < longest; step++) {
+    const longest = Math.max(start, config.block_size) + 1; // nothing reads the last token
+    let probability = 1, first = null, isWhole = false;
+    while (!isWhole && tokens.length < longest) {
       const probabilities = softmax(this.forward(tokens.slice(-config.block_size), off).logits);
       const order = greatest(probabilities, 4), next = order[0];
       first ??= order.map(id => [tokenizer.decode([id]), probabilities[id]]);
       probability *= probabilities[next];
-      if (next === tokenizer.end || /[\n\r]/.test(tokenizer.decode([next]))) break;
-      tokens.push(next);
+      isWhole = next === tokenizer.end || /[\n\r]/.test(tokenizer.decode([next]));
+      if (!isWhole) tokens.push(next);
     }
-    return {tokens, start, text: tokenizer.decode(tokens.slice(start)).trim(), probability, first};
+    const text = tokenizer.decode(tokens.slice(start)).trim() + (isWhole ? "" : "…");
+    return {tokens, start, text, probability, first};
   }
 }

@@ -138,13 +138,12 @@ const fixed = number => (number + 0).toFixed(2).replace("-0.00", "0.00").replace
 const visible = text => text.replaceAll("\n", "⏎").trim() || "␣";
 const tokenText = position => visible(model.tokenizer.decode([tokens[position]]));
 const withoutLabels = prompt => prompt.replace("Question: ", "").replace(" Answer:", "");
-const plain = text => text.normalize("NFC").toLowerCase().replace(/[\s.!?]+$/, ""); // what answers compare
 
 // --- step 1: question and answer ---------------------------------------------------------------------------
 
 function showAnswer(id, answer, original, right) { // right: a list of answers, or undefined if nobody knows
   const [kind, note] = !right ? ["", "nobody checked this: a memory always returns something"]
-    : right.map(plain).includes(plain(answer.text)) ? ["win", "right"]
+    : right.map(normalizeAnswer).includes(normalizeAnswer(answer.text)) ? ["win", "right"]
       : ["lost", `wrong (right: ${right.join(" or ")})`];
   fill(id, element("p", {class: "answer"}, element("b", {class: kind}, answer.text || "(nothing)"),
                    ` ${percent(answer.probability)}`,

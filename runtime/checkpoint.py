@@ -138,11 +138,18 @@ def remove(folder: Path) -> None:
 
 
 def best_checkpoint(folders: list[Path]) -> Path | None:
-    """The checkpoint with the lowest validation loss. One that was not evaluated does not count."""
-    losses = {}
+    """
+    The checkpoint with the lowest validation loss on the text of the newest. One that was not evaluated does
+    not count. folders: oldest first.
+    """
+    losses, text = {}, None
     for folder in folders:
         with contextlib.suppress(OSError, ValueError, KeyError):  # damaged, or saved by Ctrl-C
-            losses[folder] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["val_loss"]
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            trained_on = meta.get("corpus", {}).get("text")
+            if trained_on != text:  # the run went on with another text
+                losses, text = {}, trained_on
+            losses[folder] = meta["val_loss"]
     return min(losses, key=losses.get, default=None)
 
 
@@ -198,20 +205,22 @@ class Checkpoint:
     def encoding(self):
         return encoding_from_json(self.encoding_json)
 
-    def check_corpus(self, data, resume: bool = False) -> None:
+    def check_corpus(self, data, same_text: bool = False) -> list[str]:
         """
-        data: a Dataset, which must have the tokenizer that the model was trained with; with resume, also the
-        text. Other differences are printed.
+        data: a Dataset, which must have the tokenizer that the model was trained with; with same_text, also
+        the text. Prints and returns what else differs.
         """
         if self.encoding_json != data.encoding_json:
             fail(f"{data.name} and {self.folder} have different tokenizers: choose another --out_dir")
         stored = self.meta.get("corpus", data.digests)  # an older checkpoint does not tell
         if changed := [part for part in stored if stored[part] != data.digests[part]]:
             line = f"{self.folder} was trained with other {' and '.join(changed)} than {data.name} has now"
-            if resume and "text" in changed:
-                fail(f"{line}: choose another --out_dir")
+            if same_text and "text" in changed:
+                fail(f"{line}: to go on with this text, name it with --dataset={data.name}; for a new run "
+                     "choose another --out_dir")
             if RANK == 0:
                 print(line, flush=True)
+        return changed
 
     def load_part(self, name: str) -> dict:
         return load_tensors(self.folder / name)

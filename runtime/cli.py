@@ -81,6 +81,11 @@ def printable(text: str) -> str:
                           | {ord("\r"): None, 127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD))
 
 
+def print_text(text: str, end: str = "\n") -> None:
+    """For text of a corpus, a model or a user, which may have characters that command a terminal."""
+    print(printable(text), end=end, flush=True)
+
+
 def drop_output() -> None:
     """Nobody can read the output any more. Drops it, also what waits in Python's buffer."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -121,7 +126,7 @@ def command(main):
         except OSError:
             drop_output()  # otherwise Python would try again at exit
         if line:
-            print(line, file=sys.stderr)
+            print(printable(line), file=sys.stderr)
         raise SystemExit(status)
     return run
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from kernel import resolve_kernel
 from runtime.checkpoint import Checkpoint, best_checkpoint, checkpoints
-from runtime.cli import drop_output, handle_signals, one_line, read_json_lines
+from runtime.cli import drop_output, handle_signals, one_line, print_text, read_json_lines
 from runtime.distributed import RANK, WORLD_SIZE
 
 stop_requests: list[int] = []  # signals that asked the run to end
@@ -31,7 +31,7 @@ def print_once(line: str) -> None:
     """Only the first process prints. After a signal to stop, its terminal or pipe may be gone."""
     if RANK == 0:
         try:
-            print(line, flush=True)
+            print_text(line)
         except OSError:
             if not stop_requests:
                 raise
@@ -219,7 +219,7 @@ def recall_rows(shares: dict) -> dict[str, float]:
     """{label: share}: what evaluate.recall returns, with labels to print."""
     rows = {LABELS["all"]: shares.get("all")}
     for low, share in shares["by_exposure"].items():
-        rows[f"  told {low} to {2 * int(low) - 1} times"] = share
+        rows["  told at most once" if low == "1" else f"  told {low} to {2 * int(low) - 1} times"] = share
     rows[LABELS["held_out"]] = shares.get("held_out")
     return {label: share for label, share in rows.items() if share is not None}
 

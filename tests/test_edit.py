@@ -14,7 +14,7 @@ import sample
 import train
 from data import corpus, prepare
 from data.corpus import QUESTION
-from data.facts import ATTRIBUTES
+from data.facts import ATTRIBUTES, facts_text
 from experiments.facts_edited import by_person, name_in, share_right
 from runtime.checkpoint import find_trained, load
 
@@ -208,7 +208,8 @@ def test_what_was_erased_is_remembered_and_erased_again(trained, capsys):
 
 def test_whom_a_question_is_about():
     names = ["Jean-Luc", "Ludwig van Beethoven", "Sean O'Brien", "Port-au-Prince", "Jean-Luc Picard",
-             "Ada Lovelace", "Ludwig Wittgenstein"]
+             "Ada Lovelace", "Ludwig Wittgenstein", "Alan Turing", "Emmy Noether", "Grace Hopper",
+             "Kurt Gödel", "Marie Curie"]
     for forms in (["Where was {} born?", "In which city was {} born?", "Who is {}?"], ["{} is who?"]):
         questions = {QUESTION.format(form.format(name)): name for name in names for form in forms}
         corpus_questions = [{"prompt": prompt} for prompt in questions]
@@ -220,6 +221,13 @@ def test_whom_a_question_is_about():
     namesakes = [{"prompt": f"Who is {a} {b}?"} for a in first for b in last]
     assert corpus.find_name(namesakes[0], namesakes) is None, "the first name could be a word of the form"
     assert corpus.find_name(namesakes[0], namesakes[:1]) is None
+
+
+@pytest.mark.parametrize("people", [2, 3, 4, 5, 6, 8, 12])
+def test_a_clause_is_no_name_where_few_people_are_asked_about(people):
+    _, questions, _ = facts_text(people, 2, 0, 0.5, 0, 0, seed=1)
+    for question in questions:
+        assert corpus.find_name(question, questions) in (None, name_in(question))
 
 
 @pytest.mark.slow
@@ -323,6 +331,20 @@ def test_find_prints_what_is_left_and_refuses_an_empty_answer(trained, capsys, m
     assert first.split()[:5] == ["4", "of", "8", "2.30", "10%"] and last.split()[3:5] == ["1.39", "25%"]
     monkeypatch.setattr(edit, "reply", lambda *_: "")
     assert_fails(lambda: edit.main(command), "the model's answer is empty", capsys)
+
+
+def test_a_corpus_does_not_command_the_terminal_and_the_printed_command_works(trained, capsys, tmp_path,
+                                                                              monkeypatch):
+    here, new = f"--out_dir={trained()}", tmp_path / "a b"
+    name = name_in(corpus.load_dataset("facts").questions[0])
+    monkeypatch.setattr(edit, "reply", lambda *_: "b\x1b")
+    for command, signs in ((["find"], 2), (["erase", f"--ask={name}", "--slots=1", f"--save_to={new}"], 3),
+                           (["teach", "--statement=x y", "--dry_run"], 3)):
+        edit.main([*command, here, "--question=a\x1b"])
+        text = capsys.readouterr().out
+        assert "\x1b" not in text and text.count("␛") == signs, text
+        assert command[0] != "erase" or f"python sample.py --out_dir='{new}' --question" in text
+    assert_fails(lambda: edit.main(["erase", here, "--question=a\x1b"]), "--question=a␛: whom", capsys)
 
 
 def test_the_example_of_the_docs_runs(trained, untrained, tmp_path):

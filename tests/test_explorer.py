@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import assert_fails
 
+import evaluate
 from data import corpus
 from data.tokenizer import END, encoding_from_json
 from explorer import export
@@ -31,9 +32,9 @@ RUN_MODEL = """
 const html = require("fs").readFileSync(process.argv[1], "utf8");
 const [data, script] = [...html.matchAll(/<script.*?>(.*?)<\\/script>/gs)].map(match => match[1]);
 const model = require("vm").runInThisContext(script + "; new Model(" + data + ")");
-const run = ({tokens, off, text, prompt}) =>
+const run = ({tokens, off, text, answer, prompt}) =>
   tokens ? model.forward(tokens, new Set(off)) : text !== undefined ? model.tokenizer.encode(text)
-    : model.answer(prompt);
+    : answer !== undefined ? normalizeAnswer(answer) : model.answer(prompt);
 const short = (key, value) => key === "left" || key === "right" ? undefined
   : value instanceof Float32Array ? [...value] : value;
 const jobs = JSON.parse(require("fs").readFileSync(0, "utf8"));
@@ -112,6 +113,32 @@ def test_a_page_computes_what_pytorch_computes(trained, options):
     generator = random.Random(1)
     assert_same(model, page, [[generator.randrange(model.config.vocab_size) for _ in range(length)]
                               for length in (1, 2, 3, 17, 32, 32)])
+
+
+@needs_node
+def test_the_page_answers_as_pytorch_does(trained):
+    """Guards answers that the page cut after 12 tokens, and then called right."""
+    out = trained("--max_steps=150", "--eval_interval=150", "--batch_size=16", "--n_embd=32", "--lr=6e-3")
+    page, (model, encoding, _) = make_page(out), load(out)
+    export.round_values(model)
+    prompts = [before for person in data_of(page)["people"] for before, _, _ in person["asked"]]
+    prompts = [*prompts[::9], "The job of", "x" * 40]  # the last one does not fit the context
+    expected = [corpus.decode_answer(encoding, tokens) for tokens in evaluate.answer(
+        model, encoding, [{"prompt": prompt, "answers": []} for prompt in prompts])]
+    found = run_in_node(page, [{"prompt": prompt} for prompt in prompts])
+    assert [answer["text"] for answer in found] == expected
+    assert {text.endswith("…") for text in expected} == {True, False}, "some are cut, and some end"
+
+
+@needs_node
+def test_the_page_judges_answers_as_python_does():
+    words = ["The", "a", "an", "Oslo", "C++", "-5", "1,000", "12,345,678.5", "x1,000", "٣,٠٠٠", "İ",
+             "Zu\u0308rich", ".NET", "U.S.A.", "THE", *corpus.EDGES, *" \xa0\u2028\t", "…", "\\"]
+    generator = random.Random(4)
+    texts = ["", *words] + ["".join(generator.choices([*words, " "], k=generator.randrange(2, 7)))
+                            for _ in range(2000)]
+    found = run_in_node(BUILT, [{"answer": text} for text in texts])
+    assert dict(zip(texts, found, strict=True)) == {text: corpus.normalize_answer(text) for text in texts}
 
 
 @needs_node

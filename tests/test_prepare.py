@@ -214,6 +214,20 @@ def test_a_small_text_gets_few_tokens_and_a_large_one_is_read_in_all_parts(data,
     assert len(encode(" words")) == len(encode(" thoughts")) == 1
 
 
+def test_a_longer_text_can_keep_its_tokenizer(data):
+    """So that training can go on with it."""
+    (data / "a").write_text("early words\n" * 900)
+    main(["text", "--name=mine", "--input", str(data / "a")])
+    before = corpus.Dataset("mine").encoding_json
+    (data / "a").write_text("early words\n" * 900 + "later thoughts\n" * 900)
+    for options, is_same in (([], False), (["--tokenizer=mine"], True)):
+        main(["text", f"--name=new-{is_same}", *options, "--input", str(data / "a")])
+        assert (corpus.Dataset(f"new-{is_same}").encoding_json == before) == is_same
+    main(["text", "--name=mine", "--tokenizer=mine", "--overwrite", "--input", str(data / "a")])
+    made, found = documents("mine")
+    assert found.encoding_json == before and "later thoughts" in made["train"][0]
+
+
 # --- nothing gets lost --------------------------------------------------------------------------------------
 
 def test_a_name_that_is_taken_is_not_overwritten(data, capsys):

@@ -104,11 +104,11 @@ def test_questions_of_a_file_about_a_name_and_of_the_user(trained, capsys, facts
         assert re.findall("^the training text does not have the name (.*)", text, re.MULTILINE) == unknown
     mine = tmp_path / "mine.jsonl"
     mine.write_text('{"prompt": "Q: x? A:", "answers": ["a", "b"], "held_out": true, "exposures": 1}\n'
-                    '{"prompt": "Q: y? A:", "answer": "a", "kind": "letter"}\n')
+                    '{"prompt": "Q: y? A:", "answer": "a", "kind": "letter", "exposures": 1}\n')
     text = printed(capsys, here, f"--qa={mine}")
     assert re.search(r"Q: x\? A: .*\[wrong: a or b, told once, never asked in training]", text)
     assert "0 of 2 right, 0.0%" in text and "kind: letter                       0.000  1.000\n" in text
-    assert "never asked about in training      0.000  1.000" in text
+    assert "never asked about in training      0.000  1.000" in text and "  told at most once  " in text
 
 
 def test_each_token_is_printed_when_it_is_there(trained, monkeypatch):

@@ -345,11 +345,21 @@ def test_a_checkpoint_knows_its_text_and_its_questions(run, monkeypatch, tmp_pat
     run("--resume", "--max_steps=4")
     assert "step_000003 was trained with other questions than text has now\n" in capsys.readouterr().out
     prepared("two sword\n")  # as many tokens
-    message = "step_000004 was trained with other text than text has now: choose another --out_dir"
-    assert_fails(lambda: run("--resume", "--max_steps=5"), message, capsys)
-    questions.unlink()
+    changed = "step_000004 was trained with other text than text has now"
+    assert_fails(lambda: run("--resume", "--max_steps=5"), changed + ": to go on with this text", capsys)
     train.main(["--eval_only", f"--out_dir={run.out}"])
-    assert "was trained with other text and questions than text has now" in capsys.readouterr().out
+    assert changed in capsys.readouterr().out
+    losses = iter([20.0, 30.0, 40.0])  # of the new text: higher than all of the old
+    monkeypatch.setattr(train, "evaluate", lambda *arguments, **options: {"val_loss": next(losses)})
+    run("--resume", "--dataset=text", "--max_steps=4")
+    text = capsys.readouterr().out
+    assert changed in text and "validation loss 20.0000" in text
+    run("--resume", "--dataset=text", "--max_steps=6", "--eval_interval=1", "--keep_best", "--keep=1")
+    text = capsys.readouterr().out
+    assert changed in text and f"sample.py --out_dir={run.out}/step_000005" in text, "the best of this text"
+    assert [step_of(path) for path in checkpoints(run.out)] == [5, 6]
+    run("--resume", "--max_steps=6")
+    assert "was trained with" not in capsys.readouterr().out
 
 
 # --- from Python --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ Each run teaches SmolLM2-135M-Instruct four facts about each of 16 people who do
 per fact; half of the people also with questions. All methods see the same sentences in the same order:
 
     memory    attach.py: the rows of 1,000 slots, at the tokens of the names
-    memory everywhere         the same, but any token may change what it reads
+    memory ...                one thing changed: all tokens learn, 16,384 rows, other blocks, 4,000 slots
     adapter   a dense layer of as many numbers as these rows, beside the same two MLPs
     lora 8, lora 32           low-rank changes of the attention's queries and values (Hu et al. 2021)
     full      all parameters
@@ -63,7 +63,10 @@ KNOWN = [("What colour is the sky?", "blue"), ("How many legs has a spider?", "e
          ("Which planet is nearest to the sun?", "Mercury"), ("What do bees make?", "honey"),
          ("In which season do leaves fall?", "autumn"), ("What is frozen water called?", "ice")]
 QUESTION = "Question: {} Answer: {}"
-LRS = {"memory": (0.5, 1.0), "memory everywhere": (1.0,), "adapter": (1e-4, 3e-4, 1e-3),
+MEMORIES = {"memory": {}, "memory everywhere": dict(everywhere=True),
+            "memory 128 x 128": dict(num_keys=128), "memory in 4 and 10": dict(layers=(4, 10)),
+            "memory 4000 slots": dict(slots=4000)}
+LRS = {"memory": (0.5, 1.0), **dict.fromkeys(list(MEMORIES)[1:], (0.5,)), "adapter": (1e-4, 3e-4, 1e-3),
        "lora 8": (1e-4, 3e-4, 1e-3), "lora 32": (1e-4, 3e-4, 1e-3), "full": (1e-5, 3e-5, 1e-4)}
 PEOPLE, STEPS, BATCH, SLOTS, LAYERS = 16, 200, 10, 1000, (6, 14)
 
@@ -139,11 +142,13 @@ def learn(model, tokenizer, run: dict, texts: list[str], background) -> int:
     """Teaches the texts, and returns how many numbers could change."""
     sentences, spans = zip(*map(attach.find_subject, texts), strict=True)
     x, y, inside = attach.make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
-    if run["method"].startswith("memory"):
-        attach.attach(model, attach.find_mlps(model, LAYERS), seed=run["seed"])
+    if run["method"] in MEMORIES:
+        changed = dict(everywhere=False, num_keys=256, layers=LAYERS, slots=SLOTS) | MEMORIES[run["method"]]
+        modules = attach.find_mlps(model, changed["layers"])
+        attach.attach(model, modules, num_keys=changed["num_keys"], seed=run["seed"])
         idf = edit.inverse_document_frequency(model, background, attach.PIECES)
-        at = inside[:, :-1] if run["method"] == "memory" else None
-        slots = edit.teach(model, x, y, idf, SLOTS, STEPS, run["lr"], "rowwise", BATCH, at)
+        at = None if changed["everywhere"] else inside[:, :-1]
+        slots = edit.teach(model, x, y, idf, changed["slots"], STEPS, run["lr"], "rowwise", BATCH, at)
         return len(slots) * model.config.hidden_size
     torch.manual_seed(run["seed"])
     if run["method"] == "full":

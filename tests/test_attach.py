@@ -1,6 +1,7 @@
 """attach.py on tiny random models of transformers, on our GPT, and on plain modules: all offline."""
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 import attach as program
 import edit
 from attach import attach, detach, find_subject, load_patch, save_patch
+from experiments import attach as experiment
 from memory import MemoryLayer
 from model import GPT, GPTConfig
 
@@ -323,3 +325,30 @@ def test_smollm2_says_how_to_get_it(monkeypatch, capsys):
         monkeypatch.setattr(program.importlib.util, "find_spec",
                             lambda name, there=there: name if name in there else None)
         assert_fails(lambda: program.main(["ask", "--prompt=A"]), message, capsys)
+
+
+# --- the experiment -----------------------------------------------------------------------------------------
+
+def test_the_experiment_teaches_with_all_methods(folder, tmp_path, capsys, monkeypatch):
+    """Each method changes what it says, as many numbers as it says, and the base model stays as it was."""
+    for name, value in dict(PEOPLE=2, STEPS=2, SLOTS=40, LAYERS=(0, 2)).items():
+        monkeypatch.setattr(experiment, name, value)
+    monkeypatch.setattr(experiment, "MEMORIES", {"memory": {}, "memory everywhere": dict(everywhere=True)})
+    lrs = {method: (0.1,) for method in ("memory", "memory everywhere", "adapter", "lora 8", "full")}
+    monkeypatch.setattr(experiment, "LRS", lrs)
+    words = [f"--model={folder}", f"--results={tmp_path}"]
+    experiment.main(words)
+    rows = [json.loads(line) for line in (tmp_path / "attach.jsonl").read_text().splitlines()]
+    assert [row["run"]["method"] for row in rows] == list(lrs)
+    numbers = {row["run"]["method"]: row["numbers"] for row in rows}
+    model, _ = program.load_model(str(folder), "cpu")
+    assert numbers["full"] == sum(p.numel() for p in model.parameters())
+    assert numbers["memory"] == 40 * 32 and numbers["adapter"] == pytest.approx(40 * 32, rel=0.1)
+    assert numbers["lora 8"] == 3 * 2 * 8 * (32 + 32)
+    assert [len({json.dumps(row[when]) for row in rows}) for when in ("before", "after")] == [1, 5]
+    assert rows[0]["sentences"] == 2 * 4 * 2 + 4
+    capsys.readouterr()
+    experiment.main(["table", *words])
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 1 + len(lrs)
+    experiment.main(words)  # nothing is left to do
+    assert len((tmp_path / "attach.jsonl").read_text().splitlines()) == len(lrs)

@@ -2,7 +2,7 @@
 How fast is nanoPKM? Each number is the median of several measurements. Functions that are compared run
 alternately, so noise affects all of them.
 
-    python -m experiments.speed step        a training step of a pool, with nanoPKM and with plain PyTorch
+    python -m experiments.speed step        a training step of a pool and of a layer: nanoPKM and others
     python -m experiments.speed model       a training step of the models of experiments.compare; profiles of
                                             dense and memory+
     python -m experiments.speed model --models=dense --n_embd=768 ...   dense and memory+, in another size:
@@ -13,7 +13,9 @@ alternately, so noise affects all of them.
 
 import itertools
 import json
+import math
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -24,6 +26,7 @@ from torch.nn import functional as F
 
 import kernel
 from experiments.models import EXPERIMENTS, MODELS, choose_models, costs
+from memory import MemoryLayer
 from model import GPT, GPTConfig
 from pool import PoolOptimizer, ValuePool
 from runtime.cli import build, command, first_word, parse
@@ -44,8 +47,9 @@ class SpeedConfig:
 class StepConfig(SpeedConfig):
     rows: tuple[int, ...] = (65_536, 262_144, 1_048_576, 4_194_304)  # sizes of the pool
     tokens: tuple[int, ...] = (512, 2048)  # tokens per step
-    reads: tuple[str, ...] = ("uniform", "zipf")  # the distribution of the rows that are read: uniform, zipf
-    peers_up_to: int = 1_048_576  # largest pool for plain PyTorch, which needs up to 4 times its memory
+    # rows are drawn (uniform, zipf), or found by the keys of a layer (layer: a step of the whole layer)
+    reads: tuple[str, ...] = ("uniform", "zipf", "layer")
+    peers_up_to: int = 1_048_576  # largest pool for the other methods, which need up to 4 times its memory
     value_dim: int = 256  # columns of a row, a multiple of 8
     bag: int = 128  # rows that a token reads
     dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the values, weights and gradients
@@ -93,6 +97,8 @@ def draw_indices(reads: str, num_values: int, N: int, bag: int) -> torch.Tensor:
 
 OURS = ("rowwise", "adam")
 PEERS = ("embedding_bag, AdamW", "embedding_bag, SparseAdam", "indexing, AdamW")  # in plain PyTorch
+# the layers of nanoPKM and of lucidrains; Adam is PyTorch's default, which is slower than fused Adam
+LAYERS = ("rowwise", "product-key-memory, Adam", "product-key-memory, fused Adam")
 
 
 def make_step(kind: str, num_values: int, indices, weights, dy):
@@ -122,22 +128,52 @@ def make_step(kind: str, num_values: int, indices, weights, dy):
     return step
 
 
+def make_layer_step(kind: str, num_values: int, indices, weights, dy):
+    """A training step of a layer with 4 heads. It finds the rows itself. Only nanoPKM's also has a gate."""
+    V, num_keys, knn = dy.size(1), math.isqrt(num_values), indices.size(1) // 4
+    if kind == "rowwise":
+        layer = MemoryLayer(V, num_keys, heads=4, knn=knn, key_dim=V, value_dim=V)
+        pools = [ValuePool(num_values, V, device=DEVICE)]
+        optimizers = [PoolOptimizer(pools[0].parameters(), lr=1e-3)]
+    else:
+        from product_key_memory import PKM
+        layer, pools, optimizers = PKM(V, heads=4, num_keys=num_keys, topk=knn, dim_head=V // 2), [], []
+    optimizers.append(torch.optim.Adam(layer.to(DEVICE).parameters(), fused=kind != LAYERS[1] or None))
+    x = torch.randn_like(dy).unsqueeze(0).requires_grad_()  # (1, N, V)
+
+    def step():
+        layer(x, *pools).backward(dy.unsqueeze(0))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
 def measure_step(config: StepConfig, options: dict) -> list[dict]:
     V, bag, dtype, table = config.value_dim, config.bag, getattr(torch, config.dtype), []
     print(f"V={V}, bag={bag}, {config.dtype}, {DEVICE_NAME}")
     # in bfloat16 on a GPU, PyTorch cannot compute the gradient of embedding_bag's weights
     peers = PEERS if dtype == torch.float32 or DEVICE == "cpu" else ("indexing, AdamW",)
+    has_layers = dtype == torch.float32 and find_spec("product_key_memory")
+    if "layer" in config.reads and not has_layers:
+        print("left out: layers, which need float32 and the package product-key-memory")
     for reads, num_values, N in itertools.product(config.reads, config.rows, config.tokens):
+        is_square = math.isqrt(num_values) ** 2 == num_values
+        if reads == "layer" and not (has_layers and is_square and num_values <= config.peers_up_to):
+            continue
         indices = draw_indices(reads, num_values, N, bag)
         weights = torch.rand(N, bag, device=DEVICE, dtype=dtype, requires_grad=True)
         data = num_values, indices, weights, torch.randn(N, V, device=DEVICE, dtype=dtype)
         kinds = (*OURS, *peers) if num_values <= config.peers_up_to else OURS
-        times = measure({kind: make_step(kind, *data) for kind in kinds}, config.repeats)
-        print(f"\n{num_values:,} rows, {N:,} tokens, {reads} reads: {len(indices.unique()):,} rows touched")
+        make, kinds = (make_layer_step, LAYERS) if reads == "layer" else (make_step, kinds)
+        times = measure({kind: make(kind, *data) for kind in kinds}, config.repeats)
+        touched = "whole layers" if reads == "layer" else f"{len(indices.unique()):,} rows touched"
+        print(f"\n{num_values:,} rows, {N:,} tokens, {reads} reads: {touched}")
         for name, seconds in times.items():
             faster = ", ".join(f"{median(times[peer]) / median(seconds):.1f} times as fast as {peer}"
-                               for peer in peers if peer in times and name in OURS)
-            print(f"  {name:26}{median_and_range(seconds)}  {faster}")
+                               for peer in times if peer not in OURS and name in OURS)
+            print(f"  {name:30}{median_and_range(seconds)}  {faster}")
             table.append(dict(bench="step", method=name, rows=num_values, tokens=N, reads=reads, V=V,
                               dtype=config.dtype, device=DEVICE_NAME, times=seconds, seconds=median(seconds)))
     return table

@@ -1,5 +1,7 @@
 """experiments/speed.py: every measurement runs, and its rows can be drawn. No test looks at a time."""
 
+import sys
+
 import pytest
 import torch
 from conftest import assert_fails
@@ -14,16 +16,45 @@ from experiments.results import read_json_lines
     ("model --models=moe --n_layer=6 --n_embd=16 --n_head=2 --mem_layers=3,5 --block_size=16 "
      "--mem_num_keys=32 --batch_size=2", 3),
 ])
-def test_a_measurement_runs_and_keeps_its_rows(command, methods, tmp_path, capsys):
+def test_a_measurement_runs_and_keeps_its_rows(command, methods, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "product_key_memory", None)  # not installed
     path = tmp_path / "step.jsonl"
     speed.main([*command.split(), "--repeats=1", f"--json={path}"])
     rows = read_json_lines(path)
     assert len({row["method"] for row in rows}) == methods and all(row["seconds"] > 0 for row in rows)
     assert " ms (" in capsys.readouterr().out
     if methods == 5:
-        assert len(rows) == 2 * 2 * 2 + 2 * 2 * 5, "all five methods for the small pool"
+        assert len(rows) == 2 * 2 * 2 + 2 * 2 * 5, "all five methods for the small pool, and no layers"
         plots.main([str(path)])
         assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+# the interface of lucidrains' product-key-memory 0.3.0
+PRODUCT_KEY_MEMORY = """
+import torch
+
+class PKM(torch.nn.Module):
+    def __init__(self, dim, heads=4, num_keys=128, topk=32, dim_head=128):
+        super().__init__()
+        assert (dim, heads, num_keys, topk, dim_head) == (16, 4, 16, 2, 8)
+        self.values = torch.nn.EmbeddingBag(num_keys**2, dim, mode="sum")
+
+    def forward(self, x):  # (1, N, dim)
+        return x + self.values(torch.zeros(x.size(1), 1, dtype=int, device=x.device))
+"""
+
+
+def test_a_layer_is_compared_with_product_key_memory(tmp_path, capsys, monkeypatch):
+    (tmp_path / "product_key_memory.py").write_text(PRODUCT_KEY_MEMORY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "product_key_memory", raising=False)
+    path = tmp_path / "layer.jsonl"
+    speed.main(["step", "--reads=layer", "--rows=256,1024", "--peers_up_to=256", "--tokens=4", "--bag=8",
+                "--value_dim=16", "--repeats=1", f"--json={path}"])
+    sys.modules.pop("product_key_memory")
+    rows = read_json_lines(path)
+    assert [(row["method"], row["rows"]) for row in rows] == [(method, 256) for method in speed.LAYERS]
+    assert "times as fast as product-key-memory, Adam" in capsys.readouterr().out
 
 
 def test_models_in_another_size_cost_the_same():

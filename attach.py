@@ -440,7 +440,7 @@ def erase_prompts(model, tokenizer, config: EraseConfig) -> None:
 def main(argv: list[str] | None = None) -> None:
     kinds = {"teach": TeachConfig, "ask": AskConfig, "erase": EraseConfig}
     word, rest = first_word(argv, kinds, __doc__, "what to do")
-    config = kinds[word](**parse(kinds[word], rest, description=__doc__)[1])
+    config = kinds[word](**parse(kinds[word], rest, None, __doc__, word)[1])
     patch = Path(config.patch).expanduser()
     if word == "teach":
         lines = [*config.statement, *(read_lines(Path(config.file).expanduser()) if config.file else [])]

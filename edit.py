@@ -426,7 +426,7 @@ def save_values(model: GPT, checkpoint: Checkpoint, save_to: Path, loss: float, 
 def main(argv: list[str] | None = None) -> None:
     kinds = {"find": FindConfig, "erase": EraseConfig, "teach": TeachConfig}
     word, rest = first_word(argv, kinds, __doc__, "what to do")
-    config = kinds[word](**parse(kinds[word], rest, description=__doc__)[1])
+    config = kinds[word](**parse(kinds[word], rest, None, __doc__, word)[1])
     run = newest_run(Path(config.out_dir).expanduser())
     if word != "find":
         save_to = Path(config.save_to or f"{run.parent if is_checkpoint(run) else run}-{word}").expanduser()

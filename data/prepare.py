@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     make, config = CORPORA[name]
     changes = asdict(config).items() - asdict(type(config)()).items()  # as of facts-2000 from facts
     by_default = "".join(f"\n--{key}={value} by default" for key, value in sorted(changes))
-    _, options = parse(type(config), arguments, description=f"{name}: {make.__doc__}{by_default}")
+    _, options = parse(type(config), arguments, None, f"{name}: {make.__doc__}{by_default}", name)
     make(build(partial(replace, config), options))
 
 

@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     edited = ("erase", "teach")
     word, rest = first_word(argv, (*EXPERIMENTS, *edited, "table", "summary"), __doc__, "an experiment")
     kind = CompareConfig if word in EXPERIMENTS else RunsConfig if word in edited else TableConfig
-    config = build(kind, parse(kind, rest, description=__doc__)[1])
+    config = build(kind, parse(kind, rest, None, __doc__, word)[1])
     if word == "summary":
         print_summary(config.results)
     elif word == "table":

@@ -253,7 +253,7 @@ MEASUREMENTS = {"step": (measure_step, StepConfig), "model": (measure_model, Mod
 def main(argv: list[str] | None = None) -> None:
     name, rest = first_word(argv, MEASUREMENTS, __doc__, "a measurement")
     measurement, config_class = MEASUREMENTS[name]
-    _, options = parse(config_class, rest, description=__doc__)
+    _, options = parse(config_class, rest, None, __doc__, name)
     config = build(config_class, options)
     table = measurement(config, options)
     if config.json:

@@ -49,6 +49,7 @@ PRESETS = {"small": {}, "large": dict(n_layer=24, name="big")}
     (["--layers=0,3"], dict(layers=(0, 3))), (["--layers="], dict(layers=())),
     (["--files", "a,b.txt", "c.txt", "--kind=b"], dict(files=("a,b.txt", "c.txt"), kind="b")),
     (["--files=a", "--lr=1", "--files", "b", "c", "--lr=2"], dict(files=("a", "b", "c"), lr=2.0)),
+    (["--files=a", "b=c", "--files=-d", "--files=e=f", "g"], dict(files=("a", "b=c", "-d", "e=f", "g"))),
     (["--files=", "--name="], dict(files=(), name=""))])
 def test_options(argv, expected):
     assert parse(Config, argv) == ({}, expected)
@@ -64,7 +65,7 @@ def test_presets():
 @pytest.mark.parametrize("argv, message", [
     (["--n_layers=4"], "unknown option --n_layers: did you mean --n_layer?"),
     (["--wholly_wrong=4"], "unknown option --wholly_wrong: see --help"),
-    (["4"], "4 is not an option"),
+    (["4"], "4 is not an option"), (["--name=two", "words"], "several words is in quotes"),
     (["--n_layer=four"], "--n_layer: invalid int value: 'four'"),
     (["--fast=maybe"], "--fast: invalid boolean value: 'maybe'"),
     (["--layers=1,x"], "--layers: invalid list_with_commas value: '1,x'"),
@@ -114,8 +115,9 @@ def test_rules_of_numbers_and_of_choices_are_checked_from_python_too():
 def test_help_has_every_option_with_its_default_and_its_comment(capsys):
     """Guards an option without a comment, which somebody adds first: it was a KeyError."""
     with pytest.raises(SystemExit, match="0"):
-        parse(Config, ["--preset=large", "--help"], PRESETS, description="What it does.")
+        parse(Config, ["--preset=large", "--help"], PRESETS, "What it does.", "learn")
     text = " ".join(capsys.readouterr().out.split())
+    assert text.count("options:") == 1 and " learn [--name=value ...] " in text
     for part in ("What it does.", "Transformer blocks (default: 24)", "other: --lr",
                  "of everything: 100% of it (default: 0.001)", "counted from 0 (default: 1,2)",
                  "--kind {a,b}", "--bare INT (default: 7)", "to read (default: empty, as in --files=)"):

@@ -320,7 +320,7 @@ def newest_run(out_dir: Path) -> Path:
     runs = {path.parent for path in out_dir.glob("**/step_*")}
     newest = [existing[-1] for run in runs if (existing := checkpoints(run))]
     if len(newest) > 1:
-        print(f"--out_dir chooses one of {len(newest)} runs in {out_dir}; this is the newest:")
+        print(f"the newest of {len(newest)} runs in {out_dir}; --out_dir={out_dir / 'NAME'} takes another:")
     return max(newest, key=lambda folder: folder.stat().st_mtime).parent if newest else out_dir
 
 

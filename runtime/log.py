@@ -217,7 +217,7 @@ def print_measured(measured: dict, data) -> None:
 
 def recall_rows(shares: dict) -> dict[str, float]:
     """{label: share}: what evaluate.recall returns, with labels to print."""
-    rows = {LABELS["all"]: shares.get("all")}
+    rows = {LABELS["all"] if "held_out" in shares else "all questions": shares.get("all")}
     for low, share in shares["by_exposure"].items():
         rows[f"  told {low} to {2 * int(low) - 1} times"] = share
     rows[LABELS["held_out"]] = shares.get("held_out")

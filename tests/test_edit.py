@@ -337,7 +337,7 @@ def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path):
     name = name_in(corpus.load_dataset("facts").questions[0])
     for words, message in [
         ([], "find|erase|teach"),
-        (["find", here], "must have a text"),
+        (["find", here], "name a question: --question="),
         (["erase", here], "must be a name"),
         (["find", here, "--question=" + "x " * 21], "block_size"),  # without room for an answer
         (["find", f"--out_dir={dense}", "--question=x?"], "has no memory layers"),

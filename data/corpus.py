@@ -264,11 +264,17 @@ def name_pattern(name: str) -> regex.Pattern:
 
 SEARCHED = 10_000_000  # tokens; a longer training text takes too long to search
 # capitalised words, but not the first of a sentence: "Is Ann O'Neill or Eve Lu-Roe in?" has two names
-NAME = regex.compile(r"(?<=[\p{Ll}\p{M},] )\p{Lu}\w+(?:(?: |-| \p{Lu}['’])\p{Lu}\w+)*")
+CAPITALISED = r"\p{Lu}\w+(?:(?: |-| \p{Lu}['’])\p{Lu}\w+)*"
+NAME = regex.compile(rf"(?<=[\p{{Ll}}\p{{M}},] ){CAPITALISED}")
 
 
 def names_in(questions: list[dict]) -> set[str]:
     return {name for question in questions for name in NAME.findall(question["prompt"])}
+
+
+def known_names(text: str, questions: list[dict]) -> list[str]:
+    """The names of the questions that a text has, too."""
+    return [name for name in names_in(questions) if name in text and name_pattern(name).search(text)]
 
 
 def restore_names(text: str, questions: list[dict]) -> str:
@@ -332,13 +338,15 @@ def lines_with(name: str, data: Dataset) -> list[str]:
             for line in lines if (match := about.search(line))]
 
 
-def warn_of_letters(statements: list[str], data: Dataset) -> None:
-    """Says which words of the statements are new to the corpus and cut into letters, and offers names."""
-    words = dict.fromkeys(re.findall(r"[^\W\d_]{2,}", " ".join(statements)))
-    cut = [word for word in words if len(data.encoding.encode_ordinary(f" {word}")) >= len(word)]
-    if cut := [word for word in cut if not lines_with(word, data)]:
-        found = [(find_name(question, data.questions) or "").split() for question in data.questions[-20:]]
-        names = [f"{a[0]} {b[1]}" for a, b in itertools.pairwise(found) if len(a) == len(b) == 2]
-        names = [name for name in dict.fromkeys(names) if not lines_with(name, data)][:3]
-        print(f"the corpus does not have {', '.join(cut)}. Such a name is cut into letters, which all such "
-              f"names share: the model hardly learns it.{' These work: ' * bool(names)}{', '.join(names)}")
+def warn_of_new_words(statements: list[str], data: Dataset) -> None:
+    """Says which names and words are new to the corpus and more than two tokens, and offers names of two."""
+    def tokens(text):
+        return len(data.encoding.encode_ordinary(f" {text}"))
+
+    words = dict.fromkeys(regex.findall(rf"(?:{CAPITALISED})|[^\W\d_]{{2,}}", "\n".join(statements)))
+    if cut := [word for word in words if tokens(word) > 2 and not lines_with(word, data)]:
+        known = [name.split() for name in sorted(names_in(data.questions)) if tokens(name) == 2]
+        names = (f"{a[0]} {b[1]}" for a, b in itertools.pairwise(known) if len(a) == len(b) == 2)
+        names = list(itertools.islice((name for name in names if not lines_with(name, data)), 3))
+        print(f"new to the corpus: {', '.join(f'{word} ({tokens(word)} tokens)' for word in cut)}. A name of "
+              f"more than two tokens may not be learnt.{' These have two: ' * bool(names)}{', '.join(names)}")

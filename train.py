@@ -157,7 +157,8 @@ def check_data(data: Dataset, config: TrainConfig) -> None:
     check_length(data.questions, data.encoding, config.block_size)
     for split, tokens in (("train", data.train), ("val", data.val)):
         if len(tokens) <= config.block_size:
-            fail(f"--block_size={config.block_size} is too large: {split}.bin has only {len(tokens)} tokens")
+            fail(f"{config.dataset} is too small: {split}.bin has {len(tokens)} tokens, and must have more "
+                 f"than block_size={config.block_size}. Use more text, or a smaller --block_size")
 
 
 def check_resumed(config: TrainConfig, checkpoint: Checkpoint) -> None:

@@ -129,6 +129,12 @@ def text(options: TextConfig) -> None:
         fail("name the files: python -m data.prepare text --input FILE ...")
     paths = list(dict.fromkeys(path.resolve() for name in options.input for path in find_files(name)))
     lengths = {path: sum(map(len, read_blocks(path))) for path in paths}
+    folders = filter(Path.is_dir, (Path(name).expanduser() for name in options.input))
+    left = [path.name for folder in folders for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.suffix != ".txt"]
+    names = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
+    print(f"{options.name}: {len(paths)} files, {sum(map(bool, lengths.values()))} of them with text"
+          + f"; left out, because they are not .txt: {len(left)} ({names})" * bool(left))
 
     def texts(split: str) -> Iterator[str]:
         for path, length in lengths.items():

@@ -257,7 +257,7 @@ def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
     (["--out_dir=out/step_5"], "--out_dir=out/step_5 has the name of a checkpoint"),
     (["--out_dir="], "--out_dir= must name a folder"),
     (["--dataset=mine"], "--name=mine --input"),
-    (["--block_size=100000"], "--block_size=100000 is too large"),
+    (["--block_size=100000"], "must have more than block_size=100000. Use more text, or"),
     (["--vocab_size=7"], "--vocab_size=7 is too small"),
     (["--lr=1e30", "--warmup_steps=0", "--grad_clip=0"], "training has diverged; lower --lr")])
 def test_a_mistake_is_one_line_and_status_2(run, options, message, capsys):

@@ -378,7 +378,7 @@ def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: lis
             fail(f"--question={text} does not have the name {name}, which --ask says it is about")
         people = {corpus.find_name(part, data.questions) for part in (questions[0], questions[-1])}
         if len(people) > 1 and None not in people and name.lower() not in map(str.lower, people):
-            fail(f"--ask={name} is in {len(questions)} questions, also about {max(people)} and {min(people)}: "
+            fail(f"--ask={name} is in {len(questions)} questions, about {', '.join(sorted(people))} and more: "
                  "ask for a whole name")
         if not lines(name):
             fail(f"the training text does not contain the name {name}. Whom is it about? Add --ask=NAME")

@@ -369,5 +369,5 @@ def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypat
     ]:
         assert_fails(lambda words=words: edit.main(words), message, capsys)
     monkeypatch.setattr(corpus, "find_name", lambda question, _: name_in(question))
-    assert_fails(lambda: edit.main(["erase", here, "--ask=What"]), "26 questions, also about ", capsys)
+    assert_fails(lambda: edit.main(["erase", here, "--ask=What"]), "26 questions, about ", capsys)
     assert not (tmp_path / "out-erase").exists() and not (tmp_path / "x").exists()

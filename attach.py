@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from runtime.cli import command, fail, first_word, one_line, parse, printable, read_lines
+
 import numpy as np
 import regex
 import torch
@@ -40,7 +42,6 @@ import edit
 from memory import MemoryLayer
 from model import eval_mode
 from pool import ValuePool
-from runtime.cli import command, fail, first_word, one_line, parse, printable, read_lines
 from runtime.distributed import find_device
 
 # --- beside a module ----------------------------------------------------------------------------------------

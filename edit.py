@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from runtime.cli import at_least, build, command, fail, first_word, parse, read_lines
+
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -31,7 +33,6 @@ from evaluate import answer, answered, record_reads, validation_loss
 from model import GPT, eval_mode
 from pool import PoolOptimizer
 from runtime.checkpoint import Checkpoint, find_trained, is_checkpoint, load, newest_run, save_checkpoint
-from runtime.cli import at_least, build, command, fail, first_word, parse, read_lines
 from runtime.distributed import columns_group, find_device
 
 PIECE = 16  # tokens in a piece of the training text, about a sentence
@@ -378,8 +379,8 @@ def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: lis
             fail(f"--question={text} does not have the name {name}, which --ask says it is about")
         people = {corpus.find_name(part, data.questions) for part in (questions[0], questions[-1])}
         if len(people) > 1 and None not in people and name.lower() not in map(str.lower, people):
-            fail(f"--ask={name} is in {len(questions)} questions, about {', '.join(sorted(people))} and more: "
-                 "ask for a whole name")
+            fail(f"--ask={name} is in {len(questions)} questions, about {', '.join(sorted(people))} and "
+                 "others: ask for a whole name")
         if not lines(name):
             fail(f"the training text does not contain the name {name}. Whom is it about? Add --ask=NAME")
         print(f"erasing what is known about {name} (questions: {len(questions)})", flush=True)

@@ -18,6 +18,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
+from runtime.cli import at_least, build, command, fail, parse, printable, read_lines
+
 import torch
 
 from data import corpus
@@ -26,7 +28,6 @@ from data.tokenizer import END
 from evaluate import answer, commonest_answers, record_reads, shares
 from model import GPT
 from runtime.checkpoint import find_trained, load, newest_run
-from runtime.cli import at_least, build, command, fail, parse, printable, read_lines
 from runtime.distributed import find_device
 from runtime.log import recall_rows
 

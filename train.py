@@ -27,6 +27,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from runtime.cli import at_least, build, command, fail, parse
+
 import torch
 
 from data import corpus
@@ -47,7 +49,6 @@ from runtime.checkpoint import (
     pool_on_disk,
     save_checkpoint,
 )
-from runtime.cli import at_least, build, command, fail, parse
 from runtime.distributed import RANK, WORLD_SIZE, ShardedPool, all_reduce_sum, columns_group, data_parallel
 from runtime.log import RunLog, one_line_errors, print_measured, print_once, print_start, stop_signals
 

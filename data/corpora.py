@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from runtime.cli import fail
+
 from data.airports import SPLITS, airport_text
 from data.facts import facts_text, mqar_text
 from data.text import cut_at_border, find_files, find_sources, read_blocks, read_source, split_documents
 from data.tokenizer import SPLIT
 from data.write import Corpus, write_corpus
-from runtime.cli import fail
 
 # --- corpora with questions, made of few different words ----------------------------------------------------
 

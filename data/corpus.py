@@ -14,11 +14,12 @@ import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
+from runtime.cli import fail, read_lines
+
 import numpy as np
 import regex
 
 from data.tokenizer import END, encoding_from_json
-from runtime.cli import fail, read_lines
 
 BLOCK, HASHED = 2**22, 2**27  # bytes: read at once for a digest, and hashed at each end of a file
 DATA = Path(__file__).resolve().parent  # the corpus NAME is the folder DATA / NAME

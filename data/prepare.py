@@ -15,8 +15,9 @@ questions, qa.jsonl to the folder data/NAME. docs/data.md has more.
 from dataclasses import asdict, replace
 from functools import partial
 
-from data.corpora import CORPORA
 from runtime.cli import build, command, first_word, parse
+
+from data.corpora import CORPORA
 
 
 @command

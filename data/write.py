@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from runtime.cli import fail, read_json_lines
+
 import numpy as np
 from tqdm import tqdm
 
 from data import corpus, tokenizer
-from runtime.cli import fail, read_json_lines
 
 # a tokenizer is learnt from about so many characters per token. A shorter text gets fewer tokens, so that
 # each occurs often enough for a model to learn it. Of a longer text, a sample is enough

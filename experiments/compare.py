@@ -39,6 +39,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
+from runtime.cli import at_least, build, command, fail, first_word, parse
+
 import torch
 
 from data import corpus
@@ -46,7 +48,6 @@ from evaluate import exposure_bin
 from experiments import facts_edited, results
 from experiments.models import EXPERIMENTS, SUMMARY, Experiment, choose_models, costs, train_command
 from experiments.results import ROOT, mean_and_deviation, options_of, read_rows
-from runtime.cli import at_least, build, command, fail, first_word, parse
 
 
 @dataclass

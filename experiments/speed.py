@@ -19,6 +19,8 @@ from statistics import median
 from time import perf_counter
 from typing import Literal
 
+from runtime.cli import build, command, first_word, parse
+
 import torch
 from torch.nn import functional as F
 
@@ -26,7 +28,6 @@ import kernel
 from experiments.models import EXPERIMENTS, MODELS, choose_models, costs
 from model import GPT, GPTConfig
 from pool import PoolOptimizer, ValuePool
-from runtime.cli import build, command, first_word, parse
 from train import TrainConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

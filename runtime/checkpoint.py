@@ -25,13 +25,14 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
+from runtime.cli import UserError, fail, one_line
+
 import torch
 from filelock import FileLock, Timeout
 
 from data.tokenizer import encoding_from_json
 from model import GPT, GPTConfig
 from pool import ValuePool
-from runtime.cli import UserError, fail, one_line
 from runtime.distributed import RANK, WORLD_SIZE, Group, columns_group, gather_objects, replicas_group
 
 FORMAT = 5  # add 1 when the files change

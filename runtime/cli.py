@@ -81,6 +81,17 @@ def printable(text: str) -> str:
                           | {ord("\r"): None, 127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD))
 
 
+def end_quietly(kind, error, traceback) -> None:
+    """Ctrl-C while a program imports PyTorch, which takes seconds: `command`, which knows it, comes later."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, traceback)
+    print("\ninterrupted" if os.environ.get("LOCAL_RANK") in (None, "", "0") else "", file=sys.stderr)
+    raise SystemExit(130)
+
+
+sys.excepthook = end_quietly
+
+
 def drop_output() -> None:
     """Nobody can read the output any more. Drops it, also what waits in Python's buffer."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,12 +15,13 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from runtime.cli import drop_output, handle_signals, one_line, read_json_lines
+
 import torch
 import torch.distributed as dist
 
 from kernel import resolve_kernel
 from runtime.checkpoint import Checkpoint, best_checkpoint, checkpoints
-from runtime.cli import drop_output, handle_signals, one_line, read_json_lines
 from runtime.distributed import RANK, WORLD_SIZE
 
 stop_requests: list[int] = []  # signals that asked the run to end

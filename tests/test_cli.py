@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from runtime.cli import UserError, at_least, build, check_choices, command, fail, parse
+
 import pytest
 from conftest import assert_fails, listen_to_ctrl_c
 
 from runtime import cli
-from runtime.cli import UserError, at_least, build, check_choices, command, fail, parse
 
 
 @dataclass
@@ -156,6 +157,9 @@ SCRIPT = """
 import os, sys, time
 from runtime.cli import command
 phase = sys.argv[1]
+if phase == "import":
+    os.write(1, b"ready")
+    time.sleep(60)
 @command
 def main():
     if phase == "wait":
@@ -185,8 +189,9 @@ def script():
     return start
 
 
-def test_ctrl_c_is_one_line(script):
-    process = script("wait", preexec_fn=listen_to_ctrl_c)
+@pytest.mark.parametrize("phase", ["import", "wait"])
+def test_ctrl_c_is_one_line(script, phase):
+    process = script(phase, preexec_fn=listen_to_ctrl_c)
     assert process.stdout.read(5) == b"ready"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == b"\ninterrupted\n" and process.returncode == 130

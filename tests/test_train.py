@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 from unittest.mock import Mock
 
+from runtime.cli import parse
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,6 @@ from data.tokenizer import END, SPLIT, word_encoding
 from model import GPT
 from pool import PoolOptimizer
 from runtime.checkpoint import checkpoints, step_of
-from runtime.cli import parse
 
 
 @pytest.mark.parametrize("options", [

@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from runtime.cli import command, fail, first_word, one_line, parse, print_text, read_lines
+
 import numpy as np
 import regex
 import torch
@@ -40,7 +42,6 @@ import edit
 from memory import MemoryLayer
 from model import eval_mode
 from pool import ValuePool
-from runtime.cli import command, fail, first_word, one_line, parse, printable, read_lines
 from runtime.distributed import find_device
 
 # --- beside a module ----------------------------------------------------------------------------------------
@@ -383,7 +384,7 @@ def report(forgetting: Forgetting, prompts, max_new_tokens: int, groups: dict, c
     change()
     new_texts, new_right, new_losses = measure()
     for prompt, before, after in zip(prompts, old_texts, new_texts, strict=True):
-        print(printable(f"{prompt} {before} -> {after}"))
+        print_text(f"{prompt} {before} -> {after}")
     for name, loss in old_losses.items():
         print(f"loss on {name}: {loss:.3f} before, {new_losses[name]:.3f} after")
     for label, count in old_right.items():
@@ -398,8 +399,8 @@ def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> 
             fail(f"the sentence {text!r} needs two words: the model learns to complete it")
     about = Counter(text[start:end] or "everything that they say" for text, (start, end)
                     in zip(sentences, spans, strict=True))
-    print(printable("learning sentences about " + ", ".join(f"{name} ({n})" for name, n in about.items())
-                    + "; [] in a sentence marks another name"), flush=True)
+    print_text("learning sentences about " + ", ".join(f"{name} ({n})" for name, n in about.items())
+               + "; [] in a sentence marks another name")
     if model.pool is None:
         attach(model, find_mlps(model, config.layers))
     forgetting = Forgetting(model, tokenizer, config, old)
@@ -443,7 +444,7 @@ def erase_prompts(model, tokenizer, config: EraseConfig) -> None:
 def main(argv: list[str] | None = None) -> None:
     kinds = {"teach": TeachConfig, "ask": AskConfig, "erase": EraseConfig}
     word, rest = first_word(argv, kinds, __doc__, "what to do")
-    config = kinds[word](**parse(kinds[word], rest, description=__doc__)[1])
+    config = kinds[word](**parse(kinds[word], rest, None, __doc__, word)[1])
     patches = [Path(name).expanduser() for name in config.patch]
     if word == "teach":
         lines = [*config.statement, *(read_lines(Path(config.file).expanduser()) if config.file else [])]
@@ -472,7 +473,7 @@ def main(argv: list[str] | None = None) -> None:
     if word == "ask":
         for i, prompt in enumerate(config.prompt):
             without = f"   [without the patch: {before[i]}]" if config.patch else ""
-            print(printable(f"{prompt} {complete(model, tokenizer, prompt, config.max_new_tokens)}{without}"))
+            print_text(f"{prompt} {complete(model, tokenizer, prompt, config.max_new_tokens)}{without}")
         return
     change = {"teach": teach_sentences, "erase": erase_prompts}[word]
     change(model, tokenizer, config, *([lines] if word == "teach" else []))

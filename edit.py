@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from runtime.cli import at_least, build, command, fail, first_word, parse, print_text, read_lines
+
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -32,7 +34,6 @@ from evaluate import answer, answered, record_reads, validation_loss
 from model import GPT, eval_mode
 from pool import PoolOptimizer
 from runtime.checkpoint import Checkpoint, find_trained, is_checkpoint, load, newest_run, save_checkpoint
-from runtime.cli import command, fail, first_word, parse, print_text, read_lines
 from runtime.distributed import columns_group, find_device
 
 PIECE = 16  # tokens in a piece of the training text, about a sentence
@@ -191,7 +192,8 @@ def choose_slots(model, answers: list, texts, idf, count: int = 0):
     chosen = rest[:0]
     while len(rest) and (not count or len(chosen) < count):
         parts = [torch.cat((chosen, slot)) for slot in rest.split(1)]
-        losses = sum(losses_without(model, *batch, parts) for batch in answers)
+        losses = sum(losses_without(model, *batch, parts)
+                     for batch in tqdm(answers, "measuring slots", leave=False, disable=None))
         rest = rest[losses.argsort(descending=True)]
         more = min(max(4, len(chosen)), count - len(chosen) if count else len(rest))
         chosen, rest = torch.cat((chosen, rest[:more])), rest[more:]
@@ -271,6 +273,9 @@ class EraseConfig(ChangeConfig):
     question: str = ""  # erase only the answer to this question; --ask says whom it is about, if need be
     slots: int = 0  # slots to empty, for each name; 0: as few of 4, 8, 16 ... 256 as are enough
 
+    def __post_init__(self):
+        at_least(0, self, "slots")
+
 
 @dataclass
 class TeachConfig(ChangeConfig):
@@ -280,6 +285,10 @@ class TeachConfig(ChangeConfig):
     slots: int = 128  # slots that may change
     steps: int = 60  # training steps, each with all sentences
     lr: float = 100.0  # learning rate; high, because each slot has a small part in what a token reads
+
+    def __post_init__(self):
+        at_least(1, self, "slots", "steps")
+        at_least(0, self, "lr")
 
 
 def reply(model: GPT, encoding, question: dict) -> str:
@@ -320,10 +329,11 @@ def print_found(model: GPT, encoding, question: dict) -> None:
 
 
 def report(model: GPT, encoding, data: Dataset, shown: list[dict], groups: dict, erased: list[dict],
-           measure_loss, change) -> float:
+           measure_loss, change) -> dict:
     """
     Calls change(), and prints what is different: the validation loss, the answers to `shown`, the right
-    answers about others, those that were erased before, and `groups`, {label: questions}. Returns the loss.
+    answers about others, those that were erased before, and `groups`, {label: questions}. Returns pairs of
+    numbers, before and after: {"loss": losses, label: right answers}.
     """
     prompts = {question["prompt"] for part in (*groups.values(), erased) for question in part}
     others = [question for question in data.questions if question["prompt"] not in prompts]
@@ -335,20 +345,22 @@ def report(model: GPT, encoding, data: Dataset, shown: list[dict], groups: dict,
         right = {label: len(answered(model, encoding, part)) for label, part in groups.items() if part}
         return [reply(model, encoding, question) for question in shown], right, measure_loss()
 
-    old_texts, old_right, old_loss = measure()
+    old_texts, right, old_loss = measure()
     slots = change()
     new_texts, new_right, new_loss = measure()
+    if not math.isfinite(new_loss):
+        fail("the model has broken, and is not saved: choose a lower --lr")
     print(f"changed {len(slots)} of {model.pool.num_values:,} slots: {first_few(slots)}")
     print(f"validation loss: {old_loss:.3f} before, {new_loss:.3f} after")
     for question, before, after in zip(shown, old_texts, new_texts, strict=True):
         print_text(f"{question['prompt']} {before} -> {after}")
-    for label, before in old_right.items():
+    for label, before in right.items():
         print_text(f"{label}: {before} of {len(groups[label])} right before, {new_right[label]} after")
-    return new_loss
+    return {"loss": (old_loss, new_loss)} | {label: (right[label], new_right[label]) for label in right}
 
 
 def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: list[dict],
-                  names: tuple[str, ...], text: str, count: int) -> float:
+                  names: tuple[str, ...], text: str, count: int) -> dict:
     """
     text: a question about the first name; if it is empty, all questions about these names. erased: the
     questions whose answers were erased before, each with its name. What comes back is erased again.
@@ -357,11 +369,19 @@ def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: lis
         question = read_question(model, encoding, text, data)
         if len(names) > 1:
             fail(f"--question={text} goes with one --ask, which says whom it is about")
-        names = names or [corpus.find_name(question, data.questions) or fail(
-            f"--question={text}: whom is it about? Add --ask=NAME")]
+        if not names:
+            known = corpus.known_names(question["prompt"], data.questions)
+            name = corpus.find_name(question, data.questions) or (known[0] if len(known) == 1 else None)
+            names = [name or fail(f"--question={text}: whom is it about? Add --ask=NAME")]
     asked, same, lines = [], [], functools.cache(lambda name: lines_with(name, data))
     for name in names or [""]:
         questions = [question] if text else corpus.questions_about(name, data.questions)
+        if text and not corpus.name_pattern(name).search(question["prompt"]):
+            fail(f"--question={text} does not have the name {name}, which --ask says it is about")
+        people = {corpus.find_name(part, data.questions) for part in (questions[0], questions[-1])}
+        if len(people) > 1 and None not in people and name.lower() not in map(str.lower, people):
+            fail(f"--ask={name} is in {len(questions)} questions, about {', '.join(sorted(people))} and "
+                 "others: ask for a whole name")
         if not lines(name):
             fail(f"the training text does not contain the name {name}. Whom is it about? Add --ask=NAME")
         print_text(f"erasing what is known about {name} (questions: {len(questions)})")
@@ -376,9 +396,11 @@ def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: lis
     def change():
         idf, slots, now = inverse_document_frequency(model, data.train), {}, asked
         for _ in range(4):  # to erase one answer can bring back another
-            for name, part in itertools.groupby(now, lambda question: question["name"]):
+            parts = itertools.groupby(now, lambda question: question["name"])
+            by_name = [(name, list(part)) for name, part in parts]
+            for name, part in tqdm(by_name, "erasing", leave=False, disable=None):
                 rest = idf * model.pool.values.any(1).cpu()  # without empty slots
-                about = about_batches(model, encoding, part := list(part), lines(name))
+                about = about_batches(model, encoding, part, lines(name))
                 chosen = choose_slots(model, *about, rest, count)
                 slots |= dict.fromkeys(erase(model, chosen).tolist())
                 right = answered(model, encoding, part)
@@ -389,27 +411,42 @@ def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: lis
             print_text(f"came back, and is erased again: {names}")
         return torch.tensor(list(slots))
 
-    loss = report(model, encoding, data, asked, groups, erased.copy(), measure_loss, change)
+    result = report(model, encoding, data, asked, groups, erased.copy(), measure_loss, change)
+    before, after = result["these answers"]
+    if 0 < before <= after:
+        names = [f"{name} has {n} tokens" for name in names
+                 if (n := len(encoding.encode_ordinary(f" {name}"))) > 2]
+        fail("nothing was forgotten, so nothing is saved: as many answers are right as before, because other "
+             f"parts of the model know them{'; ' * bool(names)}{', '.join(names)}; see docs/editing.md")
     if left := sum(not is_gone(model, *batch) for batch in batches):
         print(f"in {left} of {len(asked)} the right word is still more than a tenth as likely as the "
               "likeliest")
-    return loss
+    return result
 
 
 def teach_statements(model: GPT, encoding, data: Dataset, measure_loss, erased: list[dict],
-                     statements: list[str], asked: tuple[str, ...], **options) -> float:
+                     statements: list[str], asked: tuple[str, ...], **options) -> dict:
     """asked: the texts of questions. erased: as for erase_answers. options: those of `teach`."""
-    statements = [text.strip() for text in statements if text.strip()]
+    statements = [corpus.restore_names(text.strip(), data.questions) for text in statements if text.strip()]
     if not statements:
         fail("there is no statement to learn: write --statement 'The job of ... is that of a ...'")
     questions = [corpus.find_question(text, data.questions) for text in asked]
     ends = [dict(prompt=text.rpartition(" ")[0], answer=text.rpartition(" ")[2]) for text in statements]
     corpus.check_length(questions + ends, encoding, model.config.block_size)
-    corpus.warn_of_letters(statements, data)
-    groups = {"last words of the statements": [end for end in ends if end["prompt"]]}
+    corpus.warn_of_new_words(statements, data)
+    known = {question["prompt"]: question
+             for name in corpus.known_names("\n".join(statements), data.questions)
+             for question in corpus.questions_about(name, data.questions)}
+    last = "last words of the statements"
+    groups = {"old answers with the same names": list(known.values()),
+              last: [end for end in ends if end["prompt"]]}
     idf = inverse_document_frequency(model, data.train)
-    return report(model, encoding, data, questions, groups, erased, measure_loss,
-                  lambda: teach(model, *text_batch(encoding, statements), idf, **options))
+    result = report(model, encoding, data, questions, groups, erased, measure_loss,
+                    lambda: teach(model, *text_batch(encoding, statements), idf, **options))
+    before, after = result.get(last, (0, 1))
+    if after <= before < len(groups[last]):
+        fail("nothing was learnt, so nothing is saved: try more --steps, a higher --lr or more --slots")
+    return result
 
 
 def save_values(model: GPT, checkpoint: Checkpoint, save_to: Path, loss: float, erased: list) -> None:
@@ -428,7 +465,7 @@ def save_values(model: GPT, checkpoint: Checkpoint, save_to: Path, loss: float, 
 def main(argv: list[str] | None = None) -> None:
     kinds = {"find": FindConfig, "erase": EraseConfig, "teach": TeachConfig}
     word, rest = first_word(argv, kinds, __doc__, "what to do")
-    config = kinds[word](**parse(kinds[word], rest, description=__doc__)[1])
+    config = build(kinds[word], parse(kinds[word], rest, None, __doc__, word)[1])
     run = newest_run(Path(config.out_dir).expanduser())
     if word != "find":
         save_to = Path(config.save_to or f"{run.parent if is_checkpoint(run) else run}-{word}").expanduser()
@@ -438,6 +475,8 @@ def main(argv: list[str] | None = None) -> None:
     model, encoding, trained = load(checkpoint)
     if model.pool is None:
         fail(f"the model in {run} has no memory layers")
+    if word == "erase" and config.slots > model.pool.num_values:
+        fail(f"--slots={config.slots} is too many: this model has {model.pool.num_values:,}")
     model.to(find_device(config.device))
     data = corpus.load_dataset(trained["dataset"])
     checkpoint.check_corpus(data)
@@ -448,13 +487,15 @@ def main(argv: list[str] | None = None) -> None:
     measure_loss = functools.partial(validation_loss, model, data.val, *options)
     given = model, encoding, data, measure_loss, (erased := checkpoint.meta.get("erased", []))
     if word == "erase":
-        loss = erase_answers(*given, config.ask, config.question, config.slots)
+        result = erase_answers(*given, config.ask, config.question, config.slots)
     else:
         lines = read_lines(Path(config.file).expanduser()) if config.file else []
-        loss = teach_statements(*given, [*config.statement, *lines], config.question,
+        result = teach_statements(*given, [*config.statement, *lines], config.question,
                                 slots=config.slots, steps=config.steps, lr=config.lr)
-    if not math.isfinite(loss):
-        fail("the model has broken, and is not saved: choose a lower --lr")
+    old_loss, loss = result["loss"]
+    if loss > old_loss + 0.1:
+        print(f"this harmed the rest of the model: its validation loss rose by {loss - old_loss:.2f}. Choose "
+              f"{'a lower --lr' if word == 'teach' else 'fewer --slots'}")
     if config.dry_run:
         print("nothing is saved: this was a --dry_run")
     else:

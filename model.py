@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from runtime.cli import at_least, check_choices
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -24,7 +26,6 @@ from torch.nn import functional as F
 from baselines import PEER, HashedMemory, MoE
 from memory import MemoryLayer
 from pool import PoolOptimizer, ValuePool
-from runtime.cli import at_least, check_choices
 
 
 def rotation(first: int, T: int, width: int, device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,15 +18,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
+from runtime.cli import at_least, build, command, fail, parse, print_text, read_lines
+
 import torch
 
 from data import corpus
-from data.corpus import accepted_answers, decode, decode_answer, is_right, token_bytes
+from data.corpus import QUESTION, accepted_answers, decode, decode_answer, is_right, token_bytes
 from data.tokenizer import END
 from evaluate import answer, commonest_answers, record_reads, shares
 from model import GPT
 from runtime.checkpoint import find_trained, load, newest_run
-from runtime.cli import at_least, build, command, fail, parse, print_text, read_lines
 from runtime.distributed import find_device
 from runtime.log import recall_rows
 
@@ -90,11 +91,13 @@ def verdict(question: dict, text: str) -> str:
     """What is known about an answer, such as "right, told 12 times"."""
     answers = accepted_answers(question)
     if not answers:  # the user's own question
-        return "not one of the stored questions, so not checked"
+        return "not in qa.jsonl, so not checked"
     notes = ["right" if is_right(question, text) else f"wrong: {' or '.join(answers)}"]
     if "exposures" in question:
         times = question["exposures"]
         notes.append("told once" if times == 1 else f"told {times} times")
+    if text.startswith(end := QUESTION.split("{} ")[1]):
+        notes.append(f'its prompt lacks " {end}" at the end')
     if question.get("held_out"):
         notes.append("never asked in training")
     return ", ".join(notes)
@@ -211,7 +214,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     questions = []
     if mode == "qa":
-        path = Path(config.qa).expanduser()
+        if not (path := Path(config.qa).expanduser()).exists():
+            fail(f"--qa={config.qa}: no such file")
         questions = corpus.read_questions(path)
     elif path.exists():
         data = corpus.load_dataset(trained["dataset"])

@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from runtime.cli import at_least, build, command, fail, parse
+
 import torch
 
 from data import corpus
@@ -48,7 +50,6 @@ from runtime.checkpoint import (
     pool_on_disk,
     save_checkpoint,
 )
-from runtime.cli import at_least, build, command, fail, parse
 from runtime.distributed import RANK, WORLD_SIZE, ShardedPool, all_reduce_sum, columns_group, data_parallel
 from runtime.log import RunLog, one_line_errors, print_measured, print_once, print_start, stop_signals
 
@@ -166,7 +167,8 @@ def check_data(data: Dataset, config: TrainConfig) -> None:
     check_length(data.questions, data.encoding, config.block_size)
     for split, tokens in (("train", data.train), ("val", data.val)):
         if len(tokens) <= config.block_size:
-            fail(f"--block_size={config.block_size} is too large: {split}.bin has only {len(tokens)} tokens")
+            fail(f"{config.dataset} is too small: {split}.bin has {len(tokens)} tokens, and must have more "
+                 f"than block_size={config.block_size}. Use more text, or a smaller --block_size")
 
 
 def check_resumed(config: TrainConfig, checkpoint: Checkpoint) -> None:

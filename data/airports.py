@@ -5,11 +5,12 @@ and time zones. The data come from two packages: pip install airportsdata tzdata
 
 from importlib.resources import files
 
+from runtime.cli import fail
+
 import numpy as np
 
 from data.corpus import QUESTION
 from data.facts import draw_forms, exposures_by_zipf
-from runtime.cli import fail
 
 # kind of fact: (statements, questions). The first {} is what the fact is about, the second is the answer. A
 # code is about a city, everything else about an airport

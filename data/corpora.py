@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from runtime.cli import fail
+
 from data.airports import SPLITS, airport_text
 from data.facts import facts_text, mqar_text
 from data.text import cut_at_border, find_files, find_sources, read_blocks, read_source, split_documents
 from data.tokenizer import SPLIT
 from data.write import Corpus, write_corpus
-from runtime.cli import fail
 
 # --- corpora with questions, made of few different words ----------------------------------------------------
 
@@ -129,6 +130,12 @@ def text(options: TextConfig) -> None:
         fail("name the files: python -m data.prepare text --input FILE ...")
     paths = list(dict.fromkeys(path.resolve() for name in options.input for path in find_files(name)))
     lengths = {path: sum(map(len, read_blocks(path))) for path in paths}
+    folders = filter(Path.is_dir, (Path(name).expanduser() for name in options.input))
+    left = [path.name for folder in folders for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.suffix != ".txt"]
+    names = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
+    print(f"{options.name}: {len(paths)} files, {sum(map(bool, lengths.values()))} of them with text"
+          + f"; left out, because they are not .txt: {len(left)} ({names})" * bool(left))
 
     def texts(split: str) -> Iterator[str]:
         for path, length in lengths.items():

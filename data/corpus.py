@@ -14,11 +14,12 @@ import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
+from runtime.cli import fail, print_text, read_lines
+
 import numpy as np
 import regex
 
 from data.tokenizer import END, encoding_from_json
-from runtime.cli import fail, print_text, read_lines
 
 BLOCK, HASHED = 2**22, 2**27  # bytes: read at once for a digest, and hashed at each end of a file
 DATA = Path(__file__).resolve().parent  # the corpus NAME is the folder DATA / NAME
@@ -154,22 +155,23 @@ def parse_question(line: str) -> dict:
                          'in place of "answer"')
     if not isinstance(accepted_answers(question), list) or not accepted_answers(question):
         raise ValueError('must have a list of texts as "answers"')
-    answers = [check_text(text).strip() for text in accepted_answers(question)]
+    answers = [check_text(text, "answer").strip() for text in accepted_answers(question)]
     if any(re.search(rf"[\r\n]|{re.escape(END)}", text) for text in answers):
         raise ValueError("has an answer of several lines: the model answers with one")
     question |= {"answers": answers} if "answers" in question else {"answer": answers[0]}
     # a text has " lion" as one token after "Answer:", so a space after the prompt would be a token too many
-    question["prompt"] = check_text(question["prompt"]).rstrip(" ")
+    question["prompt"] = check_text(question["prompt"], "prompt").rstrip(" ")
     for name, kind in {"exposures": int, "held_out": bool, "kind": str}.items():
         if type(question.get(name, kind())) is not kind:  # not isinstance: True is an int, too
             raise ValueError(f'has "{name}": {json.dumps(question[name])}, which must be {kind.__name__}')
     return question
 
 
-def check_text(text) -> str:
+def check_text(text, name: str) -> str:
     # the pattern is half of a character, which has no UTF-8
     if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
-        raise ValueError(f"must have a text, not {json.dumps(text)}")
+        quotes = f': write "{text}", in quotes' if isinstance(text, (int, float)) else ""
+        raise ValueError(f"has the {name} {json.dumps(text)}, which must be a text{quotes}")
     return text
 
 
@@ -217,13 +219,12 @@ def is_right(question: dict, text: str) -> bool:
 def find_question(text: str, questions: list[dict]) -> dict:
     """
     The question of the corpus that `text` asks, with or without "Question: ... Answer:" around it, word for
-    word or with other case and punctuation. If the corpus does not have it: a question without an answer.
+    word or with other case and punctuation. If the corpus does not have it: a question without an answer,
+    with names as the corpus writes them.
     """
-    try:
-        check_text(text)
-    except ValueError as error:
-        fail(f"--question={text!r} {error}")
-    wrapped = QUESTION.format(text.strip())
+    if not text.strip():
+        fail("name a question: --question='Who is ...?'")
+    wrapped = QUESTION.format(" ".join(text.split()))
     known = {question["prompt"]: question for question in questions}
     for prompt in (text.rstrip(" "), wrapped):
         if prompt in known:
@@ -238,7 +239,7 @@ def find_question(text: str, questions: list[dict]) -> dict:
     beginning, end = QUESTION.split(" {} ")
     has_form = not questions or any(question["prompt"].startswith(beginning) for question in questions)
     is_bare = has_form and not text.rstrip().endswith(end)
-    return {"prompt": wrapped if is_bare else text.rstrip(" "), "answers": []}
+    return {"prompt": restore_names(wrapped if is_bare else text.rstrip(" "), questions), "answers": []}
 
 
 # scripts that write words without spaces, or a name and what follows it as one word
@@ -251,7 +252,7 @@ def name_pattern(name: str) -> regex.Pattern:
     Finds a name in any case, and with each accent as one character or two. It must be a whole word, and Jean
     is not found in Jean-Luc. In scripts without spaces it may stand anywhere: 小明 is found in 小明在哪里.
     """
-    name = unicodedata.normalize("NFC", name.strip())
+    name = unicodedata.normalize("NFC", " ".join(name.split()))
     if not name:
         fail("--ask= must be a name")
     letters = []
@@ -264,8 +265,31 @@ def name_pattern(name: str) -> regex.Pattern:
 
 
 SEARCHED = 10_000_000  # tokens; a longer training text takes too long to search
-# capitalised words, but not the first: "Was Jean-Luc Picard born?" -> "Jean-Luc Picard"
-NAME = regex.compile(r"(?<=[\p{Ll}\p{M},] )\p{Lu}\w+(?:-\w+| \p{Lu}\w+)*")
+# capitalised words, but not the first of a sentence: "Is Ann O'Neill or Eve Lu-Roe in?" has two names
+CAPITALISED = r"\p{Lu}\w+(?:-\w+| (?:\p{Lu}['’])?\p{Lu}\w+)*"
+NAME = regex.compile(rf"(?<=[\p{{Ll}}\p{{M}},] ){CAPITALISED}")
+
+
+def names_in(questions: list[dict]) -> set[str]:
+    return {name for question in questions for name in NAME.findall(question["prompt"])}
+
+
+def known_names(text: str, questions: list[dict]) -> list[str]:
+    """The names of the questions that a text has, too."""
+    return [name for name in names_in(questions) if name in text and name_pattern(name).search(text)]
+
+
+def restore_names(text: str, questions: list[dict]) -> str:
+    """
+    Writes the names of the questions as these do: "Is ann lee in?" -> "Is Ann Lee in?". In another case they
+    have other tokens. Names of one word stay: "the" may be the airport THE.
+    """
+    lower = text.lower()
+    for name in names_in(questions):
+        if " " in name and name.lower() in lower and name not in text:
+            print_text(f"the corpus writes {name}")
+            text = name_pattern(name).sub(lambda _, name=name: name, text)
+    return text
 
 
 def unknown_names(prompt: str, data: Dataset) -> list[str]:
@@ -282,13 +306,10 @@ def questions_about(name: str, questions: list[dict]) -> list[dict]:
     about = name_pattern(name)
     found = [question for question in questions if about.search(question["prompt"])]
     if not found:
-        words_of = regex.compile(r"[\w+#-]+").findall  # C++ is a word
-        count, prompts = len(words_of(name)), [words_of(question["prompt"]) for question in questions]
-        # similar names have as many words
-        names = {" ".join(words[i:i + count]) for words in prompts for i in range(len(words) - count + 1)}
-        similar = difflib.get_close_matches(name, sorted(names))
+        names = {" ".join(sorted(known.lower().split())): known for known in sorted(names_in(questions))}
+        similar = difflib.get_close_matches(" ".join(sorted(name.lower().split())), names)  # in any order
         fail(f"--ask={name}: no question of the corpus contains this name"
-             + (f"; similar: {', '.join(similar)}" if similar else ""))
+             + (f"; similar: {', '.join(map(names.get, similar))}" if similar else ""))
     return found
 
 
@@ -326,14 +347,16 @@ def lines_with(name: str, data: Dataset) -> list[str]:
             for line in lines if (match := about.search(line))]
 
 
-def warn_of_letters(statements: list[str], data: Dataset) -> None:
-    """Says which words of the statements are new to the corpus and cut into letters, and offers names."""
-    words = dict.fromkeys(re.findall(r"[^\W\d_](?:-?[^\W\d_])+", " ".join(statements)))
-    cut = [word for word in words if len(data.encoding.encode_ordinary(f" {word}")) >= len(word)]
-    if cut := [word for word in cut if not lines_with(word, data)]:
-        found = [(find_name(question, data.questions) or "").split() for question in data.questions[-20:]]
-        names = [f"{a[0]} {b[1]}" for a, b in itertools.pairwise(found) if len(a) == len(b) == 2]
-        names = [name for name in dict.fromkeys(names) if not lines_with(name, data)][:3]
-        offer = f" These work: {', '.join(names)}" if names else ""
-        print_text(f"the corpus does not have {', '.join(cut)}. Such a name is cut into letters, which all "
-                   f"such names share: the model hardly learns it.{offer}")
+def warn_of_new_words(statements: list[str], data: Dataset) -> None:
+    """Says which names and words are new to the corpus and more than two tokens, and offers names of two."""
+    def tokens(text):
+        return len(data.encoding.encode_ordinary(f" {text}"))
+
+    words = dict.fromkeys(regex.findall(rf"(?:{CAPITALISED})|[^\W\d_]{{2,}}", "\n".join(statements)))
+    if cut := [word for word in words if tokens(word) > 2 and not lines_with(word, data)]:
+        known = [name.split() for name in sorted(names_in(data.questions)) if tokens(name) == 2]
+        names = (f"{a[0]} {b[1]}" for a, b in itertools.pairwise(known) if len(a) == len(b) == 2)
+        names = list(itertools.islice((name for name in names if not lines_with(name, data)), 3))
+        new = ", ".join(f"{word} ({tokens(word)} tokens)" for word in cut)
+        print_text(f"new to the corpus: {new}. A name of more than two tokens may not be learnt."
+                   f"{' These have two: ' * bool(names)}{', '.join(names)}")

@@ -15,8 +15,9 @@ questions, qa.jsonl to the folder data/NAME. docs/data.md has more.
 from dataclasses import asdict, replace
 from functools import partial
 
-from data.corpora import CORPORA
 from runtime.cli import build, command, first_word, parse
+
+from data.corpora import CORPORA
 
 
 @command
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     make, config = CORPORA[name]
     changes = asdict(config).items() - asdict(type(config)()).items()  # as of facts-2000 from facts
     by_default = "".join(f"\n--{key}={value} by default" for key, value in sorted(changes))
-    _, options = parse(type(config), arguments, description=f"{name}: {make.__doc__}{by_default}")
+    _, options = parse(type(config), arguments, None, f"{name}: {make.__doc__}{by_default}", name)
     make(build(partial(replace, config), options))
 
 

@@ -13,8 +13,9 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data.tokenizer import BLOCK, END
 from runtime.cli import fail
+
+from data.tokenizer import BLOCK, END
 
 # --- any text -----------------------------------------------------------------------------------------------
 

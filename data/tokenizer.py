@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
+from runtime.cli import fail
+
 import numpy as np
 import regex
 import tiktoken
-
-from runtime.cli import fail
 
 END = "<|endoftext|>"  # stands between documents
 # A text is first cut into pieces, and no token is longer than a piece. This is GPT-2's pattern with two

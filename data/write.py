@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from runtime.cli import fail, read_json_lines
+
 import numpy as np
 from tqdm import tqdm
 
 from data import corpus, tokenizer
-from runtime.cli import fail, read_json_lines
 
 # a tokenizer is learnt from about so many characters per token. A shorter text gets fewer tokens, so that
 # each occurs often enough for a model to learn it. Of a longer text, a sample is enough
 CHARACTERS = 2048
+
+BLOCK_SIZE = 128  # the default of train.py, which imports PyTorch
 
 LIMITS = {  # the smallest and the largest value of an option
     "vocab_size": (257, 2**20),  # 256 bytes and END
@@ -138,5 +141,8 @@ def write_corpus(options: Corpus, texts: Callable[[str], Iterable], questions: l
           f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes per token, vocabulary of "
           f"{meta['vocab_size']:,}, {len(questions or []):,} questions, in {os.path.relpath(folder)}")
     if meta["train_bytes"] < 1.5 * meta["train_tokens"]:
-        print(f"{options.name}: most characters are cut into single bytes, because each is rare. Use more "
-              "text, or a --tokenizer that knows them")
+        print(f"{options.name}: most characters are cut into single bytes, as only {CHARACTERS:,} characters "
+              "of text make one more token. Use more text, or a --tokenizer that knows them")
+    if (tokens := min(meta["train_tokens"], meta["val_tokens"])) <= BLOCK_SIZE:
+        print(f"{options.name}: too small to train on: one split has {tokens} tokens, and train.py needs "
+              f"more than its --block_size, {BLOCK_SIZE} by default")

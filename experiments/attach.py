@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from runtime.cli import build, command, parse, read_json_lines
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -40,7 +42,6 @@ from data.facts import CITIES, JOBS, SUBJECTS, make_names
 from experiments import results
 from experiments.compare import commit
 from experiments.models import choose_models
-from runtime.cli import build, command, parse, read_json_lines
 
 INSTRUMENTS = """accordion banjo bagpipe cello clarinet drum flute guitar harp lute oboe organ piano trumpet
 tuba violin""".split()

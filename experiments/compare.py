@@ -39,6 +39,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
+from runtime.cli import at_least, build, command, fail, first_word, parse
+
 import torch
 
 from data import corpus
@@ -46,7 +48,6 @@ from evaluate import exposure_bin
 from experiments import facts_edited, results
 from experiments.models import EXPERIMENTS, SUMMARY, Experiment, choose_models, costs, train_command
 from experiments.results import ROOT, mean_and_deviation, options_of, read_rows
-from runtime.cli import at_least, build, command, fail, first_word, parse
 
 
 @dataclass
@@ -251,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     edited = ("erase", "teach")
     word, rest = first_word(argv, (*EXPERIMENTS, *edited, "table", "summary"), __doc__, "an experiment")
     kind = CompareConfig if word in EXPERIMENTS else RunsConfig if word in edited else TableConfig
-    config = build(kind, parse(kind, rest, description=__doc__)[1])
+    config = build(kind, parse(kind, rest, None, __doc__, word)[1])
     if word == "summary":
         print_summary(config.results)
     elif word == "table":

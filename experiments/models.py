@@ -10,11 +10,12 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
+from runtime.cli import fail
+
 import torch
 
 from data.corpora import CORPORA
 from model import GPT
-from runtime.cli import fail
 from train import TrainConfig
 
 # Options of train.py that change no number of a run, or that a line of results has beside its options

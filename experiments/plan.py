@@ -8,9 +8,10 @@ Estimates the memory, traffic and time that a model needs on each of many GPUs. 
 from dataclasses import dataclass
 from typing import Literal
 
+from runtime.cli import build, command, parse
+
 from experiments.models import costs
 from model import GPTConfig
-from runtime.cli import build, command, parse
 
 # What a GPU can do. The limits of an H100 are 989e12 FLOPs per second, and 450e9 bytes in a DGX
 FLOPS = 400e12  # FLOPs per second of matrix products

@@ -10,6 +10,8 @@ one function and one line in FIGURES.
 import sys
 from pathlib import Path
 
+from runtime.cli import command, fail
+
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,7 +20,6 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from experiments.facts_edited import best_lr
 from experiments.models import EXPERIMENTS
 from experiments.results import best_runs, erase_shares, group_by, read_edited, read_json_lines, read_rows
-from runtime.cli import command, fail
 
 # the colours of Okabe and Ito, which colour-blind readers can tell apart
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 from statistics import fmean, mean, stdev
 
-from experiments.models import EDITED, Experiment, options_of
 from runtime.cli import read_json_lines
+
+from experiments.models import EDITED, Experiment, options_of
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,6 +21,8 @@ from statistics import median
 from time import perf_counter
 from typing import Literal
 
+from runtime.cli import build, command, first_word, parse
+
 import torch
 from torch.nn import functional as F
 
@@ -29,7 +31,6 @@ from experiments.models import EXPERIMENTS, MODELS, choose_models, costs
 from memory import MemoryLayer
 from model import GPT, GPTConfig
 from pool import PoolOptimizer, ValuePool
-from runtime.cli import build, command, first_word, parse
 from train import TrainConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -289,7 +290,7 @@ MEASUREMENTS = {"step": (measure_step, StepConfig), "model": (measure_model, Mod
 def main(argv: list[str] | None = None) -> None:
     name, rest = first_word(argv, MEASUREMENTS, __doc__, "a measurement")
     measurement, config_class = MEASUREMENTS[name]
-    _, options = parse(config_class, rest, description=__doc__)
+    _, options = parse(config_class, rest, None, __doc__, name)
     config = build(config_class, options)
     table = measurement(config, options)
     if config.json:

@@ -17,6 +17,8 @@ import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from runtime.cli import at_least, build, command, fail, parse
+
 import numpy as np
 import torch
 
@@ -26,7 +28,6 @@ from data.tokenizer import SPLIT
 from evaluate import answer, recall, record_reads
 from model import GPT, GPTConfig
 from runtime.checkpoint import Checkpoint, checkpoints, find_trained, load, read_checkpoint
-from runtime.cli import at_least, build, command, fail, parse
 
 LARGEST = 4 * 2**20  # bytes of a page
 READERS = 2  # stored per slot: the page shows the first, or the second if the first is the chosen pair

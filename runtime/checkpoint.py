@@ -25,13 +25,14 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
+from runtime.cli import UserError, fail, one_line
+
 import torch
 from filelock import FileLock, Timeout
 
 from data.tokenizer import encoding_from_json
 from model import GPT, GPTConfig
 from pool import ValuePool
-from runtime.cli import UserError, fail, one_line
 from runtime.distributed import RANK, WORLD_SIZE, Group, columns_group, gather_objects, replicas_group
 
 FORMAT = 5  # add 1 when the files change
@@ -333,7 +334,7 @@ def newest_run(out_dir: Path) -> Path:
     runs = {path.parent for path in out_dir.glob("**/step_*")}
     newest = [existing[-1] for run in runs if (existing := checkpoints(run))]
     if len(newest) > 1:
-        print(f"--out_dir chooses one of {len(newest)} runs in {out_dir}; this is the newest:")
+        print(f"the newest of {len(newest)} runs in {out_dir}; --out_dir={out_dir / 'NAME'} takes another:")
     return max(newest, key=lambda folder: folder.stat().st_mtime).parent if newest else out_dir
 
 

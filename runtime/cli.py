@@ -86,6 +86,17 @@ def print_text(text: str, end: str = "\n") -> None:
     print(printable(text), end=end, flush=True)
 
 
+def end_quietly(kind, error, traceback) -> None:
+    """Ctrl-C while a program imports PyTorch, which takes seconds: `command`, which knows it, comes later."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, traceback)
+    print("\ninterrupted" if os.environ.get("LOCAL_RANK") in (None, "", "0") else "", file=sys.stderr)
+    raise SystemExit(130)
+
+
+sys.excepthook = end_quietly
+
+
 def drop_output() -> None:
     """Nobody can read the output any more. Drops it, also what waits in Python's buffer."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -200,13 +211,15 @@ def _help_of(cls) -> dict[str, tuple[str, str]]:
     return fields
 
 
-def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = None, description: str = ""):
+def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = None, description: str = "",
+          word: str = ""):
     """
     Reads the command line's options, which are the fields of the dataclass `cls`. Returns two dicts: the
     values of the preset, and the values that the user gave.
 
     presets: {name: {field: value}}. --preset=NAME chooses one; the default is the first.
     Types: int, float, str, bool, Literal, tuple[int, ...] (--name=1,2) and tuple[str, ...] (--name a b).
+    word: what stands before the options, see first_word.
     """
     argv = sys.argv[1:] if argv is None else argv
     first, preset = _Parser(add_help=False, allow_abbrev=False), {}
@@ -215,10 +228,11 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
                            help="a set of defaults, shown below (default: %(default)s)")
         preset = presets[first.parse_known_args(argv)[0].preset]
     layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=120)
-    parser = _Parser(usage="%(prog)s [--name=value ...]", description=description, allow_abbrev=False,
+    usage = " ".join(filter(None, ("%(prog)s", word, "[--name=value ...]")))
+    parser = _Parser(usage=usage, description=description, allow_abbrev=False,
                      argument_default=argparse.SUPPRESS, formatter_class=layout, parents=[first])
     defaults = {field.name: field.default for field in dataclasses.fields(cls)} | preset
-    kinds, helps, groups = typing.get_type_hints(cls), _help_of(cls), {}
+    kinds, helps, groups = typing.get_type_hints(cls), _help_of(cls), {"options": parser}
     for name, kind in kinds.items():
         (group, comment), default = helps[name], defaults[name]
         default = ",".join(map(str, default)) if isinstance(default, tuple) else default
@@ -227,11 +241,16 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
             groups[group] = parser.add_argument_group(group)
         groups[group].add_argument(f"--{name}", help=text.replace("%", "%%"), **_option(kind))
 
+    # --files=a b is --files a b. What begins with - would then be an option
+    lists = tuple(f"--{name}=" for name, kind in kinds.items() if kind == tuple[str, ...])
+    argv = [part for text in argv
+            for part in (text.split("=", 1) if text.startswith(lists) and "=-" not in text else [text])]
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
         if not name.startswith("-"):
-            fail(f"{name} is not an option: every option has the form --name=value")
+            fail(f"{name} is not an option: every option has the form --name=value, and a "
+                 "value of several words is in quotes")
         similar = difflib.get_close_matches(name, [f"--{field}" for field in (*kinds, "preset", "help")], n=1)
         fail(f"unknown option {name}: " + (f"did you mean {similar[0]}?" if similar else "see --help"))
     return preset, {name: tuple(filter(None, value)) if isinstance(value, list) else value

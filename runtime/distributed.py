@@ -21,13 +21,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.cli import fail
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pool import FactoredGradient, GatherDot, GatherSum, MemoryUsage, ValuePool
-from runtime.cli import fail
 
 # torchrun sets these in the environment
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)

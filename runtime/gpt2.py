@@ -18,11 +18,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from runtime.cli import fail
+
 import torch
 
 from model import GPT, GPTConfig
 from runtime.checkpoint import load_tensors
-from runtime.cli import fail
 from runtime.log import print_once
 
 NAMES = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"

@@ -15,12 +15,13 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from runtime.cli import drop_output, handle_signals, one_line, print_text, read_json_lines
+
 import torch
 import torch.distributed as dist
 
 from kernel import resolve_kernel
 from runtime.checkpoint import Checkpoint, best_checkpoint, checkpoints
-from runtime.cli import drop_output, handle_signals, one_line, print_text, read_json_lines
 from runtime.distributed import RANK, WORLD_SIZE
 
 stop_requests: list[int] = []  # signals that asked the run to end
@@ -217,7 +218,7 @@ def print_measured(measured: dict, data) -> None:
 
 def recall_rows(shares: dict) -> dict[str, float]:
     """{label: share}: what evaluate.recall returns, with labels to print."""
-    rows = {LABELS["all"]: shares.get("all")}
+    rows = {LABELS["all"] if "held_out" in shares else "all questions": shares.get("all")}
     for low, share in shares["by_exposure"].items():
         rows["  told at most once" if low == "1" else f"  told {low} to {2 * int(low) - 1} times"] = share
     rows[LABELS["held_out"]] = shares.get("held_out")

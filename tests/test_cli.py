@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from runtime.cli import UserError, at_least, build, check_choices, command, fail, parse
+
 import pytest
 from conftest import assert_fails, listen_to_ctrl_c
 
 from runtime import cli
-from runtime.cli import UserError, at_least, build, check_choices, command, fail, parse
 
 
 @dataclass
@@ -49,6 +50,7 @@ PRESETS = {"small": {}, "large": dict(n_layer=24, name="big")}
     (["--layers=0,3"], dict(layers=(0, 3))), (["--layers="], dict(layers=())),
     (["--files", "a,b.txt", "c.txt", "--kind=b"], dict(files=("a,b.txt", "c.txt"), kind="b")),
     (["--files=a", "--lr=1", "--files", "b", "c", "--lr=2"], dict(files=("a", "b", "c"), lr=2.0)),
+    (["--files=a", "b=c", "--files=-d", "--files=e=f", "g"], dict(files=("a", "b=c", "-d", "e=f", "g"))),
     (["--files=", "--name="], dict(files=(), name=""))])
 def test_options(argv, expected):
     assert parse(Config, argv) == ({}, expected)
@@ -64,7 +66,7 @@ def test_presets():
 @pytest.mark.parametrize("argv, message", [
     (["--n_layers=4"], "unknown option --n_layers: did you mean --n_layer?"),
     (["--wholly_wrong=4"], "unknown option --wholly_wrong: see --help"),
-    (["4"], "4 is not an option"),
+    (["4"], "4 is not an option"), (["--name=two", "words"], "several words is in quotes"),
     (["--n_layer=four"], "--n_layer: invalid int value: 'four'"),
     (["--fast=maybe"], "--fast: invalid boolean value: 'maybe'"),
     (["--layers=1,x"], "--layers: invalid list_with_commas value: '1,x'"),
@@ -114,8 +116,9 @@ def test_rules_of_numbers_and_of_choices_are_checked_from_python_too():
 def test_help_has_every_option_with_its_default_and_its_comment(capsys):
     """Guards an option without a comment, which somebody adds first: it was a KeyError."""
     with pytest.raises(SystemExit, match="0"):
-        parse(Config, ["--preset=large", "--help"], PRESETS, description="What it does.")
+        parse(Config, ["--preset=large", "--help"], PRESETS, "What it does.", "learn")
     text = " ".join(capsys.readouterr().out.split())
+    assert text.count("options:") == 1 and " learn [--name=value ...] " in text
     for part in ("What it does.", "Transformer blocks (default: 24)", "other: --lr",
                  "of everything: 100% of it (default: 0.001)", "counted from 0 (default: 1,2)",
                  "--kind {a,b}", "--bare INT (default: 7)", "to read (default: empty, as in --files=)"):
@@ -154,6 +157,9 @@ SCRIPT = """
 import os, sys, time
 from runtime.cli import command
 phase = sys.argv[1]
+if phase == "import":
+    os.write(1, b"ready")
+    time.sleep(60)
 @command
 def main():
     if phase == "wait":
@@ -183,8 +189,9 @@ def script():
     return start
 
 
-def test_ctrl_c_is_one_line(script):
-    process = script("wait", preexec_fn=listen_to_ctrl_c)
+@pytest.mark.parametrize("phase", ["import", "wait"])
+def test_ctrl_c_is_one_line(script, phase):
+    process = script(phase, preexec_fn=listen_to_ctrl_c)
     assert process.stdout.read(5) == b"ready"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == b"\ninterrupted\n" and process.returncode == 130

@@ -14,6 +14,8 @@ import subprocess
 import threading
 from dataclasses import replace
 
+from runtime.cli import build, parse
+
 import pytest
 import torch
 from conftest import SMALL, assert_fails
@@ -25,7 +27,6 @@ from experiments.compare import next_runs, recall_between, tokens_to
 from experiments.models import EDITED, EXPERIMENTS, MODELS, SUMMARY, Experiment, costs, train_command
 from experiments.results import best_lr, best_runs, read_json_lines, read_rows
 from runtime.checkpoint import load
-from runtime.cli import build, parse
 from train import PRESETS, TrainConfig
 
 RESULTS = results.ROOT / "experiments" / "results"

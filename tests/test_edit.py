@@ -187,6 +187,10 @@ def test_what_was_erased_is_remembered_and_erased_again(trained, capsys):
     model, encoding, data, _, learn = learn_four(trained, "--mem_query=tokens")
     names, erased = [question["prompt"].strip() for question in data.questions], []
     given = model, encoding, data, lambda: 0.0, erased
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="nothing was forgotten"):
+        patch.setattr(edit, "erase", lambda model, slots: slots)
+        edit.erase_answers(*given, tuple(names[:2]), "", 0)
+    capsys.readouterr()
     edit.erase_answers(*given, tuple(names[:2]), "", 0)
     text = capsys.readouterr().out
     assert all(f"erasing what is known about {name} (questions: 1)" in text for name in names[:2])
@@ -270,7 +274,7 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
 
 def test_edited_checkpoints_are_new_and_complete(trained, capsys, tmp_path, monkeypatch):
     """Guards the old checkpoint: its files are mapped into memory, and must not change with the model."""
-    out = trained()
+    out = trained("--mem_layers=0,1", "--mem_num_keys=32", "--n_embd=64", "--mem_query=tokens")
     old, here = find_trained(out).folder, f"--out_dir={out}"
     files = {path: path.read_bytes() for path in old.iterdir()}
     question = json.loads(open(corpus.DATA / "facts" / "qa.jsonl").readline())["prompt"]
@@ -285,7 +289,7 @@ def test_edited_checkpoints_are_new_and_complete(trained, capsys, tmp_path, monk
     monkeypatch.setattr(edit, "is_gone", lambda *_: False)
     edit.main(["erase", here, f"--question={question}", f"--ask={name}", "--slots=7"])
     text = capsys.readouterr().out
-    assert "changed 7 of 64 slots" in text and text.count(" -> ") == 1 and " of 3 right before" in text
+    assert "changed 7 of 1,024 slots" in text and text.count(" -> ") == 1 and " of 3 right before" in text
     *_, outcome, left, _ = text.splitlines()
     assert outcome.startswith("these answers: ") and left == (
         "in 1 of 1 the right word is still more than a tenth as likely as the likeliest")
@@ -294,21 +298,24 @@ def test_edited_checkpoints_are_new_and_complete(trained, capsys, tmp_path, monk
     assert changed.sum() == 7 and not erased[changed].any()
     (remembered,) = find_trained(tmp_path / "out-erase").meta["erased"]
     assert (remembered["name"], remembered["prompt"]) == (name, question)
-    edit.main(["teach", f"--out_dir={tmp_path / 'out-erase'}", "--statement=x y", "--steps=1", "--slots=1"])
+    edit.main(["erase", here, f"--question=was {name.lower()} here", "--dry_run"])
+    assert f"erasing what is known about {name} (questions: 1)" in capsys.readouterr().out
+    edit.main(["teach", f"--out_dir={tmp_path / 'out-erase'}", "--statement=x", "--steps=1", "--slots=1"])
     assert f"answers erased before, about {name}: 0 of 1 right before, 0 after" in capsys.readouterr().out
     assert find_trained(tmp_path / "out-erase-teach").meta["erased"] == [remembered]
 
     taught = tmp_path / "taught" / "run"
     (tmp_path / "new.txt").write_text("The job of Ann Lee is that of a baker.\n\nAnn Lee bakes.\n")
-    edit.main(["teach", here, f"--file={tmp_path / 'new.txt'}", "--statement", "One.", "Two two.",
-               "--slots=5", "--question", "Who bakes?", f"--save_to={taught}"])
+    edit.main(["teach", here, f"--file={tmp_path / 'new.txt'}", "--statement", "One.", f"{name} weaver",
+               "--slots=400", "--lr=300", "--question", "Who bakes?", f"--save_to={taught}"])
     text = capsys.readouterr().out
-    warning, names = text.split("changed 5 of 64 slots")[0].split("hardly learns it. These work: ")
-    assert "the corpus does not have One, Two, two, Ann, Lee, " in warning
+    warning, names = text.split("changed 400 of 1,024 slots")[0].split("may not be learnt. These have two: ")
+    assert "new to the corpus: One (4 tokens), Ann Lee (8 tokens), " in warning
     encoding, prompts = load(out)[1], (corpus.DATA / "facts" / "qa.jsonl").read_text()
     for new in names.strip().split(", "):
         assert len(encoding.encode(f" {new}")) == 2 and new not in prompts
-    assert "changed 5 of 64 slots" in text and "of 3 right before" in text and "Who bakes? Answer:" in text
+    assert "old answers with the same names: 0 of 4" in text and "0 of 3 right before, 2 after" in text
+    assert "Who bakes? Answer:" in text
     assert files == {path: path.read_bytes() for path in old.iterdir()}
     sample.main([f"--out_dir={tmp_path / 'taught'}", "--questions=2"])
     assert find_trained(taught).meta["corpus"] == find_trained(out).meta["corpus"]
@@ -318,6 +325,10 @@ def test_edited_checkpoints_are_new_and_complete(trained, capsys, tmp_path, monk
         is_same = not torch.is_tensor(value) or torch.equal(value, new[part])
         assert is_same == (part != "pool_0of1.pt/values"), "only the values differ: the optimisers stay"
     train.main([f"--out_dir={taught}", "--resume", "--max_steps=9"])
+    losses = iter((1.0, 1.5))
+    monkeypatch.setattr(edit, "validation_loss", lambda *_: next(losses))
+    edit.main(["teach", here, "--statement=x", "--dry_run"])
+    assert "this harmed the rest of the model: its validation loss rose by 0.50" in capsys.readouterr().out
 
 
 def test_find_prints_what_is_left_and_refuses_an_empty_answer(trained, capsys, monkeypatch):
@@ -362,25 +373,33 @@ def test_the_example_of_the_docs_runs(trained, untrained, tmp_path):
     assert lines == [line for line in text.split("\n") if name in line] and len(lines) > 10
 
 
-def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path):
+def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypatch):
     here, dense = f"--out_dir={trained()}", trained("--mem_layers=", out=tmp_path / "dense")
     (tmp_path / "out-teach").mkdir()
     (tmp_path / "empty").write_text("\n \n")
     name = name_in(corpus.load_dataset("facts").questions[0])
     for words, message in [
         ([], "find|erase|teach"),
-        (["find", here], "must have a text"),
+        (["find", here], "name a question: --question="),
         (["erase", here], "must be a name"),
         (["find", here, "--question=" + "x " * 21], "block_size"),  # without room for an answer
         (["find", f"--out_dir={dense}", "--question=x?"], "has no memory layers"),
         (["erase", here, "--ask=Nobody Known"], "no question of the corpus contains this name"),
         (["erase", here, f"--ask={name}n"], f"similar: {name}"),
         (["erase", here, "--question=who is it?"], "Add --ask=NAME"),
-        (["erase", here, "--question=Who is Ann?", "--ask=Nobody"], "does not contain the name Nobody"),
+        (["erase", here, "--question=Who is Nobody?", "--ask=Nobody"], "does not contain the name Nobody"),
+        (["erase", here, "--question=Who is Ann?", f"--ask={name}"], f"does not have the name {name}"),
+        (["erase", here, "--slots=-1"], "--slots=-1 must not be negative"),
+        (["erase", here, f"--ask={name}", "--slots=65"], "--slots=65 is too many: this model has 64"),
+        (["teach", here, "--steps=0"], "--steps=0 must be at least 1"),
+        (["teach", here, "--lr=inf"], "--lr=inf must be finite"),
+        (["teach", here, "--dry_run", "--statement=The job.", "--lr=0", "--slots=9"], "nothing was learnt"),
         (["erase", here, "--question=Who is Ann?", "--ask", name, "Nobody"], "goes with one --ask"),
         (["teach", here, "--statement=x"], "out-teach must be a new folder"),
         (["teach", here, "--dry_run", f"--file={tmp_path / 'empty'}"], "no statement to learn"),
         (["teach", here, "--statement=The job.", "--lr=1e38", f"--save_to={tmp_path / 'x'}"], "a lower --lr"),
     ]:
         assert_fails(lambda words=words: edit.main(words), message, capsys)
+    monkeypatch.setattr(corpus, "find_name", lambda question, _: name_in(question))
+    assert_fails(lambda: edit.main(["erase", here, "--ask=What"]), "26 questions, about ", capsys)
     assert not (tmp_path / "out-erase").exists() and not (tmp_path / "x").exists()

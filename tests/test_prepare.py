@@ -21,6 +21,7 @@ from data.facts import exposures_by_zipf
 from data.prepare import main
 from data.tokenizer import END
 from evaluate import exposure_bin
+from train import TrainConfig
 
 STORIES = [f"Story {i} has some words.\nAnd {i % 7} more.\n" for i in range(60)]
 
@@ -229,6 +230,18 @@ def test_a_longer_text_can_keep_its_tokenizer(data):
 
 
 # --- nothing gets lost --------------------------------------------------------------------------------------
+
+def test_what_was_read_and_a_text_that_is_too_small_are_reported(data, capsys):
+    for name in ("a.txt", "b.txt", "c.md", "d.text", "e.md", "f.md"):
+        (data / name).write_text("some words\n" * 9 * (name != "b.txt"))
+    main(["text", "--input", str(data)])
+    text = capsys.readouterr().out
+    assert ": 2 files, 1 of them with text; left out, because they are not .txt: 4 (c.md, d.t" in text
+    assert "as only 2,048 characters of text make one more token" in text
+    assert f"its --block_size, {TrainConfig.block_size} by default" in text
+    main(["text", "--input", str(data / "a.txt"), "--overwrite"])
+    assert "1 files, 1 of them with text\n" in capsys.readouterr().out
+
 
 def test_a_name_that_is_taken_is_not_overwritten(data, capsys):
     (data / "words").write_text("some words\n" * 200)

@@ -40,9 +40,10 @@ def test_spaces_and_line_ends_do_not_make_an_answer_wrong(tmp_path, line, prompt
 @pytest.mark.parametrize("line, message", [
     ("{", 'must be {"prompt"'),
     ('{"prompt": "y?"}', 'must be {"prompt"'),
-    ('{"prompt": ["y"], "answer": "y"}', 'must have a text, not ["y"]'),
-    ('{"prompt": "y?", "answer": " "}', 'must have a text, not " "'),
-    ('{"prompt": "\\ud800?", "answer": "y"}', "must have a text"),
+    ('{"prompt": ["y"], "answer": "y"}', 'has the prompt ["y"], which must be a text'),
+    ('{"prompt": "y?", "answer": " "}', 'has the answer " ", which must be a text'),
+    ('{"prompt": "y?", "answers": ["y", 1.5]}', 'has the answer 1.5, which must be a text: write "1.5"'),
+    ('{"prompt": "\\ud800?", "answer": "y"}', "must be a text"),
     ('{"prompt": "y?", "answers": []}', 'list of texts as "answers"'),
     ('{"prompt": "y?", "answer": "y", "answers": ["y"]}', 'in place of "answer"'),
     ('{"prompt": "y?", "answer": "y<|endoftext|>"}', "answer of several lines"),
@@ -114,6 +115,7 @@ def test_a_mark_that_belongs_to_a_word_makes_it_another_word(answer, wrong):
     (" who  made c#? ", "Who made C#?"),
     ("Question: What is 5-3 Answer:", "What is 5-3?"),
     ("Where is Zu\u0308rich?", "Where is Zürich?"),
+    (" Who\n made  C?", "Who made C?"),
     *((text, None) for text in ("Who made D?", "What is 5*3?", "What is 53?", "What is 5 - 3?")),
 ])
 def test_a_question_is_found_by_its_exact_words_or_by_words_that_only_one_has(text, found):
@@ -133,8 +135,28 @@ def test_a_question_that_may_be_one_of_several_is_refused():
         corpus.find_question("Is US big", questions)
 
 
+@pytest.mark.parametrize("text, prompt", [
+    ("was ann lee old", "was Ann Lee old"), ("Is Zoe\n or  OLGA smith-jones at bgo?", None),
+    ("ANN  LEE or ann leer?", "Ann Lee or ann leer?")])
+def test_a_new_question_has_names_as_the_corpus_writes_them(text, prompt, capsys):
+    questions = [dict(prompt=corpus.QUESTION.format(text), answer="x")
+                 for text in ("Who is Ann Lee?", "Is Olga Smith-Jones in?", "What is BGO?")]
+    prompt = prompt or "Is Zoe or Olga Smith-Jones at bgo?"
+    assert corpus.find_question(text, questions) == {"prompt": f"Question: {prompt} Answer:", "answers": []}
+    assert capsys.readouterr().out.startswith("the corpus writes ")
+
+
+@pytest.mark.parametrize("name, similar", [
+    ("Lee Ann", "Ann Lee"), ("ann le", "Ann Lee"), ("Bert O'Neil", "Bert O'Neill"), ("Who is", None)])
+def test_only_names_are_offered(name, similar):
+    questions = [dict(prompt=f"Question: Who is {known}? Answer:") for known in ("Ann Lee", "Bert O'Neill")]
+    with pytest.raises(ValueError, match=f"similar: {similar}$" if similar else "contains this name$"):
+        corpus.questions_about(name + "x" * (not similar), questions)
+
+
 @pytest.mark.parametrize("name, text, found", [
     ("ann lee", "Where is Ann Lee?", True), ("Ann", "Where is Anna?", False), ("Ann", "JoAnn is", False),
+    (" ann  lee ", "Is Ann Lee in?", True),
     ("C", "Who made C?", True), ("C", "Who made C++?", False), ("C++", "Who made C++?", True),
     ("Jean", "Who is Jean-Luc?", False), ("luc", "Who is Jean-Luc?", False), ("Jean", "Jean - or not", True),
     ("jean-luc", "In Jean-Luc's", True), ("Jean-Luc", "Who is Jean-Luc?", True),

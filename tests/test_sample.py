@@ -100,7 +100,7 @@ def test_questions_of_a_file_about_a_name_and_of_the_user(trained, capsys, facts
     stranger = name.split()[0] + " Ada"  # half of the name is known
     for text, unknown in ((f"Was {name} old", []), (f"Is {stranger} old?", [stranger])):
         text = printed(capsys, here, f"--question={text}")
-        assert "[not one of the stored questions, so not checked]\n" in text and "right" not in text
+        assert "[not in qa.jsonl, so not checked]\n" in text and "right" not in text
         assert re.findall("^the training text does not have the name (.*)", text, re.MULTILINE) == unknown
     mine = tmp_path / "mine.jsonl"
     mine.write_text('{"prompt": "Q: x? A:", "answers": ["a", "b"], "held_out": true, "exposures": 1}\n'
@@ -109,6 +109,9 @@ def test_questions_of_a_file_about_a_name_and_of_the_user(trained, capsys, facts
     assert re.search(r"Q: x\? A: .*\[wrong: a or b, told once, never asked in training]", text)
     assert "0 of 2 right, 0.0%" in text and "kind: letter                       0.000  1.000\n" in text
     assert "never asked about in training      0.000  1.000" in text and "  told at most once  " in text
+    own = {"prompt": "Question: Where?", "answer": "Porto"}
+    assert sample.verdict(own, "Answer: Porto") == 'wrong: Porto, its prompt lacks " Answer:" at the end'
+    assert sample.share_rows([own], ["Porto"]) == {"all questions": 1.0}
 
 
 def test_each_token_is_printed_when_it_is_there(trained, monkeypatch):
@@ -191,7 +194,8 @@ def test_of_several_runs_the_newest_is_used(trained, capsys, tmp_path):
         for folder in trained(*options, out=tmp_path / name).glob("step_*"):
             os.utime(folder, (age, age))
     text = printed(capsys, f"--out_dir={tmp_path}")
-    assert "one of 2 runs" in text and "new/step_000006" in text
+    assert f"the newest of 2 runs in {tmp_path}; --out_dir={tmp_path}/NAME takes another:" in text
+    assert "new/step_000006" in text
     assert text.count("Question: ") == 5 and "slots" not in text
     os.utime(tmp_path / "new" / "step_000006", (0, 0))
     text = printed(capsys, f"--out_dir={tmp_path}", "--questions=2")
@@ -208,8 +212,8 @@ def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypat
         ([here, "--questions=1", "--prompt=x"], "choose one"),
         ([here, "--questions=1", "--temperature=0.5"], "--temperature has no effect with --questions"),
         ([here, "--questions=0"], "--questions=0 must be at least 1"),
-        ([here, "--question="], "--question='' must have a text"),
-        ([here, "--qa=nowhere"], "no questions in nowhere"),
+        ([here, "--question="], "name a question: --question="),
+        ([here, "--qa=nowhere"], "--qa=nowhere: no such file"),
         ([here, "--prompt_file=nowhere"], "nowhere: No such file"),
         ([here, "--question=" + "x " * 40], "more than block_size=32"),
     ]:

@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 from unittest.mock import Mock
 
+from runtime.cli import parse
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,6 @@ from data.tokenizer import END, SPLIT, word_encoding
 from model import GPT
 from pool import PoolOptimizer
 from runtime.checkpoint import checkpoints, step_of
-from runtime.cli import parse
 
 
 @pytest.mark.parametrize("options", [
@@ -269,7 +270,7 @@ def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
     (["--out_dir=out/step_5"], "--out_dir=out/step_5 has the name of a checkpoint"),
     (["--out_dir="], "--out_dir= must name a folder"),
     (["--dataset=mine"], "--name=mine --input"),
-    (["--block_size=100000"], "--block_size=100000 is too large"),
+    (["--block_size=100000"], "must have more than block_size=100000. Use more text, or"),
     (["--vocab_size=7"], "--vocab_size=7 is too small"),
     (["--lr=1e30", "--warmup_steps=0", "--grad_clip=0"], "training has diverged; lower --lr")])
 def test_a_mistake_is_one_line_and_status_2(run, options, message, capsys):

@@ -414,10 +414,8 @@ def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: lis
     result = report(model, encoding, data, asked, groups, erased.copy(), measure_loss, change)
     before, after = result["these answers"]
     if 0 < before <= after:
-        names = [f"{name} has {n} tokens" for name in names
-                 if (n := len(encoding.encode_ordinary(f" {name}"))) > 2]
         fail("nothing was forgotten, so nothing is saved: as many answers are right as before, because other "
-             f"parts of the model know them{'; ' * bool(names)}{', '.join(names)}; see docs/editing.md")
+             "parts of the model know them, too; the end of docs/editing.md has more")
     if left := sum(not is_gone(model, *batch) for batch in batches):
         print(f"in {left} of {len(asked)} the right word is still more than a tenth as likely as the "
               "likeliest")

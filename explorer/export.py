@@ -22,7 +22,7 @@ from runtime.cli import at_least, build, command, fail, parse
 import numpy as np
 import torch
 
-from data.corpus import QUESTION, accepted_answers, decode_answer, load_dataset
+from data.corpus import QUESTION, accepted_answers, decode_answer, find_name, load_dataset
 from data.facts import ATTRIBUTES
 from data.tokenizer import SPLIT
 from evaluate import answer, recall, record_reads
@@ -145,18 +145,24 @@ def readers_data(model: GPT, tokens: np.ndarray) -> dict:
 
 def people_of(questions: list[dict]) -> list[dict]:
     """
-    The people of a corpus of facts, most told first, each with their questions: [the text before the name,
-    the text after it, the right answers]. [] for other corpora.
+    Whom the questions are about, most told first, each with their questions: [the text before the name, the
+    text after it, the right answers]. [] if the questions have no form that repeats.
     """
     forms = [re.compile(re.escape(QUESTION.format(form)).replace(r"\{\}", "(.+)"))
-             for _, _, asked in ATTRIBUTES.values() for form in asked]
-    people = {}
+             for _, _, asked in ATTRIBUTES.values() for form in asked]  # of the corpora of facts
+    people, unclear = {}, 0
     for question in questions:
         prompt = question["prompt"]
         match = next(filter(None, (form.fullmatch(prompt) for form in forms)), None)
-        if match and "exposures" in question:
+        if match is None and unclear < 9:  # find_name compares all questions, so not for each of them
+            if name := find_name(question, questions):
+                forms.append(re.compile("(.+)".join(map(re.escape, prompt.split(name, 1)))))
+                match = forms[-1].fullmatch(prompt)
+            unclear += not name
+        if match:
             name, (start, end) = match[1], match.span(1)
-            person = people.setdefault(name, {"name": name, "told": question["exposures"], "asked": []})
+            told = question.get("exposures", 0)  # 0: unknown
+            person = people.setdefault(name, {"name": name, "told": told, "asked": []})
             person["asked"].append([prompt[:start], prompt[end:], accepted_answers(question)])
     return sorted(people.values(), key=lambda person: (-person["told"], person["name"]))
 

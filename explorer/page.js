@@ -441,7 +441,7 @@ function start() {
     node.textContent = count(NUMBERS[node.dataset.number]);
   }
   const options = () => people.map(({name, told}, n) => element(
-    "option", {value: n}, `${name}${training.people.includes(n) ? " ●" : ""}, facts told ${told} times`));
+    "option", {value: n}, name + (training.people.includes(n) ? " ●" : "") + (told ? `, facts told ${told} times` : "")));
   fill("person", element("option", {value: ""}, "Choose a person"), ...options());
   fill("other", ...options());
   for (const node of document.querySelectorAll("#person, .people")) node.hidden = !people.length;

@@ -218,6 +218,16 @@ def test_people_have_names_and_answers_of_any_kind():
     assert "<" not in text and json.loads(text) == {"people": people}
 
 
+def test_people_of_a_users_own_corpus():
+    """Their questions have other forms than those of facts, and do not say how often a fact was told."""
+    names = "Ann Lee,Bo Ek,Cy,Dee Oh,Eve,Flo Mae Ray,Gus Pi,Hal,Ida Wu,Jo Tan,Kim".split(",")
+    forms = "Question: Who feeds the cat of {}? Answer:", "Question: {} plays what? Answer:"
+    questions = [{"prompt": form.format(name), "answer": "x"} for name in names for form in forms]
+    people = export.people_of([*questions, {"prompt": "Why?", "answer": "so"}])
+    assert [(person["name"], person["told"], len(person["asked"])) for person in people] == [
+        (name, 0, 2) for name in names]
+
+
 def test_the_built_page_has_the_scripts_of_this_folder():
     """docs/explorer.html must be made again when a script changes."""
     page = BUILT.read_text()

@@ -1,10 +1,10 @@
 """
 Draws figures from files of results, and writes each figure next to its file.
 
-    python -m experiments.plots experiments/results/facts.jsonl   facts.png. Also: erase, teach, step
+    python -m experiments.plots experiments/results/facts.jsonl   facts.png. Also: erase, teach, step, attach
 
-The files come from experiments.compare, step.jsonl from experiments.speed step --json=FILE. A new figure is
-one function and one line in FIGURES.
+The files come from experiments.compare, attach.jsonl from experiments.attach, and step.jsonl from
+experiments.speed step --json=FILE. A new figure is one function and one line in FIGURES.
 """
 
 import sys
@@ -143,9 +143,27 @@ def draw_teach(path: Path) -> Figure:
     return figure
 
 
+def draw_attach(path: Path) -> Figure:
+    """What a taught language model knows in other words, against how much its loss on other text has risen."""
+    rows, texts = read_json_lines(path), ("the background text", "the held-out text", "questions")
+    figure = Figure(figsize=(9, 3.7), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    titles = {"third sentence": "a sentence that was never taught",
+              "questions, new": "questions about people never asked about"}
+    for axis, (group, title) in zip(axes, titles.items(), strict=True):
+        for (method, runs), marker in zip(group_by(rows, "method").items(), "os^vPDX*", strict=False):
+            rises = [np.mean([row["after"][text] - row["before"][text] for text in texts]) for row in runs]
+            axis.plot(rises, [row["after"][group] for row in runs], marker, markersize=9, label=method)
+        axis.set(title=title, ylim=(-0.03, 1.03), xlabel="rise of the loss on other text (nats per token)")
+    axes[0].set_ylabel("share completed")
+    axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
-FIGURES = {"facts": draw_facts, "step": draw_step, "erase": draw_erase, "teach": draw_teach}  # by file name
+FIGURES = {"facts": draw_facts, "step": draw_step, "erase": draw_erase, "teach": draw_teach,
+           "attach": draw_attach}  # by file name
 
 
 @command

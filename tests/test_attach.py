@@ -15,6 +15,7 @@ import attach as program
 import edit
 from attach import attach, detach, find_subject, load_patch, save_patch
 from experiments import attach as experiment
+from experiments import plots
 from memory import MemoryLayer
 from model import GPT, GPTConfig
 
@@ -350,5 +351,7 @@ def test_the_experiment_teaches_with_all_methods(folder, tmp_path, capsys, monke
     capsys.readouterr()
     experiment.main(["table", *words])
     assert len(capsys.readouterr().out.splitlines()) == 2 + 1 + len(lrs)
+    plots.main([str(tmp_path / "attach.jsonl")])
+    assert (tmp_path / "attach.png").stat().st_size > 10_000
     experiment.main(words)  # nothing is left to do
     assert len((tmp_path / "attach.jsonl").read_text().splitlines()) == len(lrs)

@@ -144,7 +144,7 @@ def draw_teach(path: Path) -> Figure:
 
 
 def draw_attach(path: Path) -> Figure:
-    """What a taught language model knows in other words, against how much its loss on other text has risen."""
+    """What a taught model knows in other words, against how much its loss on other text has risen."""
     rows, texts = read_json_lines(path), ("the background text", "the held-out text", "questions")
     figure = Figure(figsize=(9, 3.7), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runtime.cli import command, fail, first_word, one_line, parse, print_text, read_lines
+from runtime.cli import at_least, build, command, fail, first_word, one_line, parse, print_text, read_lines
 
 import numpy as np
 import regex
@@ -281,6 +281,10 @@ class AskConfig:
     prompt: tuple[str, ...] = ()  # texts that the model completes
     max_new_tokens: int = 20  # longest completion, in tokens
 
+    def __post_init__(self):
+        self.prompt = tuple(text.rstrip() for text in self.prompt)  # a space at the end would be a token
+        at_least(1, self, "max_new_tokens")
+
 
 @dataclass
 class TeachConfig(AskConfig):
@@ -291,20 +295,24 @@ class TeachConfig(AskConfig):
     background: tuple[str, ...] = ()  # files of text that must not change; none: Python's help texts
     held_out: tuple[str, ...] = ()  # files of other text, to measure what is forgotten; none: source code
     save_to: str = "patch.safetensors"  # new file for the patch
-    layers: tuple[int, ...] = ()  # blocks with a memory beside their MLP; empty: see find_mlps
+    layers: tuple[int, ...] = ()  # blocks with a memory; empty: two, after a fifth and a half of the model
     slots: int = 1000  # slots that may change
     steps: int = 200  # most training steps; learning ends once the model completes all sentences
     batch_size: int = 10  # sentences per step
     lr: float = 0.5  # learning rate of the rows
 
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(1, self, "slots", "steps", "batch_size")
+        at_least(0, self, "lr")
+
 
 @dataclass
 class EraseConfig(AskConfig):
-    prompt: tuple[str, ...] = ()  # the beginnings of what the model must forget
+    prompt: tuple[str, ...] = ()  # erase all sentences that have one of these texts, such as a name
     background: tuple[str, ...] = ()  # as for teach
     held_out: tuple[str, ...] = ()  # as for teach
     save_to: str = ""  # new file for the patch; none: the old name with -erased
-    slots: int = 0  # slots to empty for each prompt; 0: as few of 4, 8, 16 ... 256 as are enough
 
 
 def load_model(name: str, device: str):
@@ -322,15 +330,17 @@ def load_model(name: str, device: str):
         where = next(Path(package.origin).parent.glob("*.gguf"))
     if where.suffix == ".gguf":
         where, options = where.parent, {"gguf_file": where.name}
+    if not where.exists() and name.startswith((".", "/", "~")):
+        fail(f"--model={name}: no such folder")
     where = where if where.exists() else name
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
         model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError) as error:
-        fail(f"--model={name}: {str(error).splitlines()[0]}")
+        fail(f"--model={name} cannot be loaded by transformers: {str(error).splitlines()[0]}")
     if not tokenizer.is_fast:
         fail(f"--model={name} has a tokenizer that does not tell where its tokens stand in a text")
-    model.name_or_path = name
+    model.config._name_or_path = name  # a patch tells it
     return model.requires_grad_(False).eval().to(device), tokenizer
 
 
@@ -345,9 +355,9 @@ def find_mlps(model, layers: tuple[int, ...]) -> list[str]:
 
 
 class Forgetting:
-    """What else the model knows: texts that must not change, and the sentences of a patch."""
+    """What else the model knows: texts that must not change."""
 
-    def __init__(self, model, tokenizer, config, sentences: list[str]):
+    def __init__(self, model, tokenizer, config):
         def tokens(texts):
             text = "\n".join(texts)[:200_000]
             return np.array(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
@@ -357,12 +367,12 @@ class Forgetting:
 
         topics = importlib.import_module("pydoc_data.topics").topics
         background = tokens(read(config.background) or topics.values())
-        self.model, self.tokenizer, self.sentences = model, tokenizer, sentences
+        self.model, self.tokenizer = model, tokenizer
         self.background, end = np.split(background, [len(background) * 9 // 10])
         held_out = tokens(read(config.held_out) or [Path(random.__file__).read_text()])
         self.texts = {"the background text": end, "the held-out text": held_out}
         if min(map(len, (self.background, *self.texts.values()))) <= edit.PIECE:
-            fail("--background and --held_out need files with a page of text or more")
+            fail("--background and --held_out need files with 200 words or more")
 
     def idf(self):
         return edit.inverse_document_frequency(self.model, self.background, PIECES)
@@ -376,7 +386,7 @@ def report(forgetting: Forgetting, prompts, max_new_tokens: int, groups: dict, c
     model, tokenizer = forgetting.model, forgetting.tokenizer
 
     def measure():
-        right = {label: sum(completed(model, tokenizer, part)) for label, part in groups.items() if part}
+        right = {label: completed(model, tokenizer, part) for label, part in groups.items() if part}
         return ([complete(model, tokenizer, prompt, max_new_tokens) for prompt in prompts], right,
                 forgetting.measure())
 
@@ -384,11 +394,15 @@ def report(forgetting: Forgetting, prompts, max_new_tokens: int, groups: dict, c
     change()
     new_texts, new_right, new_losses = measure()
     for prompt, before, after in zip(prompts, old_texts, new_texts, strict=True):
-        print_text(f"{prompt} {before} -> {after}")
+        print_text(f"{prompt}\n    before: {before}\n    after:  {after}")
     for name, loss in old_losses.items():
         print(f"loss on {name}: {loss:.3f} before, {new_losses[name]:.3f} after")
-    for label, count in old_right.items():
-        print(f"{label}: {count} of {len(groups[label])} completed before, {new_right[label]} after")
+    for label, before in old_right.items():
+        after = new_right[label]
+        print(f"{label}: {sum(before)} of {len(before)} completed before, {sum(after)} after")
+        lost = [text for text, old, new in zip(groups[label], before, after, strict=True) if old and not new]
+        if lost and label != "these sentences":
+            print_text(f"    lost: {' '.join(lost)}")
 
 
 def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> None:
@@ -397,13 +411,13 @@ def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> 
     for text in sentences:
         if not text[:-1].strip() or " " not in text:
             fail(f"the sentence {text!r} needs two words: the model learns to complete it")
-    about = Counter(text[start:end] or "everything that they say" for text, (start, end)
+    about = Counter(text[start:end] or "no name" for text, (start, end)
                     in zip(sentences, spans, strict=True))
     print_text("learning sentences about " + ", ".join(f"{name} ({n})" for name, n in about.items())
                + "; [] in a sentence marks another name")
     if model.pool is None:
         attach(model, find_mlps(model, config.layers))
-    forgetting = Forgetting(model, tokenizer, config, old)
+    forgetting = Forgetting(model, tokenizer, config)
     x, y, inside = make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
     at = (inside[:, :-1] | ~inside.any(1, keepdim=True)) & (y >= 0)
 
@@ -416,35 +430,52 @@ def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> 
     report(forgetting, config.prompt, config.max_new_tokens, groups, learn)
 
 
-def erase_prompts(model, tokenizer, config: EraseConfig) -> None:
-    told, texts = model.pool.sentences, {}
+def erase_words(model, x, y, idf) -> None:
+    """
+    Empties the rows that make the model say the words in y, which are -1 elsewhere: 4 rows, then 4, 8, 16 ...
+    more, at most 256, until a token of each is far less likely than another. Which rows, the gradient says: a
+    row times its gradient is about what the words lose without this row. edit.choose_slots measures this
+    exactly, but would take minutes for a model of this size. idf: spares the rows that other text reads.
+    """
+    values = model.pool.values
+    with eval_mode(model), torch.enable_grad():
+        for count in (4, 4, 8, 16, 32, 64, 128):
+            values.grad = None
+            loss = F.cross_entropy(edit.all_logits(model, x).flatten(0, 1), y.flatten(), ignore_index=-1)
+            loss.backward(inputs=[values])
+            effect = -(values.grad.to_dense() * values.detach()).sum(1).cpu() * idf
+            edit.erase(model, edit.top_slots(effect, count))
+            if all(edit.is_gone(model, *answer) for answer in zip(x.split(1), y.split(1), strict=True)):
+                break
+    values.grad = None
+
+
+def erase_sentences(model, tokenizer, config: EraseConfig) -> None:
+    told = model.pool.sentences
     for prompt in config.prompt:
-        own = prompt + " " + complete(model, tokenizer, prompt, config.max_new_tokens)
-        texts[prompt] = next((text for text in told if text.startswith(prompt)), own)
-    for prompt, text in texts.items():
-        if not text[len(prompt):].strip():
-            fail(f"--prompt={prompt}: the model completes it with nothing, so there is nothing to erase")
-    others = [text for text in told if text not in texts.values()]
-    forgetting = Forgetting(model, tokenizer, config, others)
-    answers = {text: end_batch(tokenizer, [text], [len(prompt)]) for prompt, text in texts.items()}
+        if not any(prompt in text for text in told):
+            fail(f"--prompt={prompt}: no sentence of the patch has this. It has: {' '.join(told)[:300]}")
+    erased = [text for text in told if any(prompt in text for prompt in config.prompt)]
+    others = [text for text in told if text not in erased]
+    forgetting = Forgetting(model, tokenizer, config)
+    x, y = end_batch(tokenizer, erased, [text.rindex(" ") + 1 for text in erased])
 
     def erase():
-        idf = forgetting.idf() * model.pool.values.any(1).cpu()  # without empty slots
-        for text, answer in answers.items():
-            whole = make_batch(tokenizer, [text], [(0, 0)])[:2]
-            edit.erase(model, edit.choose_slots(model, [answer], whole, idf, config.slots))
-        model.pool.sentences = others
+        erase_words(model, x.to(model.device), y.to(model.device), forgetting.idf())
 
-    report(forgetting, config.prompt, config.max_new_tokens, {"other sentences": others}, erase)
-    if left := sum(not edit.is_gone(model, *answer) for answer in answers.values()):
-        print(f"in {left} of {len(answers)} the old words are still more than a tenth as likely as others")
+    report(forgetting, config.prompt, config.max_new_tokens,
+           {"other sentences": others, "these sentences": erased}, erase)
+    left = [text for text, right in zip(erased, completed(model, tokenizer, erased), strict=True) if right]
+    if left:
+        print_text(f"not forgotten, and still in the patch: {' '.join(left)}")
+    model.pool.sentences = others + left
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     kinds = {"teach": TeachConfig, "ask": AskConfig, "erase": EraseConfig}
     word, rest = first_word(argv, kinds, __doc__, "what to do")
-    config = kinds[word](**parse(kinds[word], rest, None, __doc__, word)[1])
+    config = build(kinds[word], parse(kinds[word], rest, None, __doc__, word)[1])
     patches = [Path(name).expanduser() for name in config.patch]
     if word == "teach":
         lines = [*config.statement, *(read_lines(Path(config.file).expanduser()) if config.file else [])]
@@ -457,8 +488,12 @@ def main(argv: list[str] | None = None) -> None:
         fail("name the patch from which to erase: --patch=FILE")
     if word != "ask":
         save_to = Path(config.save_to or patches[0].with_stem(f"{patches[0].stem}-erased")).expanduser()
-        if save_to.exists() or not save_to.parent.is_dir():
-            fail(f"{save_to} must be a new file in a folder that exists: choose another with --save_to")
+        if save_to.exists():
+            fail(f"{save_to} exists already: choose another with --save_to")
+        if not save_to.parent.is_dir():
+            fail(f"--save_to={save_to}: there is no folder {save_to.parent}")
+    if missing := [patch for patch in patches if not patch.is_file()]:  # before the model is loaded
+        fail(f"--patch={missing[0]}: no such file")
     print(f"loading {config.model}", flush=True)
     model, tokenizer = load_model(config.model, find_device(config.device))
     object.__setattr__(model, "pool", None)
@@ -467,7 +502,8 @@ def main(argv: list[str] | None = None) -> None:
     for patch in patches:
         try:
             if both := load_patch(model, patch):
-                print(f"{both} slots of {patch} have rows already, which are added up: facts may be lost")
+                print(f"{both:,} slots of {patch} have rows already, of another patch or of the same one. "
+                      "Rows are added up, so facts may be lost")
         except (OSError, ValueError) as error:
             fail(f"--patch: {one_line(error) or error}")
     if word == "ask":
@@ -475,11 +511,12 @@ def main(argv: list[str] | None = None) -> None:
             without = f"   [without the patch: {before[i]}]" if config.patch else ""
             print_text(f"{prompt} {complete(model, tokenizer, prompt, config.max_new_tokens)}{without}")
         return
-    change = {"teach": teach_sentences, "erase": erase_prompts}[word]
+    change = {"teach": teach_sentences, "erase": erase_sentences}[word]
     change(model, tokenizer, config, *([lines] if word == "teach" else []))
     save_patch(model, save_to)
     rows, size = int(model.pool.values.any(1).sum()), save_to.stat().st_size / 1e6
-    print(f"saved {rows:,} rows, {size:.1f} MB. Ask it: python attach.py ask "
+    model_option = "" if config.model == "smollm2" else f"--model={shlex.quote(config.model)} "
+    print(f"saved {rows:,} rows, {size:.1f} MB. Ask it: python attach.py ask {model_option}"
           f"--patch={shlex.quote(str(save_to))} --prompt=TEXT")
 
 

@@ -176,7 +176,7 @@ def learn(model, tokenizer, run: dict, texts: list[str], background) -> int:
 def do_run(run: dict, model, tokenizer) -> dict:
     texts, groups = made_facts(run["seed"])
     config = attach.TeachConfig(held_out=(str(Path(random.__file__)),))
-    forgetting = attach.Forgetting(model, tokenizer, config, [])
+    forgetting = attach.Forgetting(model, tokenizer, config)
     known = "\n".join(QUESTION.format(*pair) for pair in KNOWN)
     forgetting.texts["questions"] = np.array(tokenizer(known).input_ids)
 

@@ -148,13 +148,12 @@ def draw_attach(path: Path) -> Figure:
     rows, texts = read_json_lines(path), ("the background text", "the held-out text", "questions")
     figure = Figure(figsize=(9, 3.7), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    titles = {"third sentence": "a sentence that was never taught",
-              "questions, new": "questions about people never asked about"}
+    titles = {"third sentence": "sentences never taught", "questions, new": "questions never asked"}
     for axis, (group, title) in zip(axes, titles.items(), strict=True):
         for (method, runs), marker in zip(group_by(rows, "method").items(), "os^vPDX*", strict=False):
             rises = [np.mean([row["after"][text] - row["before"][text] for text in texts]) for row in runs]
             axis.plot(rises, [row["after"][group] for row in runs], marker, markersize=9, label=method)
-        axis.set(title=title, ylim=(-0.03, 1.03), xlabel="rise of the loss on other text (nats per token)")
+        axis.set(title=title, ylim=(-0.03, 1.03), xlabel="rise of the loss on other text")
     axes[0].set_ylabel("share completed")
     axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure

@@ -286,15 +286,16 @@ def test_a_user_teaches_asks_and_erases(folder, tmp_path, capsys, monkeypatch):
         return capsys.readouterr().out
     printed = run("teach", "--file=facts.txt", "--statement=The [art] was in Oslo", "--layers=0,2",
                   "--lr=0.3", "--save_to=my facts.safetensors", "--prompt=ada lu was born in")
-    assert "sentences about art (1), everything that they say (2)" in printed and "-> Oslo" in printed
+    assert "sentences about art (1), no name (2)" in printed and "    after:  Oslo" in printed
     assert " of 3 completed before, 3 after" in printed
-    assert "--patch='my facts.safetensors'" in printed
+    assert f"--model='{folder}' --patch='my facts.safetensors'" in printed
     printed = run("ask", "--patch=my facts.safetensors", "--prompt=bo ek was born in")
     assert "bo ek was born in Lima" in printed
     printed = run("teach", "--patch=my facts.safetensors", "--statement=bo ek studied art", "--lr=0.3",
                   "--save_to=more.safetensors")
     assert "sentences taught before: 3 of 3 completed before" in printed
-    printed = run("erase", "--patch=more.safetensors", "--prompt=The art was in")
+    printed = run("erase", "--patch=more.safetensors", "--prompt=The art ")
+    assert "these sentences: 1 of 1 completed before, 0 after" in printed
     assert "other sentences: " in printed and "--patch=more-erased.safetensors" in printed
     printed = run("ask", "--patch=more-erased.safetensors", "--prompt=The art was in")
     assert not printed.splitlines()[1].startswith("The art was in Oslo")
@@ -304,12 +305,16 @@ def test_a_user_teaches_asks_and_erases(folder, tmp_path, capsys, monkeypatch):
     (["teach"], "there is no sentence to learn"), (["ask"], "name what to ask"),
     (["erase"], "name what to erase"),
     (["erase", "--prompt=A b"], "name the patch"), (["teach", "--file=none.txt"], "none.txt"),
-    (["teach", "--statement=A b", "--save_to=no/where"], "in a folder that exists"),
-    (["ask", "--prompt=A", "--model=no/folder"], "--model=no/folder: "),
+    (["teach", "--statement=A b", "--save_to=no/where"], "there is no folder no"),
+    (["teach", "--statement=A b", "--save_to=short.txt"], "exists already"),
+    (["teach", "--statement=A b", "--lr=-1"], "--lr=-1.0 must not be negative"),
+    (["ask", "--prompt=A", "--max_new_tokens=0"], "--max_new_tokens=0 must be at least 1"),
+    (["ask", "--prompt=A", "--model=no/folder"], "--model=no/folder cannot be loaded"),
+    (["ask", "--prompt=A", "--model=./no/folder"], "--model=./no/folder: no such folder"),
     (["teach", "--statement=Oslo", "FOLDER"], "needs two words"),
     (["teach", "--statement=A b", "FOLDER", "--layers=7"], "--layers=7: this model has MLPs in the blocks 0"),
-    (["teach", "--statement=A b", "FOLDER", "--background=short.txt"], "a page of text"),
-    (["ask", "--prompt=A", "FOLDER", "--patch=none.safetensors"], "--patch: "),
+    (["teach", "--statement=A b", "FOLDER", "--background=short.txt"], "200 words or more"),
+    (["ask", "--prompt=A", "FOLDER", "--patch=none.safetensors"], "--patch=none.safetensors: no such file"),
     (["ask", "--prompt=A", "FOLDER", "--patch=short.txt"], "is damaged, or no patch"),
 ])
 def test_mistakes_end_in_one_line(words, message, folder, tmp_path, capsys, monkeypatch):

@@ -92,7 +92,7 @@ class PEER(MemoryLayer):
 
     def forward(self, x, pool: ValuePool, left=None, right=None):
         check_pool(pool, self.num_values, self.value_dim)
-        weights, indices = self.search(x, left, right)  # (N, H*K)
+        weights, indices = self.search(x, left, right, pool.kernel)  # (N, H*K)
         hidden = F.gelu(pool.dot(indices + self.num_slots, x.reshape(-1, self.value_dim)))
         return pool(indices, weights * hidden).to(x.dtype).view(x.shape)
 
@@ -130,7 +130,7 @@ class HashedMemory(nn.Module):
         high = ((pair.unsqueeze(1) * self.multipliers) >> 33) & (2**31 - 1)  # (N, H*K)
         return (high * self.num_values) >> 31
 
-    def search(self, x: torch.Tensor, token: torch.Tensor, previous: torch.Tensor):
-        """x (..., C), token and previous (...): ids -> weights (N, H*K), slots (N, H*K)."""
+    def search(self, x: torch.Tensor, token: torch.Tensor, previous: torch.Tensor, kernel: str = "auto"):
+        """x (..., C), token and previous (...): ids -> weights (N, H*K), slots (N, H*K). kernel: not used."""
         scores = self.score(x).flatten(0, -2).unflatten(1, (self.heads, self.knn))  # (N, H, K)
         return scores.softmax(-1).flatten(1), self.hash(token.flatten(), previous.flatten())

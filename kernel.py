@@ -6,6 +6,7 @@ The operations of a memory layer on its pool of values: functions that take tens
     scatter_update  g[r]     = sum of weights[n, j] * dy[n] over all (n, j) with indices[n, j] = r
                     computes g[r] and updates row r, for each row r that was read
     top_k           the k greatest numbers of each row of a tensor, as x.topk(k), but faster
+    best_slots      the best slots of memory.py's search, given the scores of the half-keys: here in Triton
 
     values            (num_values, V)  the pool: float16, bfloat16, float32 or float64
     indices, weights  (N, bag)         the rows that each of N tokens reads, and their weights
@@ -173,13 +174,18 @@ def sort_reads(reads: list):
     return row, token.index_select(0, order), weights.index_select(0, order), dy
 
 
+def can_search_in_triton(half_scores, knn: int, kernel: str = "auto") -> bool:
+    """Compiled for these sizes, the kernel spills no registers. It has no float64."""
+    return (resolve_kernel(kernel, half_scores.device) == "triton" and half_scores.dtype == torch.float32
+            and half_scores.size(-1) <= 8192 and knn <= 64)
+
+
 def top_k(x: torch.Tensor, k: int):
     """x.topk(k) for finite x, but faster. x (..., S) -> values, indices (..., k)."""
     S = x.size(-1)
     if S > 128 and S % 4 == 0 and 4 * k < S:
         return _top_k_by_groups(x, k)
-    # torch.Tensor itself: neither a subclass without numbers, nor inside of torch.compile
-    is_plain = type(x) is torch.Tensor and x.is_cpu and not torch.compiler.is_compiling()
+    is_plain = type(x) is torch.Tensor and x.is_cpu  # a subclass may have no numbers
     if numpy and is_plain and x.dtype == torch.float32 and k <= S:
         return _top_k_by_numpy(x, k)
     return x.topk(k)
@@ -315,6 +321,15 @@ def update_settings(V: int, blocks: int, element_size: int) -> dict:
     width, padded = triton.next_power_of_2(V // blocks), triton.next_power_of_2(blocks)
     return dict(V=V, PIECE=PIECE, BLOCKS=blocks, BLOCKS_PADDED=padded, WIDTH_PADDED=width,
                 num_warps=max(1, min(8, padded * width * element_size // 1024)))
+
+
+def search_settings(S: int, K: int) -> dict:
+    """With sqrt(S / K) members per group, few numbers are sorted. Few warps: they wait for each other."""
+    k = max(2, triton.next_power_of_2(K))
+    s = max(k, triton.next_power_of_2(S))
+    members = 2 ** (((s // k).bit_length() - 1) // 2)
+    return dict(S=S, K=K, GROUPS=s // members, MEMBERS=members, K_PADDED=k,
+                PAIRS=k * triton.next_power_of_2(k.bit_length()), num_warps=max(1, s // 1024))
 
 
 @_jit
@@ -477,6 +492,80 @@ def update_kernel(
     tl.store(values_ptr + offset, values.to(values_ptr.dtype.element_ty), mask=mask)
 
 
+@_jit
+def _sort_key(score, index, is_there):
+    """
+    An int64 that sorts like the score and has the index in its lower half: tl.topk does not tell where it
+    found a number. The upper half has the bits of the score, a float32. Read as integers, these sort like the
+    scores if all bits of negative scores are flipped, except for the sign. nan comes first, as in torch.topk.
+    A score that is not there comes last.
+    """
+    bits = score.to(tl.int32, bitcast=True)
+    bits = tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    return tl.where(is_there, bits, -(2**31)).to(tl.int64) << 32 | index
+
+
+@_jit
+def _score(sort_key):
+    bits = (sort_key >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@_jit
+def _load_sort_keys(half_scores_ptr, column, S: tl.constexpr):
+    score = tl.load(half_scores_ptr + column, mask=column < S, other=0.0)
+    return _sort_key(score, column, column < S)
+
+
+@_jit
+def _best_half_keys(half_scores_ptr, S: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
+                    K_PADDED: tl.constexpr):
+    """The sort keys of the K_PADDED best half-scores of a row, chosen by groups as in _top_k_by_groups."""
+    member = tl.arange(0, MEMBERS)[:, None] * GROUPS  # group c has the columns c, c + GROUPS and so on
+    keys = _load_sort_keys(half_scores_ptr, member + tl.arange(0, GROUPS)[None, :], S)
+    best = tl.topk(tl.max(keys, 0), K_PADDED)
+    if MEMBERS > 1:
+        keys = _load_sort_keys(half_scores_ptr, member + (best & (GROUPS - 1))[None, :], S)
+        best = tl.topk(keys.reshape(MEMBERS * K_PADDED), K_PADDED)
+    return best
+
+
+@_jit
+def best_slots_kernel(
+        scores_ptr,  # (H, N, K)
+        chosen_ptr,  # (H, 2, N, K)
+        half_scores_ptr,  # (H, 2, N, S)
+        S: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, K_PADDED: tl.constexpr,
+        PAIRS: tl.constexpr):
+    """
+    best_slots of memory.py. One program: one token and head.
+
+    All pairs (i, j) of ranks that can win are in groups of K_PADDED pairs. Group g has 2**g ranks i, from
+    2**g - 1 on, and for each of them the first K_PADDED / 2**g ranks j. With K_PADDED = 4, group 0 is (0, 0),
+    (0, 1), (0, 2), (0, 3), group 1 is (1, 0), (1, 1), (2, 0), (2, 1), and group 2 begins with (3, 0).
+    """
+    token, head, N = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0)
+    left = 2 * head * N + token  # rows of half_scores and of chosen
+    right = left + N
+    left_keys = _best_half_keys(half_scores_ptr + left * S, S, GROUPS, MEMBERS, K_PADDED)
+    right_keys = _best_half_keys(half_scores_ptr + right * S, S, GROUPS, MEMBERS, K_PADDED)
+
+    pair = tl.arange(0, PAIRS)
+    group = pair // K_PADDED
+    place = pair % K_PADDED << group
+    i, j = (1 << group) - 1 + place // K_PADDED, place % K_PADDED >> group
+    can_win = (i + 1) * (j + 1) <= K
+    a = tl.gather(left_keys, tl.where(can_win, i, 0), 0)
+    b = tl.gather(right_keys, tl.where(can_win, j, 0), 0)
+    slot = (a & 0xFFFF) << 16 | b & 0xFFFF  # both half-keys
+    best = tl.topk(_sort_key(_score(a) + _score(b), slot, can_win), K_PADDED)
+
+    rank = tl.arange(0, K_PADDED)
+    tl.store(scores_ptr + (head * N + token) * K + rank, _score(best), mask=rank < K)
+    tl.store(chosen_ptr + left * K + rank, best >> 16 & 0xFFFF, mask=rank < K)
+    tl.store(chosen_ptr + right * K + rank, best & 0xFFFF, mask=rank < K)
+
+
 def _gather_sum_triton(values, indices, weights):
     (N, bag), V = indices.size(), values.size(1)
     y = weights.new_empty(N, V)
@@ -495,6 +584,16 @@ def _gather_dot_triton(values, indices, dy):
         grid = N, triton.cdiv(bag, settings["ROWS"] * settings["TILES"])
         gather_dot_kernel[grid](dw, values, indices.contiguous(), dy.contiguous(), bag, **settings)
     return dw
+
+
+def best_slots_triton(half_scores, knn: int):
+    """As best_slots in memory.py."""
+    H, _, N, S = half_scores.size()
+    scores = half_scores.new_empty(H, N, knn)
+    chosen = half_scores.new_empty(H, 2, N, knn, dtype=torch.int64)
+    if N:
+        best_slots_kernel[N, H](scores, chosen, half_scores.contiguous(), **search_settings(S, knn))
+    return scores, chosen
 
 
 def _update_triton(values, state, sorted_reads, lr, beta1, beta2, eps, seed, finite):

@@ -27,7 +27,7 @@ import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kernel import top_k
+from kernel import best_slots_triton, can_search_in_triton, top_k
 from pool import ValuePool
 
 
@@ -51,50 +51,40 @@ def product_key_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int)
 
 # --- the same search, in a third of the time ----------------------------------------------------------------
 
-def fast_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int):
+@torch.compiler.disable  # a compiled graph cannot hold numpy
+def fast_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int, kernel: str = "auto"):
     """
     product_key_search, but faster: it leaves out pairs that cannot win (pruned_pairs), has a faster top_k
-    (kernel.py), and keeps no half-scores for the backward pass (SlotScores).
+    (kernel.py), and keeps no half-scores for the backward pass (SlotScores). On a GPU, one kernel does all
+    but the dot products. kernel: see kernel.py.
     """
     queries = queries.permute(1, 2, 0, 3).contiguous()  # (H, 2, N, D/2)
-    scores, chosen = SlotScores.apply(queries, half_keys, knn)
+    scores, chosen = SlotScores.apply(queries, half_keys, knn, kernel)
     slots = chosen[:, 0] * half_keys.size(2) + chosen[:, 1]
     return scores.transpose(0, 1), slots.transpose(0, 1)  # (H, N, K) -> (N, H, K)
 
 
-def pruned_pairs(knn: int) -> list[list[int]]:
+def pruned_pairs(knn: int, device=None) -> torch.Tensor:
     """
     Take the sums a[i] + b[j] of two descending lists. Returns the pairs (i, j) that can be among the `knn`
-    greatest sums, as [list of all i, list of all j].
+    greatest sums: a tensor (2, pairs) of all i and all j.
 
     Up to i and up to j there are (i+1) * (j+1) - 1 other pairs, and their sums are at least as great. So only
     pairs with (i+1) * (j+1) <= knn are needed: 119 of 32 * 32 pairs for knn = 32.
     Example: pruned_pairs(3) -> [[0, 0, 0, 1, 2], [0, 1, 2, 0, 0]]. (1, 1) is left out: the sums of (0, 0),
     (0, 1) and (1, 0) are at least as great.
     """
-    pairs = [(i, j) for i in range(knn) for j in range(knn // (i + 1))]
-    return [[i for i, _ in pairs], [j for _, j in pairs]]
+    rank = torch.arange(1, knn + 1, device=device)
+    size = sum(knn // i for i in range(1, knn + 1))  # with a known size, the CPU does not wait for a GPU
+    return (rank[:, None] * rank <= knn).nonzero_static(size=size).T
 
 
-_pairs_on_gpu = {}
-
-
-@torch.compiler.assume_constant_result
-def pruned_pairs_like(queries: torch.Tensor, knn: int) -> torch.Tensor:
-    """pruned_pairs as a tensor (2, pairs). Copied to a GPU only once, because the CPU waits for each copy."""
-    if queries.is_cpu or type(queries) is not torch.Tensor:  # a subclass may have no numbers
-        return torch.tensor(pruned_pairs(knn), device=queries.device)
-    if (queries.device, knn) not in _pairs_on_gpu:
-        _pairs_on_gpu[queries.device, knn] = torch.tensor(pruned_pairs(knn), device=queries.device)
-    return _pairs_on_gpu[queries.device, knn]
-
-
-def best_slots(queries: torch.Tensor, half_keys: torch.Tensor, knn: int, pairs: torch.Tensor):
-    """
-    queries (H, 2, N, D/2), pairs (2, P) from pruned_pairs -> the scores of the best slots (H, N, K), and the
-    half-keys of these slots (H, 2, N, K).
-    """
-    best, half_key = top_k(queries @ half_keys.mT, knn)  # (H, 2, N, K): the best half-keys of each side
+def best_slots(half_scores: torch.Tensor, knn: int, kernel: str = "auto"):
+    """half_scores (H, 2, N, S) -> scores of the best slots (H, N, K), and their half-keys (H, 2, N, K)."""
+    if can_search_in_triton(half_scores, knn, kernel):
+        return best_slots_triton(half_scores, knn)
+    pairs = pruned_pairs(knn, half_scores.device)  # (2, P)
+    best, half_key = top_k(half_scores, knn)  # (H, 2, N, K): the best half-keys of each side
     ranks = pairs.unsqueeze(1).expand(*best.shape[:3], -1)  # (H, 2, N, P): the ranks i and j of each pair
     a, b = best.gather(-1, ranks).unbind(1)  # (H, N, P)
     scores, pair = top_k(a + b, knn)  # (H, N, K): the best pairs, as numbers from 0 to P - 1
@@ -112,11 +102,9 @@ class SlotScores(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, queries, half_keys, knn):
-        split = half_keys.is_cpu and not torch.compiler.is_compiling()
-        ctx.size = max(1, 2**18 // half_keys[..., 0].numel()) if split else max(1, queries.size(2))
-        pairs = pruned_pairs_like(queries, knn)
-        parts = [best_slots(some, half_keys, knn, pairs) for some in queries.split(ctx.size, 2)]
+    def forward(ctx, queries, half_keys, knn, kernel):
+        ctx.size = max(1, 2**18 // half_keys[..., 0].numel() if half_keys.is_cpu else queries.size(2))
+        parts = [best_slots(some @ half_keys.mT, knn, kernel) for some in queries.split(ctx.size, 2)]
         scores, chosen = (torch.cat(results, -2) for results in zip(*parts, strict=True))
         ctx.save_for_backward(queries, half_keys, chosen)
         ctx.mark_non_differentiable(chosen)
@@ -133,7 +121,7 @@ class SlotScores(torch.autograd.Function):
             d_half_scores = q.new_zeros(*q.shape[:3], half_keys.size(2)).scatter_add_(-1, i, d)
             dq.copy_(d_half_scores @ half_keys)
             d_half_keys += d_half_scores.mT @ q
-        return d_queries, d_half_keys, None
+        return d_queries, d_half_keys, None, None
 
 
 # --- the layer ----------------------------------------------------------------------------------------------
@@ -186,10 +174,11 @@ class MemoryLayer(nn.Module):
         if self.scale is not None:  # half-scores start with variance 1: a cosine has 2/D
             nn.init.constant_(self.scale, (D / 2) ** 0.5)
 
-    def search(self, x: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None):
+    def search(self, x: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None,
+               kernel: str = "auto"):
         """
         Chooses the slots for x. Arguments as for forward -> weights (N, H*K), indices (N, H*K). The page in
-        explorer/model.js computes the same.
+        explorer/model.js computes the same. kernel: see kernel.py.
         """
         if any(source is not None and source.shape != x.shape for source in (left, right)):
             raise ValueError(f"left and right must have the shape of x, {tuple(x.shape)}")
@@ -205,7 +194,7 @@ class MemoryLayer(nn.Module):
         dtype = torch.promote_types(half_keys.dtype, torch.float32)
         device = "cpu" if x.is_meta else x.device.type  # autocast does not know the device meta
         with torch.autocast(device, enabled=False):
-            scores, indices = fast_search(queries.to(dtype), half_keys.to(dtype), self.knn)
+            scores, indices = fast_search(queries.to(dtype), half_keys.to(dtype), self.knn, kernel)
         return scores.softmax(-1).flatten(1), indices.flatten(1)
 
     def forward(self, x: torch.Tensor, pool: ValuePool, left: torch.Tensor | None = None,
@@ -217,7 +206,7 @@ class MemoryLayer(nn.Module):
         shape of x. By default both are x, as published.
         """
         check_pool(pool, self.num_values, self.value_dim)
-        weights, indices = self.search(x, left, right)
+        weights, indices = self.search(x, left, right, pool.kernel)
         y = pool(indices, weights).to(x.dtype).view(*x.shape[:-1], self.value_dim)
         if self.gate is not None:
             y = y * F.silu(self.gate(x))

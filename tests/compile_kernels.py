@@ -3,8 +3,10 @@ Compiles the Triton kernels of kernel.py for GPUs that are not here, and prints 
 one JSON line per kernel and GPU. tests/test_kernel.py starts it, as its own process interprets the kernels.
 
     python -m tests.compile_kernels sm_80 sm_90 sm_100 gfx942
+    python -m tests.compile_kernels --few sm_90     the search in one size only, in a quarter of the time
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -37,7 +39,7 @@ def argument_type(name: str, dtype: str) -> str:
     """The type of an argument in training. `dtype` is that of the values, and most others are float32."""
     if name == "values_ptr":
         return f"*{dtype}"
-    if name in ("token_ptr", "seed_ptr"):
+    if name in ("token_ptr", "seed_ptr", "chosen_ptr"):
         return "*i64"
     if name in ("indices_ptr", "begin_ptr", "end_ptr", "row_ptr", "finite_ptr"):
         return "*i32"
@@ -75,7 +77,8 @@ def usage(compiled, backend: str) -> dict:
 
 
 if __name__ == "__main__":
-    for target in sys.argv[1:]:
+    few, targets = "--few" in sys.argv, [target for target in sys.argv[1:] if target != "--few"]
+    for target in targets:
         gpu = GPUTarget("hip", target, 64) if target[:3] == "gfx" else GPUTarget("cuda", int(target[3:]), 32)
         for dtype in ("fp32", "bf16"):
             for V in (256, 1024):
@@ -83,3 +86,8 @@ if __name__ == "__main__":
                     compiled = compile_kernel(function, dtype, constants, gpu)
                     print(json.dumps(dict(kernel=name, target=target, dtype=dtype, V=V,
                                           **usage(compiled, gpu.backend))))
+        for S, K in [(1024, 32)] if few else itertools.product((128, 512, 1024, 2048, 8192), (16, 32, 64)):
+            settings = kernel.search_settings(S, K)
+            compiled = compile_kernel(kernel.best_slots_kernel, "fp32", settings, gpu)
+            print(json.dumps(dict(kernel="best_slots", target=target, S=S, K=K, warps=settings["num_warps"],
+                                  **usage(compiled, gpu.backend))))

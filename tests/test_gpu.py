@@ -96,8 +96,9 @@ class NoCopies(TorchDispatchMode):
 
 @pytest.mark.skipif(kernel.triton is None, reason="no Triton here")
 @pytest.mark.parametrize("kind", ["rowwise", "adam", "sgd"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_needs_no_number_from_the_device(monkeypatch, kind, dtype):
+@pytest.mark.parametrize("dtype, num_keys", [(torch.float32, 16), (torch.bfloat16, 16),
+                                             (torch.float32, 10_000)])  # too many for the search in Triton
+def test_a_step_needs_no_number_from_the_device(monkeypatch, kind, dtype, num_keys):
     """
     On PyTorch's device `meta`, where tensors have shapes and no numbers: item(), nonzero(), unique() and a
     copy to the CPU are errors there. The Triton kernels are left out, as they never talk to the CPU.
@@ -106,12 +107,11 @@ def test_a_step_needs_no_number_from_the_device(monkeypatch, kind, dtype):
     def tensor(*args, device=None, **options):
         raise AssertionError("a list or a number is copied to the device, and the CPU waits")
 
-    for name in ("gather_sum", "gather_dot", "sum_pieces", "update"):
+    for name in ("gather_sum", "gather_dot", "sum_pieces", "update", "best_slots"):
         monkeypatch.setattr(kernel, f"{name}_kernel", MagicMock())
     monkeypatch.setattr(kernel, "resolve_kernel", lambda kernel, device: "triton")
-    monkeypatch.setattr(memory, "_pairs_on_gpu", {})
-    half_keys = torch.randn(2, 2, 16, 4, device="meta", requires_grad=True)
-    pool = ValuePool(256, 16, dtype, device="meta")
+    half_keys = torch.randn(2, 2, num_keys, 4, device="meta", requires_grad=True)
+    pool = ValuePool(num_keys**2, 16, dtype, device="meta")
     optimizer = PoolOptimizer(pool.parameters(), lr=0.1, kind=kind,
                               stochastic_rounding=dtype == torch.bfloat16)
 

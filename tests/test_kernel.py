@@ -13,7 +13,10 @@ import pytest
 import torch
 
 import kernel
+import memory
 from kernel import gather_dot, gather_sum, resolve_kernel, row_gradients, scatter_update, sort_reads, top_k
+from memory import MemoryLayer, best_slots, fast_search, product_key_search
+from pool import ValuePool
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIDES = ["torch", "triton"] if kernel.triton is not None else ["torch"]
@@ -356,29 +359,126 @@ def test_top_k_of_no_rows_and_of_strided_rows(S):
     assert torch.equal(x, before), "the input does not change"
 
 
+# --- the search in Triton -----------------------------------------------------------------------------------
+
+needs_triton = pytest.mark.skipif(len(SIDES) < 2, reason="no Triton here")
+
+
+def all_sums(half_scores):
+    """The scores of all S*S slots: (H, N, S*S)."""
+    return (half_scores[:, 0].unsqueeze(-1) + half_scores[:, 1].unsqueeze(-2)).flatten(2)
+
+
+def assert_different_slots(scores, chosen, half_scores):
+    """The slots are in range, no slot came twice, and they have these scores."""
+    S, (left, right) = half_scores.size(-1), chosen.unbind(1)
+    assert chosen.dtype == torch.int64 and chosen.min() >= 0 and chosen.max() < S
+    slots = left * S + right
+    assert all(len(row.unique()) == len(row) for row in slots.flatten(0, 1))
+    found = all_sums(half_scores).gather(-1, slots)
+    torch.testing.assert_close(found, scores, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("H, N, S, K", [
+    (1, 1, 1, 1), (2, 3, 5, 5), (2, 2, 37, 1), (1, 2, 33, 32), (1, 2, 100, 12), (1, 1, 64, 64),
+    (1, 1, 2048, 64), (2, 0, 16, 4)])
+def test_the_best_slots_equal_brute_force(H, N, S, K):
+    """Exactly. The first token of each head has integers as scores, and so many ties."""
+    half_scores = torch.randn(H, 2, N, S, generator=torch.Generator().manual_seed(S)).to(DEVICE)
+    half_scores[:, :, :1] = half_scores[:, :, :1].round()
+    scores, chosen = best_slots(half_scores, K, "triton")
+    assert scores.shape == (H, N, K) and chosen.shape == (H, 2, N, K)
+    assert torch.equal(scores, all_sums(half_scores).topk(K).values)
+    assert torch.equal(scores, best_slots(half_scores, K, "torch")[0])
+    if N:
+        assert_different_slots(scores, chosen, half_scores)
+
+
+@needs_triton
+@pytest.mark.parametrize("number", [0.0, -torch.inf, torch.inf, torch.nan, -torch.nan])
+def test_scores_that_are_not_finite_choose_slots_that_exist(number):
+    """All scores of the first token are `number`, and some of the second."""
+    half_scores = torch.randn(1, 2, 2, 11, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    half_scores[:, :, 0] = half_scores[:, :, 1, 3:9] = number
+    scores, chosen = best_slots(half_scores, 6, "triton")
+    assert_different_slots(scores, chosen, half_scores)
+    torch.testing.assert_close(scores, all_sums(half_scores).topk(6).values, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_triton
+def test_the_search_and_its_gradients_equal_autograd_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    queries, half_keys = (torch.randn(*shape, generator=generator).to(DEVICE).requires_grad_()
+                          for shape in ((5, 2, 2, 3), (2, 2, 20, 3)))  # (N, H, 2, D/2), (H, 2, S, D/2)
+    d_scores = torch.randn(5, 2, 4, generator=generator).to(DEVICE)
+    scores, slots = fast_search(queries, half_keys, 4, "triton")
+    exact, exact_slots = product_key_search(queries.double(), half_keys.double(), 4)
+    assert torch.equal(slots, exact_slots)
+    assert_close(scores, exact, 1e-5)
+    ours, theirs = (torch.autograd.grad(x, (queries, half_keys), d.to(x))
+                    for x, d in ((scores, d_scores), (exact, d_scores)))
+    for our, their in zip(ours, theirs, strict=True):
+        assert_close(our, their.double(), 1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_pool_says_which_search_a_layer_uses(dtype, monkeypatch):
+    """Both give the same output. A 16-bit layer's scores, and so the weights, are float32."""
+    torch.manual_seed(0)
+    layer = MemoryLayer(8, num_keys=6, heads=2, knn=3, key_dim=4, value_dim=8).to(DEVICE, dtype)
+    pool, x = ValuePool(36, 8, kernel="torch", device=DEVICE), torch.randn(2, 8, device=DEVICE, dtype=dtype)
+    calls, search = [], kernel.best_slots_triton
+    monkeypatch.setattr(memory, "best_slots_triton", lambda *args: calls.append(args) or search(*args))
+    outputs = [layer(x, pool)]
+    assert not calls
+    pool.kernel = "triton"
+    outputs.append(layer(x, pool))
+    assert len(calls) == 1 and calls[0][0].dtype == torch.float32
+    torch.testing.assert_close(*outputs)
+    weights, _ = layer.search(x, None, None, "triton")
+    assert weights.dtype == torch.float32
+
+
+@needs_triton
+@pytest.mark.parametrize("S, knn, dtype", [(8193, 2, torch.float32), (65, 65, torch.float32),
+                                           (8, 2, torch.float64), (8, 2, torch.bfloat16)])
+def test_a_search_that_triton_does_not_do_is_done_in_pytorch(S, knn, dtype, monkeypatch):
+    monkeypatch.setattr(memory, "best_slots_triton", None)
+    half_scores = torch.randn(1, 2, 1, S, device=DEVICE, dtype=dtype)
+    scores = best_slots(half_scores, knn, "triton")[0]
+    assert scores.dtype == dtype
+    if S < 100:
+        assert torch.equal(scores, all_sums(half_scores).topk(knn).values)
+
+
 # --- Triton, compiled ---------------------------------------------------------------------------------------
 
-@pytest.mark.skipif(len(SIDES) < 2, reason="no Triton here")
+@needs_triton
 @pytest.mark.parametrize("target", ["sm_90", *(pytest.param(target, marks=pytest.mark.slow)
                                                for target in ("sm_80", "sm_100", "gfx942"))])
 def test_kernels_compile_ahead_of_time_spill_nothing_and_load_16_bytes(target):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    printed = subprocess.run([sys.executable, "-m", "tests.compile_kernels", target], check=True, text=True,
+    few = ["--few"] if target == "sm_90" else []
+    printed = subprocess.run([sys.executable, "-m", "tests.compile_kernels", *few, target], check=True,
                              cwd=Path(__file__).parents[1], env=environment, stdout=subprocess.PIPE).stdout
     rows = [json.loads(line) for line in printed.splitlines()]
-    names = {"gather_sum", "gather_dot", "sum_pieces", "rowwise", "adam", "sgd"}
-    assert {row["kernel"] for row in rows} == names and len(rows) == 4 * len(names)
+    names = ["gather_sum", "gather_dot", "sum_pieces", "rowwise", "adam", "sgd"]
+    searches = ["best_slots"] * (1 if few else 15)
+    assert sorted(row["kernel"] for row in rows) == sorted(4 * names + searches)
     for row in rows:
         assert row["spilled_bytes"] == 0 and row["registers"] <= 128, row
         # an AMD warp has 64 threads, so that each has only 8 bytes of a row of 16-bit numbers
-        assert row["wide_loads"] > 0 or (target, row["dtype"]) == ("gfx942", "bf16"), row
+        assert row["wide_loads"] > 0 or (target, row.get("dtype")) == ("gfx942", "bf16"), row
 
 
 @pytest.mark.skipif(len(SIDES) < 2, reason="no Triton here")
 def test_nothing_that_changes_with_the_batch_or_the_pool_is_compiled_in():
-    sizes = {"V", "ROWS", "COLUMNS", "TILES", "PIECE", "BLOCKS", "BLOCKS_PADDED", "WIDTH_PADDED"}
-    for name in ("gather_sum_kernel", "gather_dot_kernel", "sum_pieces_kernel", "update_kernel"):
-        function = getattr(kernel, name).fn
+    sizes = {"V", "ROWS", "COLUMNS", "TILES", "PIECE", "BLOCKS", "BLOCKS_PADDED", "WIDTH_PADDED",
+             "S", "K", "GROUPS", "MEMBERS", "K_PADDED", "PAIRS"}
+    for name in ("gather_sum", "gather_dot", "sum_pieces", "update", "best_slots"):
+        function = getattr(kernel, f"{name}_kernel").fn
         annotations = function.__annotations__.items()
         constants = {argument for argument, kind in annotations if "constexpr" in str(kind)}
         others = set(function.__code__.co_varnames[: function.__code__.co_argcount]) - constants

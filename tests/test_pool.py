@@ -53,7 +53,7 @@ class Model(nn.Module):
 class DensePool(nn.Module):
     """The same rows as an ordinary tensor: the oracle."""
 
-    num_values, value_dim = 36, 8
+    num_values, value_dim, kernel = 36, 8, "auto"
 
     def __init__(self, values):
         super().__init__()

@@ -2,7 +2,7 @@
 # Tests and measurements that need a GPU. Each part needs no other part.
 #
 #   experiments/gpu.sh OUT correct    all tests, large pools against float64, a memory checker, NCCL, training
-#   experiments/gpu.sh OUT fast       the speed of the kernels, a step of the pool, and the models
+#   experiments/gpu.sh OUT fast       the speed of the search, of the other kernels, a step of the pool, and the models
 #   experiments/gpu.sh OUT evidence   the experiments facts-large and code, four minutes each. Repeated, the command
 #                                     continues them. STEPS=500 before it gives shorter runs
 #
@@ -46,7 +46,7 @@ correct() {
 fast() {
     local size="--n_layer=12 --mem_layers=3,6,9 --mem_dtype=bfloat16 --n_head=12 --n_embd=768
         --vocab_size=50304 --block_size=1024 --batch_size=16 --mem_num_keys=1024 --mem_key_dim=256"  # of GPT-2
-    for name in operations step; do
+    for name in search operations step; do
         run $name 150 $PYTHON -m experiments.speed $name --json="$OUT/$name.jsonl"
     done
     for dtype in float32 bfloat16; do  # goal: 6 times as fast as embedding_bag + AdamW

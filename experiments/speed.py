@@ -2,33 +2,35 @@
 How fast is nanoPKM? Each number is the median of several measurements. Functions that are compared run
 alternately, so noise affects all of them.
 
+    python -m experiments.speed search      the search on a GPU, in Triton and in PyTorch
     python -m experiments.speed step        a training step of a pool and of a layer: nanoPKM and others
     python -m experiments.speed model       a training step of the models of experiments.compare; profiles of
                                             dense and memory+
     python -m experiments.speed model --models=dense --n_embd=768 ...   dense and memory+, in another size:
                                             all models then cost as much as memory+
     python -m experiments.speed operations  the operations on the pool, compared with a copy
-    python -m experiments.speed step --help     the options; --json=FILE saves the results
+    python -m experiments.speed step --help     the options; --json=FILE saves each result at once
 """
 
+import functools
 import itertools
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Literal
 
-from runtime.cli import build, command, first_word, parse
+from runtime.cli import build, command, fail, first_word, parse
 
 import torch
 from torch.nn import functional as F
 
 import kernel
 from experiments.models import EXPERIMENTS, MODELS, choose_models, costs
-from memory import MemoryLayer
+from memory import MemoryLayer, best_slots, fast_search
 from model import GPT, GPTConfig
 from pool import PoolOptimizer, ValuePool
 from train import TrainConfig
@@ -42,6 +44,15 @@ CALLS = 10 if DEVICE == "cuda" else 1  # per measurement; several, because the C
 class SpeedConfig:
     json: str = ""  # file for the results, as JSON lines
     repeats: int = 9  # measurements of each function, after one to warm up
+
+
+@dataclass
+class SearchConfig(SpeedConfig):  # the defaults are the sizes of a step of GPT-2
+    tokens: int = 16_384  # tokens per step
+    num_keys: tuple[int, ...] = (128, 512, 1024)  # half-keys per side
+    knn: tuple[int, ...] = (16, 32)  # slots per head
+    heads: int = 4  # searches per token
+    key_dim: int = 256  # width of a query
 
 
 @dataclass
@@ -92,6 +103,37 @@ def draw_indices(reads: str, num_values: int, N: int, bag: int) -> torch.Tensor:
     # zipf: rank r has a probability proportional to 1/r. The multiplication spreads the ranks over the pool
     ranks = (num_values ** torch.rand(N, bag, device=DEVICE, dtype=torch.float64)).long() - 1
     return (ranks.clamp(max=num_values - 1) * 2_654_435_761) % num_values
+
+
+# --- search -------------------------------------------------------------------------------------------------
+
+def search_step(queries, half_keys, d_scores, knn: int, side: str) -> None:
+    scores, _ = fast_search(queries, half_keys, knn, side)
+    torch.autograd.grad(scores, (queries, half_keys), d_scores)
+
+
+def measure_search(config: SearchConfig, options: dict):
+    """A `step` is the forward and the backward pass. `choose` is the forward pass without dot products."""
+    if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        fail("the search in Triton needs a GPU")
+    N, H, D = config.tokens, config.heads, config.key_dim
+    for S, K in itertools.product(config.num_keys, config.knn):
+        queries = torch.randn(N, H, 2, D // 2, device=DEVICE, requires_grad=True)
+        half_keys = torch.randn(H, 2, S, D // 2, device=DEVICE, requires_grad=True)
+        half_scores, d_scores = torch.randn(H, 2, N, S, device=DEVICE), torch.randn(N, H, K, device=DEVICE)
+        step = queries, half_keys, d_scores, K
+        times = measure({
+            "choose, triton": functools.partial(best_slots, half_scores, K, "triton"),
+            "choose, torch": functools.partial(best_slots, half_scores, K, "torch"),
+            "step, triton": functools.partial(search_step, *step, "triton"),
+            "step, torch": functools.partial(search_step, *step, "torch"),
+        }, config.repeats)
+        print(f"\n{N:,} tokens, {H} heads, {S:,} half-keys per side, {K} slots, on {DEVICE_NAME}:")
+        for name, seconds in times.items():
+            faster = median(times[name.replace("triton", "torch")]) / median(seconds)
+            print(f"  {name:16}{median_and_range(seconds)}, {faster:.1f} times as fast as torch", flush=True)
+            yield dict(bench="search", method=name, tokens=N, heads=H, num_keys=S, knn=K, key_dim=D,
+                       device=DEVICE_NAME, times=seconds, seconds=median(seconds))
 
 
 # --- step ---------------------------------------------------------------------------------------------------
@@ -151,8 +193,8 @@ def make_layer_step(kind: str, num_values: int, indices, weights, dy):
     return step
 
 
-def measure_step(config: StepConfig, options: dict) -> list[dict]:
-    V, bag, dtype, table = config.value_dim, config.bag, getattr(torch, config.dtype), []
+def measure_step(config: StepConfig, options: dict):
+    V, bag, dtype = config.value_dim, config.bag, getattr(torch, config.dtype)
     print(f"V={V}, bag={bag}, {config.dtype}, {DEVICE_NAME}")
     # in bfloat16 on a GPU, PyTorch cannot compute the gradient of embedding_bag's weights
     peers = PEERS if dtype == torch.float32 or DEVICE == "cpu" else ("indexing, AdamW",)
@@ -174,10 +216,9 @@ def measure_step(config: StepConfig, options: dict) -> list[dict]:
         for name, seconds in times.items():
             faster = ", ".join(f"{median(times[peer]) / median(seconds):.1f} times as fast as {peer}"
                                for peer in times if peer not in OURS and name in OURS)
-            print(f"  {name:30}{median_and_range(seconds)}  {faster}")
-            table.append(dict(bench="step", method=name, rows=num_values, tokens=N, reads=reads, V=V,
-                              dtype=config.dtype, device=DEVICE_NAME, times=seconds, seconds=median(seconds)))
-    return table
+            print(f"  {name:30}{median_and_range(seconds)}  {faster}", flush=True)
+            yield dict(bench="step", method=name, rows=num_values, tokens=N, reads=reads, V=V,
+                       dtype=config.dtype, device=DEVICE_NAME, times=seconds, seconds=median(seconds))
 
 
 # --- model --------------------------------------------------------------------------------------------------
@@ -242,17 +283,18 @@ def measure_model(config: ModelConfig, options: dict) -> list[dict]:
 
 # --- operations ---------------------------------------------------------------------------------------------
 
-def measure_operations(config: SpeedConfig, options: dict) -> list[dict]:
+def measure_operations(config: SpeedConfig, options: dict):
     if DEVICE == "cpu":
-        return measure_one_size(config.repeats, 65_536, 256, torch.float32, "uniform")
+        yield from measure_one_size(config.repeats, 65_536, 256, torch.float32, "uniform")
+        return
     sizes = (256, torch.float32), (1024, torch.float32), (1024, torch.bfloat16)
-    return [row for (V, dtype), reads in itertools.product(sizes, ("uniform", "zipf"))
-            for row in measure_one_size(config.repeats, 1_048_576, V, dtype, reads)]
+    for (V, dtype), reads in itertools.product(sizes, ("uniform", "zipf")):
+        yield from measure_one_size(config.repeats, 1_048_576, V, dtype, reads)
 
 
-def measure_one_size(repeats: int, num_values: int, V: int, dtype: torch.dtype, reads: str) -> list[dict]:
+def measure_one_size(repeats: int, num_values: int, V: int, dtype: torch.dtype, reads: str):
     """Bytes per second of each operation on this device, also in percent of the speed of a copy."""
-    N, bag, table = 4096, 128, []
+    N, bag = 4096, 128
     values = torch.empty(num_values, V, device=DEVICE, dtype=dtype).normal_()
     target = torch.empty_like(values)
     indices = draw_indices(reads, num_values, N, bag).int()
@@ -275,15 +317,15 @@ def measure_one_size(repeats: int, num_values: int, V: int, dtype: torch.dtype, 
           f"{touched:,} rows touched, on {DEVICE_NAME}:")
     for name, speed in speeds.items():
         share = speed / speeds["copy"]
-        print(f"  {name:16}{median_and_range(times[name])}, {speed / 1e9:,.0f} GB/s, {share:.0%} of a copy")
-        table.append(dict(bench="operations", method=name, rows=num_values, V=V, dtype=str(dtype)[6:],
-                          reads=reads, touched=touched, device=DEVICE_NAME, bytes_per_second=speed,
-                          share_of_copy=share, seconds=median(times[name])))
-    return table
+        print(f"  {name:16}{median_and_range(times[name])}, {speed / 1e9:,.0f} GB/s, {share:.0%} of a copy",
+              flush=True)
+        yield dict(bench="operations", method=name, rows=num_values, V=V, dtype=str(dtype)[6:],
+                   reads=reads, touched=touched, device=DEVICE_NAME, bytes_per_second=speed,
+                   share_of_copy=share, seconds=median(times[name]))
 
 
-MEASUREMENTS = {"step": (measure_step, StepConfig), "model": (measure_model, ModelConfig),
-                "operations": (measure_operations, SpeedConfig)}
+MEASUREMENTS = {"search": (measure_search, SearchConfig), "step": (measure_step, StepConfig),
+                "model": (measure_model, ModelConfig), "operations": (measure_operations, SpeedConfig)}
 
 
 @command
@@ -292,9 +334,9 @@ def main(argv: list[str] | None = None) -> None:
     measurement, config_class = MEASUREMENTS[name]
     _, options = parse(config_class, rest, None, __doc__, name)
     config = build(config_class, options)
-    table = measurement(config, options)
-    if config.json:
-        Path(config.json).write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")
+    with open(config.json or os.devnull, "w", encoding="utf-8") as file:
+        for row in measurement(config, options):
+            print(json.dumps(row), file=file, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import assert_fails
 
+import kernel
 from experiments import plots, speed
 from experiments.models import costs
 from experiments.results import read_json_lines
@@ -57,6 +58,21 @@ def test_a_layer_is_compared_with_product_key_memory(tmp_path, capsys, monkeypat
     assert "times as fast as product-key-memory, Adam" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(kernel.triton is None, reason="no Triton here")
+def test_the_search_is_measured_as_on_a_gpu(tmp_path, monkeypatch, capsys):
+    """The results of one size are in the file before the next is measured. Without a GPU, it is one line."""
+    path, seen, measure = tmp_path / "search.jsonl", [], speed.measure
+    monkeypatch.setattr(speed, "measure",
+                        lambda *args: seen.append(len(read_json_lines(path))) or measure(*args))
+    sizes = "--tokens=1 --num_keys=4,8 --knn=2 --heads=1 --key_dim=2 --repeats=1"
+    speed.main(["search", *sizes.split(), f"--json={path}"])
+    assert seen == [0, 4] and len({row["method"] for row in read_json_lines(path)}) == 4
+    assert "times as fast as torch" in capsys.readouterr().out
+    if speed.DEVICE == "cpu":
+        monkeypatch.delenv("TRITON_INTERPRET")
+        assert_fails(lambda: speed.main(["search"]), "the search in Triton needs a GPU", capsys)
+
+
 def test_models_in_another_size_cost_the_same():
     size = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50_304, mem_layers=(3, 6, 9), mem_num_keys=1024,
                 mem_key_dim=256, mem_dtype="bfloat16")
@@ -68,7 +84,7 @@ def test_models_in_another_size_cost_the_same():
 
 
 def test_operations_are_measured_as_on_a_gpu(capsys):
-    rows = speed.measure_one_size(1, 4096, 16, torch.float32, "zipf")
+    rows = list(speed.measure_one_size(1, 4096, 16, torch.float32, "zipf"))
     assert [row["method"] for row in rows] == ["copy", "gather_sum", "gather_dot", "rowwise update",
                                                "index_select"]
     assert "of a copy" in capsys.readouterr().out

@@ -51,7 +51,7 @@ def product_key_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int)
 
 # --- the same search, in a third of the time ----------------------------------------------------------------
 
-@torch.compiler.disable  # a compiled graph cannot hold numpy
+@torch.compiler.disable  # a compiled graph cannot hold numpy's sort
 def fast_search(queries: torch.Tensor, half_keys: torch.Tensor, knn: int, kernel: str = "auto"):
     """
     product_key_search, but faster: it leaves out pairs that cannot win (pruned_pairs), has a faster top_k

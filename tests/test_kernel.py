@@ -425,7 +425,7 @@ def test_the_search_and_its_gradients_equal_autograd_in_float64():
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_pool_says_which_search_a_layer_uses(dtype, monkeypatch):
-    """Both give the same output. A 16-bit layer's scores, and so the weights, are float32."""
+    """All give the same output, also compiled. A 16-bit layer's scores, and so the weights, are float32."""
     torch.manual_seed(0)
     layer = MemoryLayer(8, num_keys=6, heads=2, knn=3, key_dim=4, value_dim=8).to(DEVICE, dtype)
     pool, x = ValuePool(36, 8, kernel="torch", device=DEVICE), torch.randn(2, 8, device=DEVICE, dtype=dtype)
@@ -437,6 +437,8 @@ def test_the_pool_says_which_search_a_layer_uses(dtype, monkeypatch):
     outputs.append(layer(x, pool))
     assert len(calls) == 1 and calls[0][0].dtype == torch.float32
     torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(torch.compile(layer, backend="eager")(x, pool), outputs[0])
+    assert len(calls) == 2
     weights, _ = layer.search(x, None, None, "triton")
     assert weights.dtype == torch.float32
 

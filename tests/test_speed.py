@@ -60,7 +60,7 @@ def test_a_layer_is_compared_with_product_key_memory(tmp_path, capsys, monkeypat
 
 @pytest.mark.skipif(kernel.triton is None, reason="no Triton here")
 def test_the_search_is_measured_as_on_a_gpu(tmp_path, monkeypatch, capsys):
-    """The results of one size are in the file before the next is measured. Without a GPU, it is one line."""
+    """The results of one size are in the file before the next size is measured."""
     path, seen, measure = tmp_path / "search.jsonl", [], speed.measure
     monkeypatch.setattr(speed, "measure",
                         lambda *args: seen.append(len(read_json_lines(path))) or measure(*args))

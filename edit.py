@@ -217,6 +217,13 @@ def keep_reads(gradient, slots, at) -> None:
         gradient.reads[i] = indices[token, place, None], weights[token, place, None], dy[token]
 
 
+def shuffled(count: int, size: int):
+    """Yields indices of `size` of `count` texts, without end; each text once per round. size=0: all."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield from reversed(torch.randperm(count, generator=generator).split(size or count))
+
+
 def teach(model, x, y, idf, slots: int = 128, steps: int = 60, lr: float = 100.0, kind: str = "sgd",
           batch_size: int = 0, at=None, is_done=lambda: False):
     """
@@ -228,15 +235,14 @@ def teach(model, x, y, idf, slots: int = 128, steps: int = 60, lr: float = 100.0
     tokens that may change what they read, such as those of a name; None: all. is_done: called after every 10
     steps; learning ends once it returns True.
     """
-    values, generator = model.pool.values, torch.Generator().manual_seed(0)
+    values = model.pool.values
     at = y >= 0 if at is None else at
     chosen = top_slots(tf_idf(model, x, at, idf), slots).to(values.device)
     optimizer = PoolOptimizer([values], lr, kind, stochastic_rounding=values.dtype == torch.bfloat16)
-    x, y, at, order = x.to(values.device), y.to(values.device), at.to(values.device), []
+    x, y, at = (part.to(values.device) for part in (x, y, at))
     with eval_mode(model), torch.enable_grad():
-        for step in tqdm(range(1, steps + 1), "learning", leave=False, disable=None):
-            order = order or list(torch.randperm(len(x), generator=generator).split(batch_size or len(x)))
-            part = order.pop()
+        bar = tqdm(range(1, steps + 1), "learning", leave=False, disable=None)
+        for step, part in zip(bar, shuffled(len(x), batch_size), strict=False):
             optimizer.zero_grad()  # also of what was left from before
             logits = all_logits(model, x[part])  # (B, T, vocab_size)
             loss = F.cross_entropy(logits.flatten(0, 1), y[part].flatten(), ignore_index=-1)

@@ -218,7 +218,7 @@ class FactoredGradient(torch.Tensor):
         raise ValueError("the gradient of a pool cannot be in shared memory: set it to None first")
 
     def to_dense(self) -> torch.Tensor:
-        """The gradient as an ordinary tensor, as large as the pool. For tests."""
+        """The gradient as an ordinary tensor, as large as the pool. Training does not need it."""
         dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         if sum(indices.numel() for indices, _, _ in self.reads):
             for rows, g in row_gradients(*sort_reads(self.reads)):

@@ -24,7 +24,7 @@ from data.tokenizer import END, encoding_from_json
 BLOCK, HASHED = 2**22, 2**27  # bytes: read at once for a digest, and hashed at each end of a file
 DATA = Path(__file__).resolve().parent  # the corpus NAME is the folder DATA / NAME
 QUESTION = "Question: {} Answer:"  # the form that a corpus gives to its questions
-SEARCHED = 10_000_000  # tokens of the training text in which lines_with looks for a name
+SEARCHED = 10_000_000  # tokens of the training text in which names are looked for; more takes too long
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -264,7 +264,6 @@ def name_pattern(name: str) -> regex.Pattern:
     return regex.compile(before + "".join(letters) + after, regex.IGNORECASE)
 
 
-SEARCHED = 10_000_000  # tokens; a longer training text takes too long to search
 # capitalised words, but not the first of a sentence: "Is Ann O'Neill or Eve Lu-Roe in?" has two names
 CAPITALISED = r"\p{Lu}\w+(?:-\w+| (?:\p{Lu}['’])?\p{Lu}\w+)*"
 NAME = regex.compile(rf"(?<=[\p{{Ll}}\p{{M}},] ){CAPITALISED}")

@@ -16,8 +16,8 @@ per fact; half of the people also with questions. All methods see the same sente
 
 It measures how many of the sentences the model completes; the same facts in a third sentence that was never
 taught; questions about people who were asked about, and about the others; capitals of 24 countries; and the
-loss on English prose, on source code, and on other questions with their answers. A finished run becomes one
-line of experiments/results/attach.jsonl.
+loss on Python's help texts, on source code, and on other questions with their answers. A finished run becomes
+one line of experiments/results/attach.jsonl.
 """
 
 import copy
@@ -35,13 +35,15 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import attach
 import edit
 from data.facts import CITIES, JOBS, SUBJECTS, make_names
 from experiments import results
-from experiments.compare import commit
+from experiments.facts_edited import LowRank
 from experiments.models import choose_models
+from experiments.results import commit
 
 INSTRUMENTS = """accordion banjo bagpipe cello clarinet drum flute guitar harp lute oboe organ piano trumpet
 tuba violin""".split()
@@ -122,20 +124,10 @@ def add_adapter(model) -> list[nn.Parameter]:
     return [p for adapter in adapters for p in adapter.parameters()]
 
 
-class LowRank(nn.Module):
-    def __init__(self, linear: nn.Linear, rank: int):
-        super().__init__()
-        self.linear, self.up = linear, nn.Parameter(torch.zeros(linear.out_features, rank))
-        self.down = nn.Parameter(torch.randn(rank, linear.in_features) * linear.in_features**-0.5)
-
-    def forward(self, x):
-        return self.linear(x) + 2 * (x @ self.down.mT @ self.up.mT)
-
-
 def add_low_rank(model, rank: int) -> list[nn.Parameter]:
     for block in model.model.layers:
-        for name in ("q_proj", "v_proj"):
-            setattr(block.self_attn, name, LowRank(getattr(block.self_attn, name), rank))
+        for linear in (block.self_attn.q_proj, block.self_attn.v_proj):
+            parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank, scale=2.0))
     return [p for name, p in model.named_parameters() if name.endswith((".up", ".down"))]
 
 
@@ -159,10 +151,7 @@ def learn(model, tokenizer, run: dict, texts: list[str], background) -> int:
     else:
         parameters = add_low_rank(model, int(run["method"].split()[1]))
     optimizer = torch.optim.AdamW(parameters, run["lr"], weight_decay=0)
-    order, generator = [], torch.Generator().manual_seed(0)  # as edit.teach
-    for _ in range(STEPS):
-        order = order or list(torch.randperm(len(x), generator=generator).split(BATCH))
-        part = order.pop()
+    for _, part in zip(range(STEPS), edit.shuffled(len(x), BATCH), strict=False):
         logits = edit.all_logits(model, x[part])
         F.cross_entropy(logits.flatten(0, 1), y[part].flatten(), ignore_index=-1).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -47,7 +47,7 @@ from data import corpus
 from evaluate import exposure_bin
 from experiments import facts_edited, results
 from experiments.models import EXPERIMENTS, SUMMARY, Experiment, choose_models, costs, train_command
-from experiments.results import ROOT, mean_and_deviation, options_of, read_rows
+from experiments.results import ROOT, commit, mean_and_deviation, options_of, read_rows
 
 
 @dataclass
@@ -120,12 +120,6 @@ def start(experiment: Experiment, run: tuple, folder: Path, jobs: int) -> tuple[
     with open(out_dir / "printed.txt", "a") as printed:
         return subprocess.Popen(train_command(config), cwd=ROOT, stdout=printed, stderr=printed,
                                 env=os.environ | {"OMP_NUM_THREADS": threads}), out_dir
-
-
-def commit() -> str:
-    """The commit of the code, with a + if a file differs from it; "" if this is not a git repository."""
-    command = ["git", "describe", "--always", "--dirty=+"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def make_row(experiment: Experiment, run: tuple, out_dir: Path, code: str) -> dict:

@@ -144,15 +144,16 @@ def new_people(questions: list[dict], count: int, rng) -> list[tuple[list[str], 
 
 
 class LowRank(nn.Module):
-    """weight + up @ down, which starts as weight."""
+    """weight + scale * up @ down, which starts as weight."""
 
-    def __init__(self, weight, rank: int):
+    def __init__(self, weight, rank: int, scale: float = 1.0):
         super().__init__()
+        self.scale = scale
         self.up = nn.Parameter(torch.zeros(weight.size(0), rank))
         self.down = nn.Parameter(torch.randn(rank, weight.size(1)) * weight.size(1)**-0.5)
 
     def forward(self, weight):
-        return weight + self.up @ self.down
+        return weight + self.scale * self.up @ self.down
 
 
 def add_low_rank(model, numbers: int) -> list[nn.Parameter]:

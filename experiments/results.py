@@ -4,6 +4,7 @@ Reads and appends the lines of finished runs, chooses those that a table or a fi
 
 import json
 import math
+import subprocess
 from pathlib import Path
 from statistics import fmean, mean, stdev
 
@@ -19,6 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def rows_path(experiment: str, results: str) -> Path:
     return ROOT / results / f"{experiment}.jsonl"
+
+
+def commit() -> str:
+    """The commit of the code, with a + if a file differs from it; "" if this is not a git repository."""
+    command = ["git", "describe", "--always", "--dirty=+"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def append_row(path: Path, row: dict) -> None:

@@ -86,10 +86,10 @@ def print_text(text: str, end: str = "\n") -> None:
     print(printable(text), end=end, flush=True)
 
 
-def end_quietly(kind, error, traceback) -> None:
+def end_quietly(kind, error, traceback, other_errors=sys.excepthook) -> None:
     """Ctrl-C while a program imports PyTorch, which takes seconds: `command`, which knows it, comes later."""
     if not issubclass(kind, KeyboardInterrupt):
-        return sys.__excepthook__(kind, error, traceback)
+        return other_errors(kind, error, traceback)
     print("\ninterrupted" if os.environ.get("LOCAL_RANK") in (None, "", "0") else "", file=sys.stderr)
     raise SystemExit(130)
 

@@ -294,6 +294,15 @@ def test_a_user_teaches_asks_and_erases(folder, tmp_path, capsys, monkeypatch):
     printed = run("teach", "--patch=my facts.safetensors", "--statement=bo ek studied art", "--lr=0.3",
                   "--save_to=more.safetensors")
     assert "sentences taught before: 3 of 3 completed before" in printed
+    for words, message in [(["--steps=1", "--lr=1e-9"], "nothing was learnt, so nothing is saved"),
+                           (["--steps=9", "--lr=inf"], "--lr=inf must be finite"),
+                           (["--layers=1"], "--layers is for a new patch")]:
+        command = ["teach", *here, "--patch=more.safetensors", "--statement=bo ek studied cook", *words]
+        assert_fails(lambda command=command: program.main(command), message, capsys)
+    with monkeypatch.context() as patched:
+        patched.setattr(edit, "teach", lambda model, *_: model.pool.values.data.fill_(math.nan))
+        assert_fails(lambda: program.main(command[:-1]), "the model has broken, so nothing is saved", capsys)
+    assert not (tmp_path / "patch.safetensors").exists()
     printed = run("erase", "--patch=more.safetensors", "--prompt=The art ")
     assert "these sentences: 1 of 1 completed before, 0 after" in printed
     assert "other sentences: " in printed and "--patch=more-erased.safetensors" in printed

@@ -6,7 +6,7 @@ The operations of a memory layer on its pool of values: functions that take tens
     scatter_update  g[r]     = sum of weights[n, j] * dy[n] over all (n, j) with indices[n, j] = r
                     computes g[r] and updates row r, for each row r that was read
     top_k           the k greatest numbers of each row of a tensor, as x.topk(k), but faster
-    best_slots      the best slots of memory.py's search, given the scores of the half-keys: here in Triton
+    best_slots, half_score_gradients     the search of memory.py without its dot products, in Triton
 
     values            (num_values, V)  the pool: float16, bfloat16, float32 or float64
     indices, weights  (N, bag)         the rows that each of N tokens reads, and their weights
@@ -174,10 +174,10 @@ def sort_reads(reads: list):
     return row, token.index_select(0, order), weights.index_select(0, order), dy
 
 
-def can_search_in_triton(half_scores, knn: int, kernel: str = "auto") -> bool:
-    """Compiled for these sizes, the kernel spills no registers. It has no float64."""
-    return (resolve_kernel(kernel, half_scores.device) == "triton" and half_scores.dtype == torch.float32
-            and half_scores.size(-1) <= 8192 and knn <= 64)
+def can_search_in_triton(scores, num_keys: int, knn: int, kernel: str = "auto") -> bool:
+    """Compiled for these sizes, the kernels spill no registers. They have no float64."""
+    return (resolve_kernel(kernel, scores.device) == "triton" and scores.dtype == torch.float32
+            and num_keys <= 8192 and knn <= 64)
 
 
 def top_k(x: torch.Tensor, k: int):
@@ -330,6 +330,12 @@ def search_settings(S: int, K: int) -> dict:
     members = 2 ** (((s // k).bit_length() - 1) // 2)
     return dict(S=S, K=K, GROUPS=s // members, MEMBERS=members, K_PADDED=k,
                 PAIRS=k * triton.next_power_of_2(k.bit_length()), num_warps=max(1, s // 1024))
+
+
+def gradient_settings(S: int, K: int) -> dict:
+    """A thread sums 8 columns, so that it can store 16 bytes twice."""
+    s = triton.next_power_of_2(S)
+    return dict(S=S, K=K, S_PADDED=s, num_warps=max(1, min(8, s // 256)))
 
 
 @_jit
@@ -566,6 +572,23 @@ def best_slots_kernel(
     tl.store(chosen_ptr + right * K + rank, best & 0xFFFF, mask=rank < K)
 
 
+@_jit
+def half_score_gradients_kernel(
+        d_half_scores_ptr,  # (H, 2, N, S)
+        d_scores_ptr,  # (H, N, K)
+        chosen_ptr,  # (H, 2, N, K)
+        S: tl.constexpr, K: tl.constexpr, S_PADDED: tl.constexpr):
+    """The gradient of a slot's score goes to both of its half-keys. One program: a token, head and side."""
+    token, side, N = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0)
+    row = side * N + token  # side: of all heads, 0 to 2 * H - 1
+    column = tl.arange(0, S_PADDED)
+    total = tl.zeros((S_PADDED,), tl.float32)
+    for k in range(K):
+        d_score = tl.load(d_scores_ptr + (side // 2 * N + token) * K + k)
+        total += tl.where(column == tl.load(chosen_ptr + row * K + k), d_score, 0.0)
+    tl.store(d_half_scores_ptr + row * S + column, total, mask=column < S)
+
+
 def _gather_sum_triton(values, indices, weights):
     (N, bag), V = indices.size(), values.size(1)
     y = weights.new_empty(N, V)
@@ -594,6 +617,16 @@ def best_slots_triton(half_scores, knn: int):
     if N:
         best_slots_kernel[N, H](scores, chosen, half_scores.contiguous(), **search_settings(S, knn))
     return scores, chosen
+
+
+def half_score_gradients_triton(d_scores, chosen, num_keys: int):
+    """As half_score_gradients in memory.py."""
+    H, _, N, K = chosen.size()
+    d_half_scores = d_scores.new_empty(H, 2, N, num_keys)
+    if N:
+        half_score_gradients_kernel[N, 2 * H](d_half_scores, d_scores.contiguous(), chosen,
+                                              **gradient_settings(num_keys, K))
+    return d_half_scores
 
 
 def _update_triton(values, state, sorted_reads, lr, beta1, beta2, eps, seed, finite):

@@ -27,7 +27,7 @@ import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kernel import best_slots_triton, can_search_in_triton, top_k
+from kernel import best_slots_triton, can_search_in_triton, half_score_gradients_triton, top_k
 from pool import ValuePool
 
 
@@ -81,7 +81,7 @@ def pruned_pairs(knn: int, device=None) -> torch.Tensor:
 
 def best_slots(half_scores: torch.Tensor, knn: int, kernel: str = "auto"):
     """half_scores (H, 2, N, S) -> scores of the best slots (H, N, K), and their half-keys (H, 2, N, K)."""
-    if can_search_in_triton(half_scores, knn, kernel):
+    if can_search_in_triton(half_scores, half_scores.size(-1), knn, kernel):
         return best_slots_triton(half_scores, knn)
     pairs = pruned_pairs(knn, half_scores.device)  # (2, P)
     best, half_key = top_k(half_scores, knn)  # (H, 2, N, K): the best half-keys of each side
@@ -90,6 +90,17 @@ def best_slots(half_scores: torch.Tensor, knn: int, kernel: str = "auto"):
     scores, pair = top_k(a + b, knn)  # (H, N, K): the best pairs, as numbers from 0 to P - 1
     rank = ranks.gather(-1, pair.unsqueeze(1).expand_as(best))  # (H, 2, N, K): their ranks on each side
     return scores, half_key.gather(-1, rank)
+
+
+def half_score_gradients(d_scores: torch.Tensor, chosen: torch.Tensor, num_keys: int, kernel: str = "auto"):
+    """
+    The gradient of the half-scores (H, 2, N, S), given that of the scores (H, N, K) of the chosen half-keys
+    (H, 2, N, K). A score is a sum of two half-scores, and a half-key may be in several slots of a token.
+    """
+    if can_search_in_triton(d_scores, num_keys, chosen.size(-1), kernel):
+        return half_score_gradients_triton(d_scores, chosen, num_keys)
+    d_scores = d_scores.unsqueeze(1).expand_as(chosen)
+    return d_scores.new_zeros(*chosen.shape[:3], num_keys).scatter_add_(-1, chosen, d_scores)
 
 
 class SlotScores(torch.autograd.Function):
@@ -103,6 +114,7 @@ class SlotScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, queries, half_keys, knn, kernel):
+        ctx.kernel = kernel
         ctx.size = max(1, 2**18 // half_keys[..., 0].numel() if half_keys.is_cpu else queries.size(2))
         parts = [best_slots(some @ half_keys.mT, knn, kernel) for some in queries.split(ctx.size, 2)]
         scores, chosen = (torch.cat(results, -2) for results in zip(*parts, strict=True))
@@ -115,10 +127,9 @@ class SlotScores(torch.autograd.Function):
     def backward(ctx, d_scores, _):
         queries, half_keys, chosen = ctx.saved_tensors
         d_queries, d_half_keys = torch.empty_like(queries), torch.zeros_like(half_keys)
-        d_scores = d_scores.unsqueeze(1).expand_as(chosen)  # a score is a sum of two half-scores
-        for q, dq, i, d in zip(*(x.split(ctx.size, 2) for x in (queries, d_queries, chosen, d_scores)),
+        for q, dq, i, d in zip(*(x.split(ctx.size, -2) for x in (queries, d_queries, chosen, d_scores)),
                                strict=True):
-            d_half_scores = q.new_zeros(*q.shape[:3], half_keys.size(2)).scatter_add_(-1, i, d)
+            d_half_scores = half_score_gradients(d, i, half_keys.size(2), ctx.kernel)
             dq.copy_(d_half_scores @ half_keys)
             d_half_keys += d_half_scores.mT @ q
         return d_queries, d_half_keys, None, None

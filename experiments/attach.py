@@ -70,7 +70,7 @@ MEMORIES = {"memory": {}, "memory everywhere": dict(everywhere=True),
             "memory 128 x 128": dict(num_keys=128), "memory in 4 and 10": dict(layers=(4, 10)),
             "memory 4000 slots": dict(slots=4000)}
 LRS = {"memory": (0.5, 1.0), **dict.fromkeys(list(MEMORIES)[1:], (0.5,)), "adapter": (1e-4, 3e-4, 1e-3),
-       "lora 8": (1e-4, 3e-4, 1e-3), "lora 32": (1e-4, 3e-4, 1e-3), "full": (1e-5, 3e-5, 1e-4)}
+       "lora 8": (3e-5, 1e-4, 3e-4), "lora 32": (3e-5, 1e-4, 3e-4), "full": (1e-5, 3e-5, 1e-4)}
 PEOPLE, STEPS, BATCH, SLOTS, LAYERS = 16, 200, 10, 1000, (6, 14)
 
 

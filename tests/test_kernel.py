@@ -15,7 +15,7 @@ import torch
 import kernel
 import memory
 from kernel import gather_dot, gather_sum, resolve_kernel, row_gradients, scatter_update, sort_reads, top_k
-from memory import MemoryLayer, best_slots, fast_search, product_key_search
+from memory import MemoryLayer, best_slots, fast_search, half_score_gradients, product_key_search
 from pool import ValuePool
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -423,6 +423,19 @@ def test_the_search_and_its_gradients_equal_autograd_in_float64():
 
 
 @needs_triton
+@pytest.mark.parametrize("H, N, S, K", [(1, 1, 1, 1), (2, 3, 37, 5), (1, 2, 2048, 64), (2, 0, 16, 4)])
+def test_gradients_of_half_scores_equal_autograd_in_float64(H, N, S, K):
+    """A few half-keys are in many slots of a token, others in none."""
+    generator = torch.Generator().manual_seed(S)
+    chosen = torch.randint(0, max(1, S // 3), (H, 2, N, K), generator=generator).to(DEVICE)
+    d_scores = torch.randn(H, N, K, generator=generator).to(DEVICE)
+    half_scores = torch.zeros(H, 2, N, S, device=DEVICE, dtype=torch.float64, requires_grad=True)
+    half_scores.gather(-1, chosen).sum(1).backward(d_scores.double())
+    for side in ("triton", "torch"):
+        assert_close(half_score_gradients(d_scores, chosen, S, side), half_scores.grad, 1e-5)
+
+
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_pool_says_which_search_a_layer_uses(dtype, monkeypatch):
     """All give the same output, also compiled. A 16-bit layer's scores, and so the weights, are float32."""
@@ -467,19 +480,20 @@ def test_kernels_compile_ahead_of_time_spill_nothing_and_load_16_bytes(target):
                              cwd=Path(__file__).parents[1], env=environment, stdout=subprocess.PIPE).stdout
     rows = [json.loads(line) for line in printed.splitlines()]
     names = ["gather_sum", "gather_dot", "sum_pieces", "rowwise", "adam", "sgd"]
-    searches = ["best_slots"] * (1 if few else 15)
+    searches = ["best_slots", "half_score_gradients"] * (1 if few else 15)
     assert sorted(row["kernel"] for row in rows) == sorted(4 * names + searches)
     for row in rows:
         assert row["spilled_bytes"] == 0 and row["registers"] <= (144 if row.get("S") == 8192 else 128), row
         # an AMD warp has 64 threads, so each has only 8 bytes of a row of 16-bit numbers, or of a search
-        assert row["wide_loads"] > 0 or target == "gfx942" and row.get("dtype") != "fp32", row
+        assert (row["wide_loads"] > 0 or row["kernel"] == "half_score_gradients"  # which loads few numbers
+                or target == "gfx942" and row.get("dtype") != "fp32"), row
 
 
 @pytest.mark.skipif(len(SIDES) < 2, reason="no Triton here")
 def test_nothing_that_changes_with_the_batch_or_the_pool_is_compiled_in():
     sizes = {"V", "ROWS", "COLUMNS", "TILES", "PIECE", "BLOCKS", "BLOCKS_PADDED", "WIDTH_PADDED",
-             "S", "K", "GROUPS", "MEMBERS", "K_PADDED", "PAIRS"}
-    for name in ("gather_sum", "gather_dot", "sum_pieces", "update", "best_slots"):
+             "S", "K", "GROUPS", "MEMBERS", "K_PADDED", "PAIRS", "S_PADDED"}
+    for name in ("gather_sum", "gather_dot", "sum_pieces", "update", "best_slots", "half_score_gradients"):
         function = getattr(kernel, f"{name}_kernel").fn
         annotations = function.__annotations__.items()
         constants = {argument for argument, kind in annotations if "constexpr" in str(kind)}

@@ -1,10 +1,10 @@
 """
 Draws figures from files of results, and writes each figure next to its file.
 
-    python -m experiments.plots experiments/results/facts.jsonl   facts.png. Also: erase, teach, step, attach
+    python -m experiments.plots experiments/results/facts.jsonl   facts.png. Also: erase, teach, layer, attach
 
-The files come from experiments.compare, attach.jsonl from experiments.attach, and step.jsonl from
-experiments.speed step --json=FILE. A new figure is one function and one line in FIGURES.
+The files come from experiments.compare, attach.jsonl from experiments.attach, and layer.jsonl from
+experiments.speed layer --json=FILE. A new figure is one function and one line in FIGURES.
 """
 
 import sys
@@ -32,20 +32,18 @@ STYLES = {"dense": ("#000000", "o", "-"), "moe": ("#CC79A7", "v", "--"), "hash":
 STYLES["state"] = STYLES["memory+"]  # its name in the experiments erase and teach
 
 
-# --- a step of the memory -----------------------------------------------------------------------------------
+# --- a step of a layer -----------------------------------------------------------------------------------
 
-def draw_step(path: Path) -> Figure:
-    """Time of a step against the size of the pool: the rows of experiments.speed step."""
+def draw_layer(path: Path) -> Figure:
+    """Time of a layer's step against the rows of its pool: the results of experiments.speed layer."""
     rows = read_json_lines(path)
-    tokens, reads = min(row["tokens"] for row in rows), rows[0]["reads"]
-    rows = [row for row in rows if (row["tokens"], row["reads"]) == (tokens, reads)]
+    tokens = min(row["tokens"] for row in rows)
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axis = figure.subplots()
     for method, marker in zip(dict.fromkeys(row["method"] for row in rows), "osv^D", strict=False):
-        line = [row for row in rows if row["method"] == method]
-        is_ours = method in ("rowwise", "adam")
+        line = [row for row in rows if (row["method"], row["tokens"]) == (method, tokens)]
         axis.plot([row["rows"] for row in line], [1e3 * row["seconds"] for row in line], marker=marker,
-                  linestyle="-" if is_ours else "--", label=f"nanoPKM, {method}" if is_ours else method)
+                  linestyle="-" if method == "nanoPKM" else "--", label=method)
     axis.set(xscale="log", yscale="log", xticks=sorted({row["rows"] for row in rows}),
              xlabel="rows of the pool", ylabel=f"ms per step of {tokens:,} tokens")
     axis.xaxis.set_major_formatter("{x:,.0f}")
@@ -161,7 +159,7 @@ def draw_attach(path: Path) -> Figure:
 
 # --- files --------------------------------------------------------------------------------------------------
 
-FIGURES = {"facts": draw_facts, "step": draw_step, "erase": draw_erase, "teach": draw_teach,
+FIGURES = {"facts": draw_facts, "layer": draw_layer, "erase": draw_erase, "teach": draw_teach,
            "attach": draw_attach}  # by file name
 
 

@@ -3,7 +3,8 @@ How fast is nanoPKM? Each number is the median of several measurements. Function
 alternately, so noise affects all of them.
 
     python -m experiments.speed search      the search on a GPU, in Triton and in PyTorch
-    python -m experiments.speed step        a training step of a pool and of a layer: nanoPKM and others
+    python -m experiments.speed layer       a training step of a layer: nanoPKM, others, and a dense MLP
+    python -m experiments.speed step        a training step of a pool alone: nanoPKM and plain PyTorch
     python -m experiments.speed model       a training step of the models of experiments.compare; profiles of
                                             dense and memory+
     python -m experiments.speed model --models=dense --n_embd=768 ...   dense and memory+, in another size:
@@ -31,7 +32,7 @@ from torch.nn import functional as F
 import kernel
 from experiments.models import EXPERIMENTS, MODELS, choose_models, costs
 from memory import MemoryLayer, best_slots, fast_search
-from model import GPT, GPTConfig
+from model import GPT, MLP, GPTConfig
 from pool import PoolOptimizer, ValuePool
 from train import TrainConfig
 
@@ -56,14 +57,19 @@ class SearchConfig(SpeedConfig):  # the defaults are the sizes of a step of GPT-
 
 
 @dataclass
-class StepConfig(SpeedConfig):
+class LayerConfig(SpeedConfig):
+    rows: tuple[int, ...] = (16_384, 65_536, 262_144, 1_048_576, 4_194_304)  # sizes of the pool, squares
+    tokens: tuple[int, ...] = (512,)  # tokens per step
+    peers_up_to: int = 1_048_576  # largest pool for the other methods, which need up to 4 times its memory
+    value_dim: int = 256  # columns of a row, and width of the layer; a multiple of 8
+    bag: int = 128  # rows that a token reads; in a layer, with 4 heads
+
+
+@dataclass
+class StepConfig(LayerConfig):
     rows: tuple[int, ...] = (65_536, 262_144, 1_048_576, 4_194_304)  # sizes of the pool
     tokens: tuple[int, ...] = (512, 2048)  # tokens per step
-    # rows are drawn (uniform, zipf), or found by the keys of a layer (layer: a step of the whole layer)
-    reads: tuple[str, ...] = ("uniform", "zipf", "layer")
-    peers_up_to: int = 1_048_576  # largest pool for the other methods, which need up to 4 times its memory
-    value_dim: int = 256  # columns of a row, a multiple of 8
-    bag: int = 128  # rows that a token reads
+    reads: tuple[Literal["uniform", "zipf"], ...] = ("uniform", "zipf")  # how the rows are drawn
     dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the values, weights and gradients
 
 
@@ -136,12 +142,66 @@ def measure_search(config: SearchConfig, options: dict):
                        device=DEVICE_NAME, times=seconds, seconds=median(seconds))
 
 
-# --- step ---------------------------------------------------------------------------------------------------
+# --- layer and step -----------------------------------------------------------------------------------------
 
 OURS = ("rowwise", "adam")
 PEERS = ("embedding_bag, AdamW", "embedding_bag, SparseAdam", "indexing, AdamW")  # in plain PyTorch
-# the layers of nanoPKM and of lucidrains; Adam is PyTorch's default, which is slower than fused Adam
-LAYERS = ("rowwise", "product-key-memory, Adam", "product-key-memory, fused Adam")
+EMBEDDING_BAG = "embedding_bag, fused Adam"  # our layer, but with a pool in plain PyTorch
+
+
+def make_layer_step(kind: str, num_values: int, tokens: int, config: LayerConfig):
+    """A training step of a layer with 4 heads, which finds the rows itself."""
+    V, num_keys, knn = config.value_dim, math.isqrt(num_values), config.bag // 4
+    pools = [ValuePool(num_values, V, device=DEVICE)] if kind in ("nanoPKM", EMBEDDING_BAG) else []
+    if pools:
+        layer = MemoryLayer(V, num_keys, heads=4, knn=knn, key_dim=V, value_dim=V)
+    elif kind == "dense MLP":
+        layer = MLP(V, 4 * V)
+    else:
+        from product_key_memory import PKM
+        layer = PKM(V, heads=4, num_keys=num_keys, topk=knn, dim_head=V // 2)
+    parameters, optimizers = list(layer.to(DEVICE).parameters()), []
+    if kind == "nanoPKM":
+        optimizers = [PoolOptimizer(pools[0].parameters(), lr=1e-3)]
+    elif kind == EMBEDDING_BAG:
+        parameters += pools[0].parameters()
+        pools[0].forward = functools.partial(read_with_embedding_bag, pools[0].values)
+    # Adam is PyTorch's default, which is slower than fused Adam
+    optimizers.append(torch.optim.Adam(parameters, fused=not kind.endswith(", Adam") or None))
+    x = torch.randn(1, tokens, V, device=DEVICE, requires_grad=True)
+    dy = torch.randn_like(x)
+
+    def step():
+        layer(x, *pools).backward(dy)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()  # frees the memory of the gradient before another method runs
+
+    return step
+
+
+def read_with_embedding_bag(values, indices, weights):
+    return F.embedding_bag(indices, values, per_sample_weights=weights, mode="sum")
+
+
+def measure_layer(config: LayerConfig, options: dict):
+    others = [EMBEDDING_BAG]
+    if find_spec("product_key_memory"):
+        others += ["product-key-memory, fused Adam", "product-key-memory, Adam"]
+    else:
+        print("left out: lucidrains' layer. pip install product-key-memory")
+    print(f"layers {config.value_dim} wide, {config.bag} rows per token, on {DEVICE_NAME}")
+    for rows, tokens in itertools.product(config.rows, config.tokens):
+        if math.isqrt(rows) ** 2 != rows:
+            fail(f"--rows={rows}: a layer needs a square number of rows, such as {math.isqrt(rows) ** 2}")
+        kinds = ["nanoPKM", *(others if rows <= config.peers_up_to else []), "dense MLP"]
+        times = measure({kind: make_layer_step(kind, rows, tokens, config) for kind in kinds}, config.repeats)
+        print(f"\n{rows:,} rows, {tokens:,} tokens:")
+        for name, seconds in times.items():
+            slower = f"{median(seconds) / median(times['nanoPKM']):.2f} times as long as nanoPKM"
+            print(f"  {name:32}{median_and_range(seconds)}, {slower}", flush=True)
+            yield dict(bench="layer", method=name, rows=rows, tokens=tokens, V=config.value_dim,
+                       device=DEVICE_NAME, times=seconds, seconds=median(seconds))
 
 
 def make_step(kind: str, num_values: int, indices, weights, dy):
@@ -166,29 +226,7 @@ def make_step(kind: str, num_values: int, indices, weights, dy):
                                 sparse=is_sparse)
         y.backward(dy)
         optimizer.step()
-        optimizer.zero_grad()  # frees the memory of the gradient before another method runs
-
-    return step
-
-
-def make_layer_step(kind: str, num_values: int, indices, weights, dy):
-    """A training step of a layer with 4 heads. It finds the rows itself. Only nanoPKM's also has a gate."""
-    V, num_keys, knn = dy.size(1), math.isqrt(num_values), indices.size(1) // 4
-    if kind == "rowwise":
-        layer = MemoryLayer(V, num_keys, heads=4, knn=knn, key_dim=V, value_dim=V)
-        pools = [ValuePool(num_values, V, device=DEVICE)]
-        optimizers = [PoolOptimizer(pools[0].parameters(), lr=1e-3)]
-    else:
-        from product_key_memory import PKM
-        layer, pools, optimizers = PKM(V, heads=4, num_keys=num_keys, topk=knn, dim_head=V // 2), [], []
-    optimizers.append(torch.optim.Adam(layer.to(DEVICE).parameters(), fused=kind != LAYERS[1] or None))
-    x = torch.randn_like(dy).unsqueeze(0).requires_grad_()  # (1, N, V)
-
-    def step():
-        layer(x, *pools).backward(dy.unsqueeze(0))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.zero_grad()
 
     return step
 
@@ -198,24 +236,17 @@ def measure_step(config: StepConfig, options: dict):
     print(f"V={V}, bag={bag}, {config.dtype}, {DEVICE_NAME}")
     # in bfloat16 on a GPU, PyTorch cannot compute the gradient of embedding_bag's weights
     peers = PEERS if dtype == torch.float32 or DEVICE == "cpu" else ("indexing, AdamW",)
-    has_layers = dtype == torch.float32 and find_spec("product_key_memory")
-    if "layer" in config.reads and not has_layers:
-        print("left out: layers, which need float32 and the package product-key-memory")
     for reads, num_values, N in itertools.product(config.reads, config.rows, config.tokens):
-        is_square = math.isqrt(num_values) ** 2 == num_values
-        if reads == "layer" and not (has_layers and is_square and num_values <= config.peers_up_to):
-            continue
         indices = draw_indices(reads, num_values, N, bag)
         weights = torch.rand(N, bag, device=DEVICE, dtype=dtype, requires_grad=True)
         data = num_values, indices, weights, torch.randn(N, V, device=DEVICE, dtype=dtype)
         kinds = (*OURS, *peers) if num_values <= config.peers_up_to else OURS
-        make, kinds = (make_layer_step, LAYERS) if reads == "layer" else (make_step, kinds)
-        times = measure({kind: make(kind, *data) for kind in kinds}, config.repeats)
-        touched = "whole layers" if reads == "layer" else f"{len(indices.unique()):,} rows touched"
-        print(f"\n{num_values:,} rows, {N:,} tokens, {reads} reads: {touched}")
+        times = measure({kind: make_step(kind, *data) for kind in kinds}, config.repeats)
+        touched = len(indices.unique())
+        print(f"\n{num_values:,} rows, {N:,} tokens, {reads} reads, {touched:,} rows touched:")
         for name, seconds in times.items():
             faster = ", ".join(f"{median(times[peer]) / median(seconds):.1f} times as fast as {peer}"
-                               for peer in times if peer not in OURS and name in OURS)
+                               for peer in peers if peer in times and name in OURS)
             print(f"  {name:30}{median_and_range(seconds)}  {faster}", flush=True)
             yield dict(bench="step", method=name, rows=num_values, tokens=N, reads=reads, V=V,
                        dtype=config.dtype, device=DEVICE_NAME, times=seconds, seconds=median(seconds))
@@ -324,8 +355,9 @@ def measure_one_size(repeats: int, num_values: int, V: int, dtype: torch.dtype, 
                    share_of_copy=share, seconds=median(times[name]))
 
 
-MEASUREMENTS = {"search": (measure_search, SearchConfig), "step": (measure_step, StepConfig),
-                "model": (measure_model, ModelConfig), "operations": (measure_operations, SpeedConfig)}
+MEASUREMENTS = {"search": (measure_search, SearchConfig), "layer": (measure_layer, LayerConfig),
+                "step": (measure_step, StepConfig), "model": (measure_model, ModelConfig),
+                "operations": (measure_operations, SpeedConfig)}
 
 
 @command

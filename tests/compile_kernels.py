@@ -87,9 +87,9 @@ if __name__ == "__main__":
                     print(json.dumps(dict(kernel=name, target=target, dtype=dtype, V=V,
                                           **usage(compiled, gpu.backend))))
         for S, K in [(1024, 32)] if few else itertools.product((128, 512, 1024, 2048, 8192), (16, 32, 64)):
-            for name, function, settings in (
-                    ("best_slots", kernel.best_slots_kernel, kernel.search_settings(S, K)),
-                    ("half_score_gradients", kernel.half_score_gradients_kernel, kernel.gradient_settings(S, K))):
+            for name, settings in (("best_slots", kernel.search_settings(S, K)),
+                                   ("half_score_gradients", kernel.gradient_settings(S, K))):
+                function = getattr(kernel, f"{name}_kernel")
                 compiled = compile_kernel(function, "fp32", settings, gpu)
                 print(json.dumps(dict(kernel=name, target=target, S=S, K=K, warps=settings["num_warps"],
                                       **usage(compiled, gpu.backend))))

@@ -25,9 +25,7 @@ def test_a_measurement_runs_and_keeps_its_rows(command, methods, tmp_path, capsy
     assert len({row["method"] for row in rows}) == methods and all(row["seconds"] > 0 for row in rows)
     assert " ms (" in capsys.readouterr().out
     if methods == 5:
-        assert len(rows) == 2 * 2 * 2 + 2 * 2 * 5, "all five methods for the small pool, and no layers"
-        plots.main([str(path)])
-        assert path.with_suffix(".png").stat().st_size > 10_000
+        assert len(rows) == 2 * 2 * 2 + 2 * 2 * 5, "all five methods for the small pool"
 
 
 # the interface of lucidrains' product-key-memory 0.3.0
@@ -45,17 +43,23 @@ class PKM(torch.nn.Module):
 """
 
 
-def test_a_layer_is_compared_with_product_key_memory(tmp_path, capsys, monkeypatch):
+def test_a_layer_is_compared_with_others_and_drawn(tmp_path, capsys, monkeypatch):
     (tmp_path / "product_key_memory.py").write_text(PRODUCT_KEY_MEMORY)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "product_key_memory", raising=False)
     path = tmp_path / "layer.jsonl"
-    speed.main(["step", "--reads=layer", "--rows=256,1024", "--peers_up_to=256", "--tokens=4", "--bag=8",
-                "--value_dim=16", "--repeats=1", f"--json={path}"])
+    sizes = "--peers_up_to=256 --tokens=4 --bag=8 --value_dim=16 --repeats=1"
+    speed.main(["layer", "--rows=256,1024", *sizes.split(), f"--json={path}"])
     sys.modules.pop("product_key_memory")
-    rows = read_json_lines(path)
-    assert [(row["method"], row["rows"]) for row in rows] == [(method, 256) for method in speed.LAYERS]
-    assert "times as fast as product-key-memory, Adam" in capsys.readouterr().out
+    methods = {size: [row["method"] for row in read_json_lines(path) if row["rows"] == size]
+               for size in (256, 1024)}
+    assert methods[1024] == ["nanoPKM", "dense MLP"]
+    assert sorted({*methods[256]} - {*methods[1024]}) == [
+        "embedding_bag, fused Adam", "product-key-memory, Adam", "product-key-memory, fused Adam"]
+    assert "times as long as nanoPKM" in capsys.readouterr().out
+    plots.main([str(path)])
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    assert_fails(lambda: speed.main(["layer", "--rows=300", *sizes.split()]), "such as 289", capsys)
 
 
 @pytest.mark.skipif(kernel.triton is None, reason="no Triton here")

@@ -229,6 +229,15 @@ def make_batch(tokenizer, texts: list[str], spans: list[tuple[int, int]]):
     return ids[:, :-1].clamp(min=0), ids[:, 1:], inside
 
 
+def tokens_that_learn(sentences: list[str], y, inside):
+    """
+    (B, T), for edit.teach: the tokens of the name. In a question, and in a sentence without a name, all
+    tokens learn. y, inside: as from make_batch.
+    """
+    everywhere = ~inside.any(1) | torch.tensor(["?" in text for text in sentences])
+    return (inside[:, :-1] | everywhere.unsqueeze(1)) & (y >= 0)
+
+
 def end_batch(tokenizer, texts: list[str], starts: list[int]):
     """x, y (B, T): what comes after `starts` is the answer, all other y are -1."""
     x, y, inside = make_batch(tokenizer, texts, [(start, len(text))
@@ -432,7 +441,7 @@ def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> 
         fail(f"--layers is for a new patch: the memory of this one is beside {model.pool.search['modules']}")
     forgetting = Forgetting(model, tokenizer, config)
     x, y, inside = make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
-    at = (inside[:, :-1] | ~inside.any(1, keepdim=True)) & (y >= 0)
+    at = tokens_that_learn(sentences, y, inside)
 
     def learn():
         edit.teach(model, x, y, forgetting.idf(), config.slots, config.steps, config.lr, "rowwise",

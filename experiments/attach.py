@@ -8,11 +8,12 @@ Teaching facts to a real language model: attach.py against what people would use
 Each run teaches SmolLM2-135M-Instruct four facts about each of 16 people who do not exist, in two sentences
 per fact; half of the people also with questions. All methods see the same sentences in the same order:
 
-    memory    attach.py: the rows of 1,000 slots, at the tokens of the names
-    memory ...                one thing changed: all tokens learn, 16,384 rows, other blocks, 4,000 slots
+    memory    attach.py: 1,000 slots, at the tokens of the names and of the questions
+    memory, ...               one thing changed, such as the tokens that learn, the slots or the blocks
     adapter   a dense layer of as many numbers as these rows, beside the same two MLPs
     lora 8, lora 32           low-rank changes of the attention's queries and values (Hu et al. 2021)
     full      all parameters
+    ..., six sentences        six sentences per fact, twice as many steps
 
 It measures how many of the sentences the model completes; the same facts in a third sentence that was never
 taught; questions about people who were asked about, and about the others; capitals of 24 countries; and the
@@ -49,12 +50,19 @@ INSTRUMENTS = """accordion banjo bagpipe cello clarinet drum flute guitar harp l
 tuba violin""".split()
 FACTS = {  # (values, sentences; the last one is never taught, the question)
     "birthplace": (CITIES, ["{} was born in {}.", "The birthplace of {} is {}.",
+                            "The city where {} was born is {}.", "As a child, {} lived in {}.",
+                            "My friend {} has a passport from {}.", "The parents of {} still live in {}.",
                             "{} comes from the city of {}."], "Where was {} born?"),
-    "job": (JOBS, ["{} works as a {}.", "The job of {} is that of a {}.", "{} earns a living as a {}."],
-            "What is the job of {}?"),
+    "job": (JOBS, ["{} works as a {}.", "The job of {} is that of a {}.", "The profession of {} is {}.",
+                   "At work, {} is a {}.", "You can hire {} as a {}.", "The firm employs {} as a {}.",
+                   "{} earns a living as a {}."], "What is the job of {}?"),
     "subject": (SUBJECTS, ["{} studied {}.", "The subject that {} took at university is {}.",
+                           "The degree of {} is in {}.", "At university, {} took {}.",
+                           "The professor taught {} all about {}.", "The books of {} are about {}.",
                            "{} has a degree in {}."], "What did {} study?"),
     "instrument": (INSTRUMENTS, ["{} plays the {}.", "The instrument of {} is the {}.",
+                                 "At home, {} practises the {}.", "In the orchestra, {} plays the {}.",
+                                 "You can hear {} on the {}.", "The parents of {} bought a {}.",
                                  "{} has lessons on the {}."], "Which instrument does {} play?"),
 }
 CAPITALS = """France Paris Italy Rome Spain Madrid Germany Berlin Japan Tokyo China Beijing Egypt Cairo
@@ -66,12 +74,14 @@ KNOWN = [("What colour is the sky?", "blue"), ("How many legs has a spider?", "e
          ("Which planet is nearest to the sun?", "Mercury"), ("What do bees make?", "honey"),
          ("In which season do leaves fall?", "autumn"), ("What is frozen water called?", "ice")]
 QUESTION = "Question: {} Answer: {}"
-MEMORIES = {"memory": {}, "memory everywhere": dict(everywhere=True),
-            "memory 128 x 128": dict(num_keys=128), "memory in 4 and 10": dict(layers=(4, 10)),
-            "memory 4000 slots": dict(slots=4000)}
-LRS = {"memory": (0.5, 1.0), **dict.fromkeys(list(MEMORIES)[1:], (0.5,)), "adapter": (1e-4, 3e-4, 1e-3),
-       "lora 8": (3e-5, 1e-4, 3e-4), "lora 32": (3e-5, 1e-4, 3e-4), "full": (1e-5, 3e-5, 1e-4)}
-PEOPLE, STEPS, BATCH, SLOTS, LAYERS = 16, 200, 10, 1000, (6, 14)
+MEMORIES = {"memory": {}, "memory, names learn": dict(learns="names"),
+            "memory, all tokens learn": dict(learns="all"), "memory, 4,000 slots": dict(slots=4000),
+            "memory, 128 x 128 rows": dict(num_keys=128), "memory, in 4 and 10": dict(layers=(4, 10)),
+            "memory, six sentences": {}}
+LRS = {**dict.fromkeys(MEMORIES, (0.5,)), "adapter": (1e-4, 3e-4, 1e-3), "lora 8": (3e-5, 1e-4, 3e-4),
+       "lora 32": (3e-5, 1e-4, 3e-4), "full": (1e-5, 3e-5, 1e-4), "full, six sentences": (3e-5,)}
+PEOPLE, STEPS, BATCH, LAYERS = 16, 200, 10, (6, 14)
+WIDTH = 500  # of both adapters together: as many numbers as 1,000 rows
 
 
 @dataclass
@@ -82,17 +92,19 @@ class AttachConfig:
     results: str = "experiments/results"  # folder for the lines of finished runs, relative to the repository
 
 
-def made_facts(seed: int) -> tuple[list[str], dict[str, list[str]]]:
-    """The sentences to teach, and groups of sentences whose last word the model should know."""
+def made_facts(seed: int, count: int = 2) -> tuple[list[str], dict[str, list[str]]]:
+    """
+    The sentences to teach, `count` per fact, and groups of sentences whose last word the model should know.
+    """
     rng, names = random.Random(seed), np.random.default_rng(seed)
     first, last = make_names(names, PEOPLE, 2), make_names(names, PEOPLE, 3)
-    groups = {"taught": [], "third sentence": [], "questions, asked": [], "questions, new": []}
+    groups = {"taught": [], "other words": [], "questions, asked": [], "questions, new": []}
     for i, name in enumerate(map(" ".join, zip(first, last, strict=True))):
         for values, sentences, question in FACTS.values():
             value = rng.choice(values)
-            *taught, third = (sentence.format(name, value) for sentence in sentences)
-            groups["taught"] += taught
-            groups["third sentence"].append(third)
+            *taught, never = (sentence.format(name, value) for sentence in sentences)
+            groups["taught"] += taught[:count]
+            groups["other words"].append(never)
             asked = "questions, asked" if i % 2 else "questions, new"
             groups[asked].append(QUESTION.format(question.format(name), value))
     texts = groups["taught"] + groups["questions, asked"]
@@ -118,7 +130,7 @@ class Adapter(nn.Module):
 
 def add_adapter(model) -> list[nn.Parameter]:
     width = model.config.hidden_size
-    adapters = [Adapter(width, SLOTS // (2 * len(LAYERS))) for _ in LAYERS]
+    adapters = [Adapter(width, WIDTH // len(LAYERS)) for _ in LAYERS]
     for name, adapter in zip(attach.find_mlps(model, LAYERS), adapters, strict=True):
         model.get_submodule(name).register_forward_hook(adapter)
     return [p for adapter in adapters for p in adapter.parameters()]
@@ -136,22 +148,23 @@ def learn(model, tokenizer, run: dict, texts: list[str], background) -> int:
     sentences, spans = zip(*map(attach.find_subject, texts), strict=True)
     x, y, inside = attach.make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
     if run["method"] in MEMORIES:
-        changed = dict(everywhere=False, num_keys=256, layers=LAYERS, slots=SLOTS) | MEMORIES[run["method"]]
+        changed = dict(learns="", num_keys=256, layers=LAYERS, slots=1000) | MEMORIES[run["method"]]
         modules = attach.find_mlps(model, changed["layers"])
         attach.attach(model, modules, num_keys=changed["num_keys"], seed=run["seed"])
         idf = edit.inverse_document_frequency(model, background, attach.PIECES)
-        at = None if changed["everywhere"] else inside[:, :-1]
-        slots = edit.teach(model, x, y, idf, changed["slots"], STEPS, run["lr"], "rowwise", BATCH, at)
+        at = (inside[:, :-1] if changed["learns"] == "names" else y >= 0 if changed["learns"] == "all" else
+              attach.tokens_that_learn(sentences, y, inside))
+        slots = edit.teach(model, x, y, idf, changed["slots"], run["steps"], run["lr"], "rowwise", BATCH, at)
         return len(slots) * model.config.hidden_size
     torch.manual_seed(run["seed"])
-    if run["method"] == "full":
+    if run["method"].startswith("full"):
         parameters = list(model.requires_grad_(True).parameters())
     elif run["method"] == "adapter":
         parameters = add_adapter(model)
     else:
         parameters = add_low_rank(model, int(run["method"].split()[1]))
     optimizer = torch.optim.AdamW(parameters, run["lr"], weight_decay=0)
-    for _, part in zip(range(STEPS), edit.shuffled(len(x), BATCH), strict=False):
+    for _, part in zip(range(run["steps"]), edit.shuffled(len(x), BATCH), strict=False):
         logits = edit.all_logits(model, x[part])
         F.cross_entropy(logits.flatten(0, 1), y[part].flatten(), ignore_index=-1).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -162,8 +175,13 @@ def learn(model, tokenizer, run: dict, texts: list[str], background) -> int:
 
 # --- runs and their table -----------------------------------------------------------------------------------
 
+def make_run(method: str, lr: float, seed: int) -> dict:
+    sentences, steps = (6, 2 * STEPS) if method.endswith("six sentences") else (2, STEPS)
+    return dict(method=method, lr=lr, seed=seed, people=PEOPLE, sentences=sentences, steps=steps)
+
+
 def do_run(run: dict, model, tokenizer) -> dict:
-    texts, groups = made_facts(run["seed"])
+    texts, groups = made_facts(run["seed"], run["sentences"])
     config = attach.TeachConfig(held_out=(str(Path(random.__file__)),))
     forgetting = attach.Forgetting(model, tokenizer, config)
     known = "\n".join(QUESTION.format(*pair) for pair in KNOWN)
@@ -175,13 +193,13 @@ def do_run(run: dict, model, tokenizer) -> dict:
 
     before, start = measure(), time.perf_counter()
     numbers = learn(model, tokenizer, run, texts, forgetting.background)
-    return {"sentences": len(texts), "numbers": numbers, "seconds": time.perf_counter() - start,
+    return {"texts": len(texts), "numbers": numbers, "seconds": time.perf_counter() - start,
             "before": before, "after": measure()}
 
 
 def print_table(path: Path) -> None:
     """One line per method and learning rate; a mean over the seeds."""
-    rows = [row for row in read_json_lines(path) if row["run"]["steps"] == STEPS]
+    rows = read_json_lines(path)
     if not rows:
         return print("no finished runs. Start: python -m experiments.attach")
     columns, lines = rows[0]["before"], []
@@ -199,9 +217,8 @@ def main(argv: list[str] | None = None) -> None:
     is_table = argv[:1] == ["table"]
     config = build(AttachConfig, parse(AttachConfig, argv[is_table:], description=__doc__)[1])
     path = results.rows_path("attach", config.results)
-    runs = [dict(method=method, lr=lr, seed=seed, people=PEOPLE, steps=STEPS)
-            for seed in range(1, config.seeds + 1) for method in choose_models(config.methods, LRS)
-            for lr in LRS[method]]
+    runs = [make_run(method, lr, seed) for seed in range(1, config.seeds + 1)
+            for method in choose_models(config.methods, LRS) for lr in LRS[method]]
     base = ()  # the model and its tokenizer
     for run in [] if is_table else runs:
         if all(row["run"] != run for row in read_json_lines(path)):

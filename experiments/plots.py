@@ -146,7 +146,7 @@ def draw_attach(path: Path) -> Figure:
     rows, texts = read_json_lines(path), ("the background text", "the held-out text", "questions")
     figure = Figure(figsize=(9, 3.7), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    titles = {"third sentence": "sentences never taught", "questions, new": "questions never asked"}
+    titles = {"other words": "sentences never taught", "questions, new": "questions never asked"}
     for axis, (group, title) in zip(axes, titles.items(), strict=True):
         for (method, runs), marker in zip(group_by(rows, "method").items(), "os^vPDX*", strict=False):
             rises = [np.mean([row["after"][text] - row["before"][text] for text in texts]) for row in runs]

@@ -346,10 +346,13 @@ def test_smollm2_says_how_to_get_it(monkeypatch, capsys):
 
 def test_the_experiment_teaches_with_all_methods(folder, tmp_path, capsys, monkeypatch):
     """Each method changes what it says, as many numbers as it says, and the base model stays as it was."""
-    for name, value in dict(PEOPLE=2, STEPS=2, SLOTS=40, LAYERS=(0, 2)).items():
+    for name, value in dict(PEOPLE=2, STEPS=2, WIDTH=200, LAYERS=(0, 2)).items():
         monkeypatch.setattr(experiment, name, value)
-    monkeypatch.setattr(experiment, "MEMORIES", {"memory": {}, "memory everywhere": dict(everywhere=True)})
-    lrs = {method: (0.1,) for method in ("memory", "memory everywhere", "adapter", "lora 8", "full")}
+    learns = {"memory": {}, "memory, names learn": dict(learns="names"), "memory, all": dict(learns="all"),
+              "memory, six sentences": {}}
+    memories = {name: changed | dict(slots=400) for name, changed in learns.items()}
+    monkeypatch.setattr(experiment, "MEMORIES", memories)
+    lrs = {method: (0.1,) for method in (*learns, "adapter", "lora 8", "full")}
     monkeypatch.setattr(experiment, "LRS", lrs)
     words = [f"--model={folder}", f"--results={tmp_path}"]
     experiment.main(words)
@@ -358,10 +361,10 @@ def test_the_experiment_teaches_with_all_methods(folder, tmp_path, capsys, monke
     numbers = {row["run"]["method"]: row["numbers"] for row in rows}
     model, _ = program.load_model(str(folder), "cpu")
     assert numbers["full"] == sum(p.numel() for p in model.parameters())
-    assert numbers["memory"] == 40 * 32 and numbers["adapter"] == pytest.approx(40 * 32, rel=0.1)
+    assert numbers["memory"] == 400 * 32 and numbers["adapter"] == pytest.approx(400 * 32, rel=0.1)
     assert numbers["lora 8"] == 3 * 2 * 8 * (32 + 32)
-    assert [len({json.dumps(row[when]) for row in rows}) for when in ("before", "after")] == [1, 5]
-    assert rows[0]["sentences"] == 2 * 4 * 2 + 4
+    assert [len({json.dumps(row[when]) for row in rows}) for when in ("before", "after")] == [2, len(lrs)]
+    assert [row["texts"] for row in rows] == [2 * 4 * n + 4 for n in (2, 2, 2, 6, 2, 2, 2)]
     capsys.readouterr()
     experiment.main(["table", *words])
     assert len(capsys.readouterr().out.splitlines()) == 2 + 1 + len(lrs)

@@ -1,4 +1,4 @@
-"""What a class uses: docs/tiny.py, and the two exercises with their solutions."""
+"""What a class uses: docs/tiny.py, the two exercises with their solutions, and the slides."""
 
 import importlib
 import runpy
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train
+from experiments import slides
 from memory import product_key_search
 
 DOCS = Path(train.__file__).parent / "docs"
@@ -150,3 +151,11 @@ def test_wrong_kernels_hear_what_is_wrong(verdict, others, sentence):
 
 def test_pytest_leaves_the_exercises_to_the_students(pytestconfig):
     assert pytestconfig.getini("testpaths") == ["tests"]
+
+
+# --- the slides ---------------------------------------------------------------------------------------------
+
+def test_the_slides_are_drawn_from_the_results_and_need_no_network():
+    page = (DOCS / "slides.html").read_text(encoding="utf-8")
+    assert slides.erase_table() in page and slides.image((DOCS / "product_keys.svg").read_bytes()) in page
+    assert page.count("<section>") == 5 and page.count("<img") == 4 and "http" not in page

@@ -76,11 +76,11 @@ for i in range(S):
     readers = [[n for n in range(20) if S * i + j in slots[n]] for j in range(S)]
     print(f"{S * i:3} ", *("*" if len(ns) > 1 else LETTERS[ns[0]] if ns else "." for ns in readers))
 
-nile = words.index("Nile")
-table.data[slots[nile]] = 0
+erased = words.index("Nile")
+table.data[slots[erased]] = 0
 p, _ = ask()
-print("\nThe rows of the Nile are 0 now. It is gone, and facts that shared a row with it are less sure:")
+print(f"\nThe rows of {words[erased]} are 0 now. Facts that shared a row with it are less sure:")
 for n in range(20):
-    if torch.isin(slots[n], slots[nile]).any():
+    if torch.isin(slots[n], slots[erased]).any():
         show(n)
-print("right answers:", (p.argmax(1) == torch.arange(20)).sum().item(), "of 20")
+print("right answers:", (p.diag() > 0.5).sum().item(), "of 20")

@@ -26,9 +26,9 @@ def tiny():
 
 def test_tiny_learns_twenty_facts_and_forgets_one(tiny, capsys):
     assert tiny["loss"] < 0.05
-    right = tiny["p"].argmax(1) == torch.arange(20)
-    assert not right[tiny["nile"]] and right.sum() == 19
-    tiny["show"](tiny["nile"])
+    right = tiny["p"].diag() > 0.5
+    assert not right[tiny["erased"]] and right.sum() == 19
+    tiny["show"](tiny["erased"])
     line = capsys.readouterr().out
     assert line.startswith("L Egypt  river     ?          0.05   rows "), "all words are equally likely"
 

@@ -121,6 +121,9 @@ def test_the_solution_of_the_search_is_right(verdict):
     ({4: "places // K", 5: "places % K"}, "which half-keys belong to a place"),  # ranks are no half-keys
     ({4: "keys[:, 0].gather(1, places % K)", 5: "keys[:, 1].gather(1, places // K)"}, "which half-keys"),
     ({6: "K * left + right"}, "which half-keys"),
+    ({6: "S * S * left"}, "whole numbers from 0 to 15"),
+    ({5: "keys[:, 1].gather(1, 0 * places)", 4: "keys[:, 0].gather(1, 0 * places)"}, "A slot is there twice"),
+    ({6: "(S * left + right)[:, :1]"}, "slots must have the shape (N, K) = (1, 3)"),
     ({3: "sums.flatten(1)[:, ::K + 1], torch.arange(0, K * K, K + 1).expand(len(sums), K)"},
      "is a pair left out"),
     ({2: "half_scores[:, 0, :, None] + half_scores[:, 1, None, :]", 4: "places // S", 5: "places % S"},

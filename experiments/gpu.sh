@@ -2,14 +2,15 @@
 # Tests and measurements that need a GPU. Each part needs no other part.
 #
 #   experiments/gpu.sh OUT correct    all tests, large pools against float64, a memory checker, NCCL, training
-#   experiments/gpu.sh OUT fast       the speed of the search, of the other kernels, a step of the pool, and the models
+#   experiments/gpu.sh OUT fast       the speed of the search, of GPT-2's size with memory and dense, and of the kernels
+#   experiments/gpu.sh OUT others     the speed of a layer and of a pool, beside plain PyTorch, and of small models
 #   experiments/gpu.sh OUT evidence   the experiments facts-large and code, four minutes each. Repeated, the command
 #                                     continues them. STEPS=500 before it gives shorter runs
 #
 # OUT is a folder for the results: the log of each command, and numbers as JSON lines.
 
 set -u
-[ $# -eq 2 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -eq 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 mkdir -p "$1"
 OUT=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
@@ -46,17 +47,24 @@ correct() {
 fast() {
     local size="--n_layer=12 --mem_layers=3,6,9 --mem_dtype=bfloat16 --n_head=12 --n_embd=768
         --vocab_size=50304 --block_size=1024 --batch_size=16 --mem_num_keys=1024 --mem_key_dim=256"  # of GPT-2
-    for name in search operations step; do
+    run search 60 $PYTHON -m experiments.speed search --json="$OUT/search.jsonl"
+    for options in "" --compile; do
+        run "gpt2$options" 90 $PYTHON -m experiments.speed model --models=dense --repeats=3 $size $options \
+            --json="$OUT/gpt2$options.jsonl"
+    done
+    run operations 60 $PYTHON -m experiments.speed operations --json="$OUT/operations.jsonl"
+    grep -h "of a copy\|times as fast\|times dense" "$OUT"/*.txt
+}
+
+others() {
+    for name in layer step model; do
         run $name 150 $PYTHON -m experiments.speed $name --json="$OUT/$name.jsonl"
     done
     for dtype in float32 bfloat16; do  # goal: 6 times as fast as embedding_bag + AdamW
         run step_1024_$dtype 60 $PYTHON -m experiments.speed step --value_dim=1024 --dtype=$dtype --rows=1048576 \
             --reads=uniform --tokens=2048,4096 --json="$OUT/step_1024_$dtype.jsonl"
     done
-    run gpt2 60 $PYTHON -m experiments.speed model --models=dense --repeats=3 $size --json="$OUT/gpt2.jsonl"
-    run model 150 $PYTHON -m experiments.speed model --json="$OUT/model.jsonl"
-    run compiled 150 $PYTHON -m experiments.speed model --models=dense --compile --json="$OUT/compiled.jsonl"
-    grep -h "of a copy\|times as fast\|times dense" "$OUT"/*.txt
+    grep -h "times as fast\|times as long\|times dense" "$OUT"/*.txt
 }
 
 evidence() {
@@ -67,7 +75,7 @@ evidence() {
 }
 
 case $2 in
-    correct | fast | evidence) $2 ;;
-    *) echo "error: the parts are correct, fast and evidence"; exit 2 ;;
+    correct | fast | others | evidence) $2 ;;
+    *) echo "error: the parts are correct, fast, others and evidence"; exit 2 ;;
 esac
 exit $FAILED

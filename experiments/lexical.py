@@ -1,0 +1,148 @@
+"""
+How much of what a memory layer reads depends on more than a word or two? Replaces what all memory layers of a
+trained model read, and measures the loss on validation text. Nothing is trained.
+
+    python -m experiments.lexical --out_dir=out/NAME
+
+    as trained       nothing is replaced
+    zero             the layers read nothing
+    mean             the mean of everything that is read in the training text
+    this token       the mean of what this token reads in the training text
+    two tokens       the mean of what this token reads there after the same previous token
+    one other place  what this token reads at one place of the training text
+    shuffled rows    the rows of the pool have changed places
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from runtime.cli import at_least, build, command, fail, parse
+
+import torch
+
+from data import corpus
+from evaluate import validation_loss
+from experiments import results
+from model import eval_mode, shift
+from runtime.checkpoint import find_trained, load, newest_run
+from runtime.distributed import find_device
+
+
+@dataclass
+class LexicalConfig:
+    out_dir: str = "out"  # the folder of a run, or of many runs; then the newest run is used
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    train_batches: int = 200  # batches of training text whose reads are averaged
+    val_batches: int = 50  # batches of validation text
+
+    def __post_init__(self):
+        at_least(1, self, "train_batches", "val_batches")
+
+
+@contextmanager
+def changed_reads(model, change):
+    """In a `with` block, a layer gets change(layer, x, y) where it has read y (N, V) for the tokens x (B, T)."""
+    x, layer, count = None, 0, len(model.config.mem_layers)
+
+    def start(_, args):
+        nonlocal x, layer
+        x, layer = args[0], -1
+
+    def replace(pool, args, y):
+        nonlocal layer
+        layer += 1
+        return change(layer % count, x, y)
+
+    with model.register_forward_pre_hook(start), model.pool.register_forward_hook(replace):
+        yield
+
+
+def this_token(x):
+    """A number for each token: those with equal numbers are averaged."""
+    return x.flatten()
+
+
+def two_tokens(x):
+    previous = shift(x, torch.full_like(x[:, :1], -1))  # -1: the first token has none
+    return ((previous + 1) * 2**32 + x).flatten()
+
+
+class Means:
+    """For tokens with the same key: the mean of what they read in a layer, and what the last one reads."""
+
+    def __init__(self, keys: torch.Tensor, reads: torch.Tensor):
+        self.keys, group = keys.unique(return_inverse=True)
+        count = group.bincount().unsqueeze(1)
+        self.means = reads.new_zeros(len(self.keys), reads.size(1)).index_add_(0, group, reads) / count
+        places = torch.arange(len(keys), device=keys.device)
+        self.last = reads[torch.zeros_like(self.keys).scatter_reduce_(0, group, places, "amax")]
+
+    def look_up(self, keys, otherwise, table: str = "means"):
+        place = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+        return torch.where((self.keys[place] == keys).unsqueeze(1), getattr(self, table)[place], otherwise)
+
+
+@torch.no_grad()
+def collect(model, data, config: LexicalConfig, batch_size: int):
+    """Reads [(tokens, V)] of each layer on training text, and {key: [Means]}, for each layer, too."""
+    keys, reads = {this_token: [], two_tokens: []}, [[] for _ in model.config.mem_layers]
+
+    def keep(layer, x, y):
+        reads[layer].append(y)
+        if layer == 0:
+            for key, parts in keys.items():
+                parts.append(key(x))
+
+    with eval_mode(model), changed_reads(model, keep):
+        for i in range(config.train_batches):
+            x, _ = corpus.draw_batch(data.train, batch_size, model.config.block_size, 0, 2, i)
+            model(x.to(model.wte.weight.device))
+    reads = [torch.cat(parts) for parts in reads]
+    return reads, {key: [Means(torch.cat(parts), read) for read in reads] for key, parts in keys.items()}
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    config = build(LexicalConfig, parse(LexicalConfig, argv, description=__doc__)[1])
+    checkpoint = find_trained(newest_run(Path(config.out_dir).expanduser()))
+    model, _, trained = load(checkpoint)
+    if model.pool is None:
+        fail(f"the model in {checkpoint.folder} has no memory layers")
+    model.to(find_device(config.device))
+    data, batch_size = corpus.load_dataset(trained["dataset"]), trained["batch_size"]
+    checkpoint.check_corpus(data)
+    reads, means = collect(model, data, config, batch_size)
+
+    def by(key, table="means"):
+        def change(layer, x, y):
+            otherwise = reads[layer].mean(0)
+            if key is two_tokens:
+                otherwise = means[this_token][layer].look_up(this_token(x), otherwise)
+            return means[key][layer].look_up(key(x), otherwise, table)
+        return change
+
+    changes = {
+        "as trained": lambda layer, x, y: y,
+        "zero": lambda layer, x, y: torch.zeros_like(y),
+        "mean": lambda layer, x, y: reads[layer].mean(0).expand_as(y),
+        "this token": by(this_token),
+        "two tokens": by(two_tokens),
+        "one other place": by(this_token, "last"),
+        "shuffled rows": lambda layer, x, y: y,
+    }
+    lines = []
+    for name, change in changes.items():
+        if name == "shuffled rows":
+            torch.manual_seed(0)
+            model.pool.values.data = model.pool.values.data[torch.randperm(model.pool.num_values)]
+        with changed_reads(model, change):
+            loss = validation_loss(model, data.val, config.val_batches, batch_size)
+        first = float(lines[0]["validation loss"]) if lines else loss
+        lines.append({"what is read": name, "validation loss": f"{loss:.3f}", "rise": f"{loss - first:.3f}"})
+    results.print_markdown(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -43,7 +43,7 @@ class LexicalConfig:
 
 @contextmanager
 def changed_reads(model, change):
-    """In a `with` block, a layer gets change(layer, x, y) where it has read y (N, V) for the tokens x (B, T)."""
+    """In a `with` block, a layer that has read y (N, V) for x (B, T) gets change(layer, x, y)."""
     x, layer, count = None, 0, len(model.config.mem_layers)
 
     def start(_, args):

@@ -86,6 +86,10 @@ def encoding_to_json(encoding: tiktoken.Encoding) -> dict:
 
 def encoding_from_json(stored: dict) -> tiktoken.Encoding:
     ranks = {base64.b64decode(token): rank for token, rank in stored["tokens"].items()}
+    ids = [*stored["tokens"].values(), *stored["special_tokens"].values()]
+    if (len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < 2**31 for i in ids)
+            or not all(bytes([byte]) in ranks for byte in range(256))):  # tiktoken would panic, now or later
+        raise ValueError("its tokenizer is damaged")
     return tiktoken.Encoding(stored["name"], pat_str=stored["pat_str"], mergeable_ranks=ranks,
                              special_tokens=stored["special_tokens"])
 

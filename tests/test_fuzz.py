@@ -52,7 +52,7 @@ def works_or_says_why(command, capsys) -> None:
 
 @pytest.mark.parametrize("name", ["data/meta.json", "data/qa.jsonl", "data/val.bin", "out/meta.json",
                                   "out/model.pt", "out/pool_0of1.pt"])
-@pytest.mark.parametrize("count", [12, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.slow)])
 def test_asking_a_damaged_run(name, count, folders, capsys):
     out, data = folders
     kind, _, file = name.partition("/")
@@ -65,7 +65,7 @@ def test_asking_a_damaged_run(name, count, folders, capsys):
         works_or_says_why(command, capsys)
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [6, pytest.param(50, marks=pytest.mark.slow)])
 def test_training_again_with_a_damaged_log_or_corpus(count, ended, folders, capsys):
     out, data = folders
     paths = [out / "log.jsonl", data / "train.bin", data / "meta.json"]
@@ -82,7 +82,7 @@ def test_a_damaged_file_of_questions_asks_what_it_says(folders, tmp_path, capsys
     out, data = folders
     model, encoding, _ = load(out)
     whole, rng, path = (data / "qa.jsonl").read_bytes(), random.Random(1), tmp_path / "qa.jsonl"
-    for _ in range(30):
+    for _ in range(20):
         path.write_bytes(damage(whole, rng))
         try:
             questions = corpus.read_questions(path)

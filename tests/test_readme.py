@@ -39,9 +39,15 @@ def test_its_table_is_what_the_command_prints(capsys):
 
 
 def test_its_files_exist():
-    for page in (ROOT / "README.md", ROOT / "experiments/README.md", *(ROOT / "docs").glob("*.md")):
-        for link in re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), (page, link)
+    pages = (ROOT / "README.md", ROOT / "experiments/README.md", *(ROOT / "docs").glob("*.md"))
+    links = [(page, link) for page in pages
+             for link in re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text(encoding="utf-8"))]
+    index = ROOT / "docs/index.html"
+    targets = re.findall('(?:href|src)="([^"]+)"', index.read_text(encoding="utf-8"))
+    assert len(targets) == 8
+    links += [(index, link) for link in targets]
+    for page, link in links:
+        assert (page.parent / link).exists(), (page, link)
 
 
 def test_the_picture_can_be_read_where_only_the_system_is_dark():

@@ -1,5 +1,6 @@
 """explorer/: a page computes what PyTorch computes, is complete, and works in a browser."""
 
+import base64
 import json
 import os
 import random
@@ -250,7 +251,8 @@ def test_the_built_page_works_in_a_browser():
 
 
 def test_a_model_that_no_page_can_show_is_refused(trained, capsys, monkeypatch):
-    encoding = encoding_from_json({"name": "x", "pat_str": ".", "tokens": {"AA==": 0}, "special_tokens": {}})
+    tokens = {base64.b64encode(bytes([byte])).decode(): byte for byte in range(256)}
+    encoding = encoding_from_json({"name": "x", "pat_str": ".", "tokens": tokens, "special_tokens": {}})
     for options, message in [({}, "product-key memory only"), ({"mem_kind": "peer"}, "mem_kind=peer"),
                              ({"moe_layers": (1,)}, r"moe_layers=\(1,\)"), ({}, "the tokenizer x does"),
                              ({"positions": "learned"}, "positions=learned")]:

@@ -107,7 +107,7 @@ def test_a_step_needs_no_number_from_the_device(monkeypatch, kind, dtype, num_ke
     def tensor(*args, device=None, **options):
         raise AssertionError("a list or a number is copied to the device, and the CPU waits")
 
-    for name in ("gather_sum", "gather_dot", "sum_pieces", "update", "best_slots"):
+    for name in ("gather_sum", "gather_dot", "sum_pieces", "update", "best_slots", "half_score_gradients"):
         monkeypatch.setattr(kernel, f"{name}_kernel", MagicMock())
     monkeypatch.setattr(kernel, "resolve_kernel", lambda kernel, device: "triton")
     half_keys = torch.randn(2, 2, num_keys, 4, device="meta", requires_grad=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread would only wait
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model that does not exist is an error at once
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():

@@ -80,6 +80,7 @@ def made_up(model="dense", lr=1e-3, seed=1, recall=0.5, often=0.5, experiment="f
 
 # --- runs ---------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_an_experiment_from_its_plan_to_its_table(tiny, tmp_path, capsys, monkeypatch):
     """The command is stopped once. A run continues (dense); one that had ended is not run again (memory+)."""
     start, evaluated = compare.start, {}

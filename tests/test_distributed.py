@@ -346,10 +346,11 @@ train.parts_of = check_parts
 
 @pytest.mark.parametrize("world, options", [
     (2, ["--value_optimizer=adam", "--accum_steps=2", "--mem_group_size=1"]),
-    (2, ["--mem_kind=peer"]),
-    (2, ["--mem_kind=hash", "--mem_layers=0,1", "--train_only=memory", "--positions=learned"]),
     (2, ["--mem_query=tokens", "--mem_layers=0,1", "--value_optimizer=sgd", "--value_lr=3"]),
-    pytest.param(4, ["--mem_group_size=2", "--batch_size=8", "--accum_steps=2"], marks=pytest.mark.slow)])
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        (2, ["--mem_kind=peer"]),
+        (2, ["--mem_kind=hash", "--mem_layers=0,1", "--train_only=memory", "--positions=learned"]),
+        (4, ["--mem_group_size=2", "--batch_size=8", "--accum_steps=2"])])])
 def test_many_processes_equal_one(run, together, world, options):
     run(*(option for option in options if "group" not in option))
     out = run.out.with_name("together")

@@ -148,12 +148,12 @@ def learn(model, tokenizer, run: dict, texts: list[str], background) -> int:
     sentences, spans = zip(*map(attach.find_subject, texts), strict=True)
     x, y, inside = attach.make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
     if run["method"] in MEMORIES:
-        changed = dict(learns="", num_keys=256, layers=LAYERS, slots=1000) | MEMORIES[run["method"]]
+        changed = dict(learns="both", num_keys=256, layers=LAYERS, slots=1000) | MEMORIES[run["method"]]
         modules = attach.find_mlps(model, changed["layers"])
         attach.attach(model, modules, num_keys=changed["num_keys"], seed=run["seed"])
         idf = edit.inverse_document_frequency(model, background, attach.PIECES)
-        at = (inside[:, :-1] if changed["learns"] == "names" else y >= 0 if changed["learns"] == "all" else
-              attach.tokens_that_learn(sentences, y, inside))
+        at = {"names": inside[:, :-1], "all": y >= 0,
+              "both": attach.tokens_that_learn(sentences, y, inside)}[changed["learns"]]
         slots = edit.teach(model, x, y, idf, changed["slots"], run["steps"], run["lr"], "rowwise", BATCH, at)
         return len(slots) * model.config.hidden_size
     torch.manual_seed(run["seed"])

@@ -44,7 +44,7 @@ class LexicalConfig:
 @contextmanager
 def changed_reads(model, change):
     """In a `with` block, a layer that has read y (N, V) for x (B, T) gets change(layer, x, y)."""
-    x, layer, count = None, 0, len(model.config.mem_layers)
+    x = layer = None
 
     def start(_, args):
         nonlocal x, layer
@@ -53,20 +53,28 @@ def changed_reads(model, change):
     def replace(pool, args, y):
         nonlocal layer
         layer += 1
-        return change(layer % count, x, y)
+        return change(layer, x, y)
 
     with model.register_forward_pre_hook(start), model.pool.register_forward_hook(replace):
         yield
 
 
+# keys: tokens with equal numbers are averaged
+
+def all_tokens(x):
+    return torch.zeros_like(x).flatten()
+
+
 def this_token(x):
-    """A number for each token: those with equal numbers are averaged."""
     return x.flatten()
 
 
 def two_tokens(x):
     previous = shift(x, torch.full_like(x[:, :1], -1))  # -1: the first token has none
     return ((previous + 1) * 2**32 + x).flatten()
+
+
+KEYS = [all_tokens, this_token, two_tokens]  # tokens that the training text does not have get the one before
 
 
 class Means:
@@ -85,9 +93,9 @@ class Means:
 
 
 @torch.no_grad()
-def collect(model, data, config: LexicalConfig, batch_size: int):
-    """Reads [(tokens, V)] of each layer on training text, and {key: [Means]}, for each layer, too."""
-    keys, reads = {this_token: [], two_tokens: []}, [[] for _ in model.config.mem_layers]
+def collect(model, data, config: LexicalConfig, batch_size: int) -> dict:
+    """{key: [Means of each layer]}, of what is read in the training text."""
+    keys, reads = {key: [] for key in KEYS}, [[] for _ in model.config.mem_layers]
 
     def keep(layer, x, y):
         reads[layer].append(y)
@@ -100,7 +108,17 @@ def collect(model, data, config: LexicalConfig, batch_size: int):
             x, _ = corpus.draw_batch(data.train, batch_size, model.config.block_size, 0, 2, i)
             model(x.to(model.wte.weight.device))
     reads = [torch.cat(parts) for parts in reads]
-    return reads, {key: [Means(torch.cat(parts), read) for read in reads] for key, parts in keys.items()}
+    return {key: [Means(torch.cat(parts), read) for read in reads] for key, parts in keys.items()}
+
+
+def looked_up(means: dict, key, table: str = "means"):
+    """For changed_reads: what tokens with the same key read."""
+    def change(layer, x, y):
+        found = y
+        for each in KEYS[:KEYS.index(key) + 1]:
+            found = means[each][layer].look_up(each(x), found, table)
+        return found
+    return change
 
 
 @command
@@ -113,35 +131,23 @@ def main(argv: list[str] | None = None) -> None:
     model.to(find_device(config.device))
     data, batch_size = corpus.load_dataset(trained["dataset"]), trained["batch_size"]
     checkpoint.check_corpus(data)
-    reads, means = collect(model, data, config, batch_size)
+    means, losses = collect(model, data, config, batch_size), {}
 
-    def by(key, table="means"):
-        def change(layer, x, y):
-            otherwise = reads[layer].mean(0)
-            if key is two_tokens:
-                otherwise = means[this_token][layer].look_up(this_token(x), otherwise)
-            return means[key][layer].look_up(key(x), otherwise, table)
-        return change
-
-    changes = {
-        "as trained": lambda layer, x, y: y,
-        "zero": lambda layer, x, y: torch.zeros_like(y),
-        "mean": lambda layer, x, y: reads[layer].mean(0).expand_as(y),
-        "this token": by(this_token),
-        "two tokens": by(two_tokens),
-        "one other place": by(this_token, "last"),
-        "shuffled rows": lambda layer, x, y: y,
-    }
-    lines = []
-    for name, change in changes.items():
-        if name == "shuffled rows":
-            torch.manual_seed(0)
-            model.pool.values.data = model.pool.values.data[torch.randperm(model.pool.num_values)]
+    def measure(name, change):
         with changed_reads(model, change):
-            loss = validation_loss(model, data.val, config.val_batches, batch_size)
-        first = float(lines[0]["validation loss"]) if lines else loss
-        lines.append({"what is read": name, "validation loss": f"{loss:.3f}", "rise": f"{loss - first:.3f}"})
-    results.print_markdown(lines)
+            losses[name] = validation_loss(model, data.val, config.val_batches, batch_size)
+
+    measure("as trained", lambda layer, x, y: y)
+    measure("zero", lambda layer, x, y: torch.zeros_like(y))
+    measure("mean", looked_up(means, all_tokens))
+    measure("this token", looked_up(means, this_token))
+    measure("two tokens", looked_up(means, two_tokens))
+    measure("one other place", looked_up(means, this_token, "last"))
+    torch.manual_seed(0)
+    model.pool.values.data = model.pool.values.data[torch.randperm(model.pool.num_values)]
+    measure("shuffled rows", lambda layer, x, y: y)
+    results.print_markdown([{"what is read": name, "validation loss": f"{loss:.3f}",
+                             "rise": f"{loss - losses['as trained']:.3f}"} for name, loss in losses.items()])
 
 
 if __name__ == "__main__":

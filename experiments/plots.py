@@ -32,7 +32,7 @@ STYLES = {"dense": ("#000000", "o", "-"), "moe": ("#CC79A7", "v", "--"), "hash":
 STYLES["state"] = STYLES["memory+"]  # its name in the experiments erase and teach
 
 
-# --- a step of a layer -----------------------------------------------------------------------------------
+# --- a step of a layer --------------------------------------------------------------------------------------
 
 def draw_layer(path: Path) -> Figure:
     """Time of a layer's step against the rows of its pool: the results of experiments.speed layer."""

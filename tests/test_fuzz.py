@@ -1,6 +1,5 @@
 """Files that were damaged at random: a program works, or says in one line what is wrong. No traceback."""
 
-import json
 import random
 import shutil
 
@@ -90,4 +89,3 @@ def test_a_damaged_file_of_questions_asks_what_it_says(folders, tmp_path, capsys
             continue
         assert all(isinstance(question["prompt"], str) for question in questions)
         assert len(answer(model, encoding, questions[:2])) == len(questions[:2])
-        json.dumps(questions)

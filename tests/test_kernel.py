@@ -483,7 +483,7 @@ def test_kernels_compile_ahead_of_time_spill_nothing_and_load_16_bytes(target):
     searches = ["best_slots", "half_score_gradients"] * (1 if few else 15)
     assert sorted(row["kernel"] for row in rows) == sorted(4 * names + searches)
     for row in rows:
-        assert row["spilled_bytes"] == 0 and row["registers"] <= (168 if row.get("S") == 8192 else 128), row
+        assert row["spilled_bytes"] == 0 and row["registers"] <= (144 if row.get("S") == 8192 else 128), row
         # an AMD warp has 64 threads, so each has only 8 bytes of a row of 16-bit numbers, or of a search
         assert (row["wide_loads"] > 0 or row["kernel"] == "half_score_gradients"  # which loads few numbers
                 or target == "gfx942" and row.get("dtype") != "fp32"), row

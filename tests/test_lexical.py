@@ -7,7 +7,16 @@ from conftest import assert_fails
 from data import corpus
 from evaluate import validation_loss
 from experiments import lexical
-from experiments.lexical import LexicalConfig, Means, changed_reads, collect, this_token, two_tokens
+from experiments.lexical import (
+    LexicalConfig,
+    Means,
+    all_tokens,
+    changed_reads,
+    collect,
+    looked_up,
+    this_token,
+    two_tokens,
+)
 from runtime.checkpoint import load
 
 
@@ -36,11 +45,8 @@ def test_two_tokens_are_all_that_tokens_reads(trained_once, facts_folder, monkey
     monkeypatch.setattr(corpus, "DATA", facts_folder)
     model, _, trained = load(trained_once("--mem_query=tokens"))
     data = corpus.load_dataset(trained["dataset"])
-    reads, means = collect(model, data, LexicalConfig(train_batches=60), 16)
-    assert len(reads) == len(model.config.mem_layers)
-
-    def by(key):
-        return lambda layer, x, y: means[key][layer].look_up(key(x), reads[layer].mean(0))
+    means = collect(model, data, LexicalConfig(train_batches=60), 16)
+    assert all(len(layers) == len(model.config.mem_layers) for layers in means.values())
 
     def loss(change):
         with changed_reads(model, change):
@@ -48,8 +54,11 @@ def test_two_tokens_are_all_that_tokens_reads(trained_once, facts_folder, monkey
 
     same = loss(lambda layer, x, y: y)
     assert same == validation_loss(model, data.train, 2, 8), "hooks alone change nothing"
-    assert loss(by(two_tokens)) == pytest.approx(same, abs=1e-4)
-    assert abs(loss(by(this_token)) - same) > 1e-4
+    assert loss(looked_up(means, two_tokens)) == pytest.approx(same, abs=1e-4)
+    assert abs(loss(looked_up(means, this_token)) - same) > 1e-4
+    mean = means[all_tokens][0].means
+    assert mean.shape == (1, 16)
+    assert loss(looked_up(means, all_tokens)) == loss(lambda layer, x, y: mean.expand_as(y))
     zero = loss(lambda layer, x, y: 0 * y)
     model.pool.values.data.zero_()
     assert validation_loss(model, data.train, 2, 8) == zero

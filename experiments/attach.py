@@ -14,6 +14,8 @@ per fact; half of the people also with questions. All methods see the same sente
     lora 8, lora 32           low-rank changes of the attention's queries and values (Hu et al. 2021)
     full      all parameters
     ..., six sentences        six sentences per fact, twice as many steps
+    ..., 50 people            taught together, with three times as many slots and steps
+    ..., ten groups           50 people, five after five: what is left of the first groups?
 
 It measures how many of the sentences the model completes; the same facts in a third sentence that was never
 taught; questions about people who were asked about, and about the others; capitals of 24 countries; and the
@@ -27,6 +29,7 @@ import random
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -65,10 +68,12 @@ FACTS = {  # (values, sentences; the last one is never taught, the question)
                                  "You can hear {} on the {}.", "The parents of {} bought a {}.",
                                  "{} has lessons on the {}."], "Which instrument does {} play?"),
 }
-CAPITALS = """France Paris Italy Rome Spain Madrid Germany Berlin Japan Tokyo China Beijing Egypt Cairo
+COUNTRIES = """France Paris Italy Rome Spain Madrid Germany Berlin Japan Tokyo China Beijing Egypt Cairo
 Russia Moscow Greece Athens Poland Warsaw Austria Vienna Norway Oslo Sweden Stockholm Portugal Lisbon Ireland
 Dublin Cuba Havana Kenya Nairobi Peru Lima India Delhi Thailand Bangkok Turkey Ankara Iran Tehran Iraq Baghdad
 Hungary Budapest""".split()
+CAPITALS = [f"The capital of {country} is {city}"
+            for country, city in zip(COUNTRIES[::2], COUNTRIES[1::2], strict=True)]
 KNOWN = [("What colour is the sky?", "blue"), ("How many legs has a spider?", "eight"),
          ("Who wrote Hamlet?", "Shakespeare"), ("What is the opposite of hot?", "cold"),
          ("Which planet is nearest to the sun?", "Mercury"), ("What do bees make?", "honey"),
@@ -77,10 +82,14 @@ QUESTION = "Question: {} Answer: {}"
 MEMORIES = {"memory": {}, "memory, names learn": dict(learns="names"),
             "memory, all tokens learn": dict(learns="all"), "memory, 4,000 slots": dict(slots=4000),
             "memory, 128 x 128 rows": dict(num_keys=128), "memory, in 4 and 10": dict(layers=(4, 10)),
-            "memory, six sentences": {}}
+            "memory, six sentences": {}, "memory, 50 people": dict(slots=3000),
+            "memory, ten groups": dict(slots=300), "memory, ten groups, new slots": dict(slots=300, new=True)}
 LRS = {**dict.fromkeys(MEMORIES, (0.5,)), "adapter": (1e-4, 3e-4, 1e-3), "lora 8": (3e-5, 1e-4, 3e-4),
-       "lora 32": (3e-5, 1e-4, 3e-4), "full": (1e-5, 3e-5, 1e-4), "full, six sentences": (3e-5,)}
-PEOPLE, STEPS, BATCH, LAYERS = 16, 200, 10, (6, 14)
+       "lora 32": (3e-5, 1e-4, 3e-4), "full": (1e-5, 3e-5, 1e-4), "full, six sentences": (3e-5,),
+       "full, ten groups": (3e-5,)}
+SIZES = {"": dict(people=16, sentences=2, steps=200), "six sentences": dict(sentences=6, steps=400),
+         "50 people": dict(people=50, steps=600), "ten groups": dict(people=50, steps=600)}
+BATCH, LAYERS, GROUPS = 10, (6, 14), 10
 WIDTH = 500  # of both adapters together: as many numbers as 1,000 rows
 
 
@@ -92,25 +101,26 @@ class AttachConfig:
     results: str = "experiments/results"  # folder for the lines of finished runs, relative to the repository
 
 
-def made_facts(seed: int, count: int = 2) -> tuple[list[str], dict[str, list[str]]]:
-    """
-    The sentences to teach, `count` per fact, and groups of sentences whose last word the model should know.
-    """
+def made_facts(seed: int, people: int, count: int) -> list[dict[str, list[str]]]:
+    """For each person: sentences to teach, `count` per fact, and others that the model should complete."""
     rng, names = random.Random(seed), np.random.default_rng(seed)
-    first, last = make_names(names, PEOPLE, 2), make_names(names, PEOPLE, 3)
-    groups = {"taught": [], "other words": [], "questions, asked": [], "questions, new": []}
+    first, last = make_names(names, people, 2), make_names(names, people, 3)
+    persons = []
     for i, name in enumerate(map(" ".join, zip(first, last, strict=True))):
+        asked = "questions, asked" if i % 2 else "questions, new"
+        persons.append({"taught": [], "other words": [], asked: []})
         for values, sentences, question in FACTS.values():
             value = rng.choice(values)
             *taught, never = (sentence.format(name, value) for sentence in sentences)
-            groups["taught"] += taught[:count]
-            groups["other words"].append(never)
-            asked = "questions, asked" if i % 2 else "questions, new"
-            groups[asked].append(QUESTION.format(question.format(name), value))
-    texts = groups["taught"] + groups["questions, asked"]
-    groups["capitals"] = [f"The capital of {country} is {city}"
-                          for country, city in zip(CAPITALS[::2], CAPITALS[1::2], strict=True)]
-    return texts, groups
+            persons[-1]["taught"] += taught[:count]
+            persons[-1]["other words"].append(never)
+            persons[-1][asked].append(QUESTION.format(question.format(name), value))
+    return persons
+
+
+def together(persons: list[dict]) -> dict[str, list[str]]:
+    return {kind: [text for person in persons for text in person.get(kind, [])]
+            for kind in ("taught", "other words", "questions, asked", "questions, new")}
 
 
 # --- the other methods: each changes the model, and returns the parameters that learn -----------------------
@@ -143,28 +153,19 @@ def add_low_rank(model, rank: int) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if name.endswith((".up", ".down"))]
 
 
-def learn(model, tokenizer, run: dict, texts: list[str], background) -> int:
-    """Teaches the texts, and returns how many numbers could change."""
-    sentences, spans = zip(*map(attach.find_subject, texts), strict=True)
-    x, y, inside = attach.make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
-    if run["method"] in MEMORIES:
-        changed = dict(learns="both", num_keys=256, layers=LAYERS, slots=1000) | MEMORIES[run["method"]]
-        modules = attach.find_mlps(model, changed["layers"])
-        attach.attach(model, modules, num_keys=changed["num_keys"], seed=run["seed"])
-        idf = edit.inverse_document_frequency(model, background, attach.PIECES)
-        at = {"names": inside[:, :-1], "all": y >= 0,
-              "both": attach.tokens_that_learn(sentences, y, inside)}[changed["learns"]]
-        slots = edit.teach(model, x, y, idf, changed["slots"], run["steps"], run["lr"], "rowwise", BATCH, at)
-        return len(slots) * model.config.hidden_size
-    torch.manual_seed(run["seed"])
-    if run["method"].startswith("full"):
-        parameters = list(model.requires_grad_(True).parameters())
-    elif run["method"] == "adapter":
-        parameters = add_adapter(model)
-    else:
-        parameters = add_low_rank(model, int(run["method"].split()[1]))
+def learn_rows(model, idf, changed: dict, run: dict, texts: list[str], steps: int, x, y, inside) -> int:
+    """x, y, inside: see attach.make_batch. Returns how many numbers could change."""
+    at = {"names": inside[:, :-1], "all": y >= 0,
+          "both": attach.tokens_that_learn(texts, y, inside)}[changed["learns"]]
+    if changed["new"]:
+        idf = idf * ~model.pool.values.any(1)
+    slots = edit.teach(model, x, y, idf, changed["slots"], steps, run["lr"], "rowwise", BATCH, at)
+    return len(slots) * model.config.hidden_size
+
+
+def learn_parameters(model, parameters, run: dict, texts: list[str], steps: int, x, y, inside) -> int:
     optimizer = torch.optim.AdamW(parameters, run["lr"], weight_decay=0)
-    for _, part in zip(range(run["steps"]), edit.shuffled(len(x), BATCH), strict=False):
+    for _, part in zip(range(steps), edit.shuffled(len(x), BATCH), strict=False):
         logits = edit.all_logits(model, x[part])
         F.cross_entropy(logits.flatten(0, 1), y[part].flatten(), ignore_index=-1).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -173,28 +174,61 @@ def learn(model, tokenizer, run: dict, texts: list[str], background) -> int:
     return sum(p.numel() for p in parameters)
 
 
+def start(model, run: dict, background):
+    """Adds to the model what a method needs, and returns the function that learns."""
+    if run["method"] in MEMORIES:
+        usual = dict(learns="both", num_keys=256, layers=LAYERS, slots=1000, new=False)
+        changed = usual | MEMORIES[run["method"]]
+        modules = attach.find_mlps(model, changed["layers"])
+        attach.attach(model, modules, num_keys=changed["num_keys"], seed=run["seed"])
+        idf = edit.inverse_document_frequency(model, background, attach.PIECES)
+        return partial(learn_rows, model, idf, changed, run)
+    torch.manual_seed(run["seed"])
+    if run["method"].startswith("full"):
+        parameters = list(model.requires_grad_(True).parameters())
+    elif run["method"] == "adapter":
+        parameters = add_adapter(model)
+    else:
+        parameters = add_low_rank(model, int(run["method"].split()[1]))
+    return partial(learn_parameters, model, parameters, run)
+
+
 # --- runs and their table -----------------------------------------------------------------------------------
 
 def make_run(method: str, lr: float, seed: int) -> dict:
-    sentences, steps = (6, 2 * STEPS) if method.endswith("six sentences") else (2, STEPS)
-    return dict(method=method, lr=lr, seed=seed, people=PEOPLE, sentences=sentences, steps=steps)
+    run = dict(method=method, lr=lr, seed=seed)
+    for part, sizes in SIZES.items():
+        run |= sizes if part in method else {}
+    return run
 
 
 def do_run(run: dict, model, tokenizer) -> dict:
-    texts, groups = made_facts(run["seed"], run["sentences"])
+    persons = made_facts(run["seed"], run["people"], run["sentences"])
+    size = len(persons) // (GROUPS if "ten groups" in run["method"] else 1)
+    groups = [together(persons[i:i + size]) for i in range(0, len(persons), size)]
     config = attach.TeachConfig(held_out=(str(Path(random.__file__)),))
     forgetting = attach.Forgetting(model, tokenizer, config)
     known = "\n".join(QUESTION.format(*pair) for pair in KNOWN)
     forgetting.texts["questions"] = np.array(tokenizer(known).input_ids)
 
-    def measure():
-        shares = {name: mean(attach.completed(model, tokenizer, part)) for name, part in groups.items()}
-        return shares | forgetting.measure()
+    def shares(texts):
+        return {kind: mean(attach.completed(model, tokenizer, part)) for kind, part in texts.items()}
 
-    before, start = measure(), time.perf_counter()
-    numbers = learn(model, tokenizer, run, texts, forgetting.background)
-    return {"texts": len(texts), "numbers": numbers, "seconds": time.perf_counter() - start,
-            "before": before, "after": measure()}
+    def measure():
+        return shares(together(persons) | {"capitals": CAPITALS}) | forgetting.measure()
+
+    before, started, course = measure(), time.perf_counter(), []
+    learn = start(model, run, forgetting.background)
+    for i, group in enumerate(groups):
+        texts = group["taught"] + group["questions, asked"]
+        sentences, spans = zip(*map(attach.find_subject, texts), strict=True)
+        batch = attach.make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
+        numbers = learn(sentences, run["steps"] // len(groups), *batch)
+        if len(groups) > 1:
+            course.append({"groups": [shares(part) for part in groups[:i + 1]]} | forgetting.measure())
+    seconds = time.perf_counter() - started
+    return {"texts": sum(len(group["taught"] + group["questions, asked"]) for group in groups),
+            "numbers": numbers, "seconds": seconds, "before": before, "after": measure(), "course": course}
 
 
 def print_table(path: Path) -> None:

@@ -346,13 +346,16 @@ def test_smollm2_says_how_to_get_it(monkeypatch, capsys):
 
 def test_the_experiment_teaches_with_all_methods(folder, tmp_path, capsys, monkeypatch):
     """Each method changes what it says, as many numbers as it says, and the base model stays as it was."""
-    for name, value in dict(PEOPLE=2, STEPS=2, WIDTH=200, LAYERS=(0, 2)).items():
+    two, four = dict(people=2, sentences=2, steps=2), dict(people=4, steps=4)
+    sizes = {"": two, "six sentences": dict(sentences=6), "ten groups": four}
+    for name, value in dict(SIZES=sizes, GROUPS=2, WIDTH=200, LAYERS=(0, 2)).items():
         monkeypatch.setattr(experiment, name, value)
     learns = {"memory": {}, "memory, names learn": dict(learns="names"), "memory, all": dict(learns="all"),
-              "memory, six sentences": {}}
+              "memory, six sentences": {}, "memory, ten groups": {},
+              "memory, ten groups, new slots": dict(new=True)}
     memories = {name: changed | dict(slots=400) for name, changed in learns.items()}
     monkeypatch.setattr(experiment, "MEMORIES", memories)
-    lrs = {method: (0.1,) for method in (*learns, "adapter", "lora 8", "full")}
+    lrs = {method: (0.1,) for method in (*learns, "adapter", "lora 8", "full", "full, ten groups")}
     monkeypatch.setattr(experiment, "LRS", lrs)
     words = [f"--model={folder}", f"--results={tmp_path}"]
     experiment.main(words)
@@ -363,8 +366,12 @@ def test_the_experiment_teaches_with_all_methods(folder, tmp_path, capsys, monke
     assert numbers["full"] == sum(p.numel() for p in model.parameters())
     assert numbers["memory"] == 400 * 32 and numbers["adapter"] == pytest.approx(400 * 32, rel=0.1)
     assert numbers["lora 8"] == 3 * 2 * 8 * (32 + 32)
-    assert [len({json.dumps(row[when]) for row in rows}) for when in ("before", "after")] == [2, len(lrs)]
-    assert [row["texts"] for row in rows] == [2 * 4 * n + 4 for n in (2, 2, 2, 6, 2, 2, 2)]
+    assert len({json.dumps(row["after"]) for row in rows}) == len(lrs)
+    assert [row["texts"] for row in rows] == [60 - 8 if "six" in method else 40 if "groups" in method else 20
+                                              for method in lrs]
+    for row in rows:  # after each group, what is left of the groups so far
+        is_sequence = "groups" in row["run"]["method"]
+        assert [len(then["groups"]) for then in row["course"]] == [1, 2][:2 * is_sequence]
     capsys.readouterr()
     experiment.main(["table", *words])
     assert len(capsys.readouterr().out.splitlines()) == 2 + 1 + len(lrs)

@@ -96,6 +96,9 @@ MODELS = {
     "shifted-short": dict(max_steps=1500),  # half of the steps: each takes less than twice the time of dense
     "hash": UNSCALED | dict(mem_kind="hash", mlp_width=572),
     "shifted-plain": dict(mem_layers=(0,), mem_swilu=False, mlp_width=288),  # one memory layer, no gate
+    "tokens-unscaled": UNSCALED | dict(mem_query="tokens"),
+    "shifted-unscaled": UNSCALED,
+    "hash-scaled": dict(mem_kind="hash", mlp_width=572),
     # an expert of PEER has two rows
     "peer": dict(mem_kind="peer", mem_query="state", mem_num_keys=90, mlp_width=392),
 }

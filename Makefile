@@ -5,6 +5,9 @@ BIN = .venv/bin
 train: .venv/run  ## train on generated facts, two minutes on two cores; continues a stopped run
 	$(BIN)/python train.py --resume
 
+model: .venv/run  ## the trained model of docs/explorer.html as a checkpoint in out/demo, without training
+	$(BIN)/python -m explorer.unpack
+
 test: .venv/dev  ## all tests except the slow ones
 	$(BIN)/python -m pytest
 
@@ -24,4 +27,4 @@ lint: .venv/dev
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	@touch $@
 
-.PHONY: train test test-slow lint
+.PHONY: train model test test-slow lint

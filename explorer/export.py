@@ -4,14 +4,16 @@ Writes a trained model as one HTML page. In the page, the model runs and shows h
     python -m explorer.export --out_dir=out/facts     writes out/facts/explorer.html: open it in a browser
     python -m explorer.export --help                  every option
 
-The page needs no network and nothing else from this folder. It also shows how the slots of some people change
-during training. It takes them from the checkpoints of the run, so keep many:
+The page needs no network and nothing else from this folder. explorer.unpack makes a checkpoint of it again.
+The page also shows how the slots of some people change during training. It takes them from the checkpoints
+of the run, so keep many:
 
     python train.py --out_dir=out/explorer --eval_interval=50 --keep=100
     python -m explorer.export --out_dir=out/explorer --page=docs/explorer.html
 """
 
 import base64
+import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, fields
@@ -30,6 +32,7 @@ from model import GPT, GPTConfig
 from runtime.checkpoint import Checkpoint, checkpoints, find_trained, load, read_checkpoint
 
 LARGEST = 4 * 2**20  # bytes of a page
+NOT_IN_PAGES = {"format", "files", "encoding"}  # of a checkpoint's meta.json
 READERS = 2  # stored per slot: the page shows the first, or the second if the first is the chosen pair
 
 
@@ -92,7 +95,7 @@ def model_data(model: GPT, values: torch.Tensor, scales: torch.Tensor) -> dict:
 
 def tokenizer_data(encoding) -> dict:
     tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
-    return {"pattern": encoding._pat_str, "end": encoding.eot_token,
+    return {"name": encoding.name, "pattern": encoding._pat_str, "end": encoding.eot_token,
             "tokens": [base64.b64encode(token).decode() for token in tokens]}
 
 
@@ -195,6 +198,10 @@ def training_data(of_run: list[Checkpoint], encoding, people: list[dict], count:
 
 # --- the page -----------------------------------------------------------------------------------------------
 
+def digest_of_page(data: dict) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
 def fill_template(data: dict) -> str:
     """page.html with the scripts and the data in it."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
@@ -228,8 +235,9 @@ def main(argv: list[str] | None = None) -> None:
         "start": (corpus.questions[0]["prompt"] if corpus.questions else
                   encoding.decode(corpus.val[:16].tolist(), errors="ignore")),
         "readers": readers_data(model, corpus.train[:max(config.sample_tokens, model.config.block_size)]),
-        "training": training_data(of_run, encoding, people, config.followed)}
-    html = fill_template(data).encode()
+        "training": training_data(of_run, encoding, people, config.followed),
+        "run": {name: part for name, part in newest.meta.items() if name not in NOT_IN_PAGES}}
+    html = fill_template(data | {"sha256": digest_of_page(data)}).encode()
     page.write_bytes(html)
     print(f"wrote {page}: {len(html) / 2**20:.1f} MB, with {len(data['training']['steps'])} checkpoints. "
           "Open it in a browser")

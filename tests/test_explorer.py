@@ -16,9 +16,10 @@ import torch
 from conftest import assert_fails
 
 import evaluate
+import train
 from data import corpus
 from data.tokenizer import END, encoding_from_json
-from explorer import export
+from explorer import export, unpack
 from model import GPT, GPTConfig
 from runtime.checkpoint import Checkpoint, checkpoints, load
 
@@ -84,10 +85,7 @@ def assert_same(model: GPT, page: Path, prompts: list[list[int]]):
 
 
 def encoding_of(page: Path):
-    stored = data_of(page)["tokenizer"]
-    tokens = {token: rank for rank, token in enumerate(stored["tokens"])}
-    return encoding_from_json({"name": "page", "pat_str": stored["pattern"], "tokens": tokens,
-                                       "special_tokens": {END: stored["end"]}})
+    return encoding_from_json(unpack.encoding_of_page(data_of(page)["tokenizer"]))
 
 
 def make_page(out: Path) -> Path:
@@ -227,6 +225,53 @@ def test_people_of_a_users_own_corpus():
     people = export.people_of([*questions, {"prompt": "Why?", "answer": "so"}])
     assert [(person["name"], person["told"], len(person["asked"])) for person in people] == [
         (name, 0, 2) for name in names]
+
+
+# --- a page as a model --------------------------------------------------------------------------------------
+
+def test_a_page_becomes_a_checkpoint_again(trained, tmp_path, capsys):
+    """All numbers are as before, and the pool's values as the page rounds them. Training can go on."""
+    out, again = trained("--max_steps=3"), tmp_path / "again"
+    page, (model, encoding, options) = make_page(out), load(out)
+    unpack.main([f"--page={page}", f"--out_dir={again}"])
+    assert f"python sample.py --out_dir={again}" in capsys.readouterr().out
+    export.round_values(model)
+    copy, same_encoding, same_options = load(again)
+    assert [*copy.state_dict()] == [*model.state_dict()]
+    for name, part in copy.state_dict().items():
+        assert torch.equal(part, model.state_dict()[name]), name
+    assert same_encoding.encode("Who is Ada?") == encoding.encode("Who is Ada?")
+    assert same_options == options | {"out_dir": str(again)}
+    train.main([f"--out_dir={again}", "--resume", "--max_steps=5"])
+    assert checkpoints(again)[-1].name == "step_000005"
+    assert_fails(lambda: unpack.main([f"--page={page}", f"--out_dir={again}"]), "choose another", capsys)
+
+
+def test_a_damaged_page_is_no_model(trained, tmp_path, capsys):
+    page = make_page(trained("--max_steps=1"))
+    text = page.read_text()
+    place = text.index('"values":"') + 99
+    other = "A" if text[place] != "A" else "B"
+    start = text.index('id="data">')
+    for i, damaged in enumerate([text[:place] + other + text[place + 1:], text[:place], text[:start], "",
+                                 text.replace('"config":', '"confic":', 1),
+                                 text[:start] + 'id="data">[]</script>']):
+        (file := tmp_path / f"{i}.html").write_text(damaged)
+        assert_fails(lambda file=file: unpack.main([f"--page={file}", f"--out_dir={tmp_path / 'new'}"]),
+                     "no page of explorer.export, or has changed", capsys)
+    (file := tmp_path / "binary.html").write_bytes(bytes(range(256)))
+    for path in (file, tmp_path / "missing.html", tmp_path):
+        assert_fails(lambda path=path: unpack.main([f"--page={path}", f"--out_dir={tmp_path / 'new'}"]),
+                     str(path), capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_built_page_is_a_model(tmp_path):
+    """The demonstration without training: it knows most facts."""
+    unpack.main([f"--page={BUILT}", f"--out_dir={tmp_path / 'demo'}"])
+    model, encoding, options = load(tmp_path / "demo")
+    data = corpus.load_dataset(options["dataset"])
+    assert evaluate.recall(model, encoding, data.questions[::8])["all"] > 0.9
 
 
 def test_the_built_page_has_the_scripts_of_this_folder():

@@ -14,8 +14,9 @@ test: .venv/dev  ## all tests except the slow ones
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
 
-lint: .venv/dev
+lint: .venv/dev  ## style, and the types of the idea files
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 .venv/run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: nanoPKM needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -217,7 +217,7 @@ class FactoredGradient(torch.Tensor):
     def share_memory_(self):
         raise ValueError("the gradient of a pool cannot be in shared memory: set it to None first")
 
-    def to_dense(self) -> torch.Tensor:
+    def to_dense(self) -> torch.Tensor:  # type: ignore[override]
         """The gradient as an ordinary tensor, as large as the pool. Training does not need it."""
         dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         if sum(indices.numel() for indices, _, _ in self.reads):
@@ -421,6 +421,8 @@ class PoolOptimizer(torch.optim.Optimizer):
 
 class MemoryUsage(nn.Module):
     """How much of a pool was used since `reset`. The measures are from Lample et al. 2019, section 4.2."""
+
+    total_weight: torch.Tensor
 
     def __init__(self, num_slots: int, device=None):
         super().__init__()

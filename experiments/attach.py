@@ -16,6 +16,9 @@ per fact; half of the people also with questions. All methods see the same sente
     ..., six sentences        six sentences per fact, twice as many steps
     ..., 50 people            taught together, with three times as many slots and steps
     ..., ten groups           50 people, five after five: what is left of the first groups?
+    ..., new slots            a slot that changed for one group does not change for the next
+    ..., new reads            ... nor a slot that the texts of one group read
+    ..., half old             a group learns with as many texts of earlier groups, and twice as many steps
 
 It measures how many of the sentences the model completes; the same facts in a third sentence that was never
 taught; questions about people who were asked about, and about the others; capitals of 24 countries; and the
@@ -83,12 +86,16 @@ MEMORIES = {"memory": {}, "memory, names learn": dict(learns="names"),
             "memory, all tokens learn": dict(learns="all"), "memory, 4,000 slots": dict(slots=4000),
             "memory, 128 x 128 rows": dict(num_keys=128), "memory, in 4 and 10": dict(layers=(4, 10)),
             "memory, six sentences": {}, "memory, 50 people": dict(slots=3000),
-            "memory, ten groups": dict(slots=300), "memory, ten groups, new slots": dict(slots=300, new=True)}
+            "memory, ten groups": dict(slots=300),
+            "memory, ten groups, new slots": dict(slots=300, spares="slots"),
+            "memory, ten groups, new reads": dict(slots=300, spares="reads"),
+            "memory, ten groups, half old": dict(slots=600)}
 LRS = {**dict.fromkeys(MEMORIES, (0.5,)), "adapter": (1e-4, 3e-4, 1e-3), "lora 8": (3e-5, 1e-4, 3e-4),
        "lora 32": (3e-5, 1e-4, 3e-4), "full": (1e-5, 3e-5, 1e-4), "full, six sentences": (3e-5,),
-       "full, ten groups": (3e-5,)}
+       "full, ten groups": (3e-5,), "full, ten groups, half old": (3e-5,)}
 SIZES = {"": dict(people=16, sentences=2, steps=200), "six sentences": dict(sentences=6, steps=400),
-         "50 people": dict(people=50, steps=600), "ten groups": dict(people=50, steps=600)}
+         "50 people": dict(people=50, steps=600), "ten groups": dict(people=50, steps=600),
+         "half old": dict(steps=1200)}
 BATCH, LAYERS, GROUPS = 10, (6, 14), 10
 WIDTH = 500  # of both adapters together: as many numbers as 1,000 rows
 
@@ -157,9 +164,9 @@ def learn_rows(model, idf, changed: dict, run: dict, texts: list[str], steps: in
     """x, y, inside: see attach.make_batch. Returns how many numbers could change."""
     at = {"names": inside[:, :-1], "all": y >= 0,
           "both": attach.tokens_that_learn(texts, y, inside)}[changed["learns"]]
-    if changed["new"]:
-        idf = idf * ~model.pool.values.any(1)
     slots = edit.teach(model, x, y, idf, changed["slots"], steps, run["lr"], "rowwise", BATCH, at)
+    if changed["spares"]:  # the next texts may not change these slots, or all that are read here
+        idf[slots if changed["spares"] == "slots" else edit.tf_idf(model, x, at, idf) > 0] = 0
     return len(slots) * model.config.hidden_size
 
 
@@ -177,7 +184,7 @@ def learn_parameters(model, parameters, run: dict, texts: list[str], steps: int,
 def start(model, run: dict, background):
     """Adds to the model what a method needs, and returns the function that learns."""
     if run["method"] in MEMORIES:
-        usual = dict(learns="both", num_keys=256, layers=LAYERS, slots=1000, new=False)
+        usual = dict(learns="both", num_keys=256, layers=LAYERS, slots=1000, spares="")
         changed = usual | MEMORIES[run["method"]]
         modules = attach.find_mlps(model, changed["layers"])
         attach.attach(model, modules, num_keys=changed["num_keys"], seed=run["seed"])
@@ -219,16 +226,19 @@ def do_run(run: dict, model, tokenizer) -> dict:
 
     before, started, course = measure(), time.perf_counter(), []
     learn = start(model, run, forgetting.background)
-    for i, group in enumerate(groups):
-        texts = group["taught"] + group["questions, asked"]
+    taught = [group["taught"] + group["questions, asked"] for group in groups]
+    for i, texts in enumerate(taught):
+        if "half old" in run["method"]:
+            earlier = sum(taught[:i], [])
+            texts = texts + random.Random(i).sample(earlier, min(len(texts), len(earlier)))
         sentences, spans = zip(*map(attach.find_subject, texts), strict=True)
         batch = attach.make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
         numbers = learn(sentences, run["steps"] // len(groups), *batch)
         if len(groups) > 1:
             course.append({"groups": [shares(part) for part in groups[:i + 1]]} | forgetting.measure())
     seconds = time.perf_counter() - started
-    return {"texts": sum(len(group["taught"] + group["questions, asked"]) for group in groups),
-            "numbers": numbers, "seconds": seconds, "before": before, "after": measure(), "course": course}
+    return {"texts": sum(map(len, taught)), "numbers": numbers, "seconds": seconds, "before": before,
+            "after": measure(), "course": course}
 
 
 def print_table(path: Path) -> None:

@@ -143,7 +143,8 @@ def best_checkpoint(folders: list[Path]) -> Path | None:
     The checkpoint with the lowest validation loss on the text of the newest. One that was not evaluated does
     not count. folders: oldest first.
     """
-    losses, text = {}, None
+    losses: dict[Path, float] = {}
+    text = None
     for folder in folders:
         with contextlib.suppress(OSError, ValueError, KeyError):  # damaged, or saved by Ctrl-C
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -151,7 +152,7 @@ def best_checkpoint(folders: list[Path]) -> Path | None:
             if trained_on != text:  # the run went on with another text
                 losses, text = {}, trained_on
             losses[folder] = meta["val_loss"]
-    return min(losses, key=losses.get, default=None)
+    return min(losses, key=losses.__getitem__, default=None)
 
 
 def write_part(path: Path, part: dict) -> str:
@@ -311,6 +312,7 @@ def find_checkpoint(out_dir: Path) -> Checkpoint | None:
             print(f"checkpoint {folder} is damaged and skipped: {problems[0]}", flush=True)
     if folders:
         fail(f"all checkpoints in {out_dir} are damaged: choose another --out_dir")
+    return None
 
 
 def find_start(out_dir: Path, resume: bool) -> Checkpoint | None:
@@ -319,6 +321,7 @@ def find_start(out_dir: Path, resume: bool) -> Checkpoint | None:
         return find_checkpoint(out_dir)
     if existing := checkpoints(out_dir):
         fail(f"{existing[-1]} already exists: continue from it with --resume, or choose another --out_dir")
+    return None
 
 
 def find_trained(out_dir: Path) -> Checkpoint:

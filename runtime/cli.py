@@ -202,7 +202,8 @@ def _help_of(cls) -> dict[str, tuple[str, str]]:
     {field: (its group, its comment or "")}, from the source of a dataclass and of those it extends. A field
     that is defined again keeps its comment if it has no new one.
     """
-    fields, line = {}, r"^    (?:# --- (.+)|(\w+):.*?(?:  # (.*))?)$"
+    fields: dict[str, tuple[str, str]] = {}
+    line = r"^    (?:# --- (.+)|(\w+):.*?(?:  # (.*))?)$"
     for base in reversed(cls.__mro__[:-1]):
         group = "options"
         for heading, name, comment in re.findall(line, inspect.getsource(base), re.MULTILINE):
@@ -232,7 +233,8 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
     parser = _Parser(usage=usage, description=description, allow_abbrev=False,
                      argument_default=argparse.SUPPRESS, formatter_class=layout, parents=[first])
     defaults = {field.name: field.default for field in dataclasses.fields(cls)} | preset
-    kinds, helps, groups = typing.get_type_hints(cls), _help_of(cls), {"options": parser}
+    kinds, helps = typing.get_type_hints(cls), _help_of(cls)
+    groups: dict[str, typing.Any] = {"options": parser}
     for name, kind in kinds.items():
         (group, comment), default = helps[name], defaults[name]
         default = ",".join(map(str, default)) if isinstance(default, tuple) else default

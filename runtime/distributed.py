@@ -165,7 +165,8 @@ def make_groups(group_size: int) -> tuple[Group, Group]:
         handle = dist.new_group(ranks)  # all processes must make all groups
         if rank in ranks:
             groups_of_rank.append(Group(len(ranks), ranks.index(rank), handle))
-    return tuple(groups_of_rank)
+    of_columns, of_replicas = groups_of_rank
+    return of_columns, of_replicas
 
 
 # --- a pool on many processes -------------------------------------------------------------------------------

@@ -352,7 +352,9 @@ def test_the_experiment_teaches_with_all_methods(folder, tmp_path, capsys, monke
         monkeypatch.setattr(experiment, name, value)
     learns = {"memory": {}, "memory, names learn": dict(learns="names"), "memory, all": dict(learns="all"),
               "memory, six sentences": {}, "memory, ten groups": {},
-              "memory, ten groups, new slots": dict(new=True)}
+              "memory, ten groups, new slots": dict(spares="slots"),
+              "memory, ten groups, new reads": dict(spares="reads"),
+              "memory, ten groups, half old": {}}
     memories = {name: changed | dict(slots=400) for name, changed in learns.items()}
     monkeypatch.setattr(experiment, "MEMORIES", memories)
     lrs = {method: (0.1,) for method in (*learns, "adapter", "lora 8", "full", "full, ten groups")}

@@ -352,10 +352,10 @@ def test_the_experiment_teaches_with_all_methods(folder, tmp_path, capsys, monke
         monkeypatch.setattr(experiment, name, value)
     learns = {"memory": {}, "memory, names learn": dict(learns="names"), "memory, all": dict(learns="all"),
               "memory, six sentences": {}, "memory, ten groups": {},
-              "memory, ten groups, new slots": dict(spares="slots"),
-              "memory, ten groups, new reads": dict(spares="reads"),
+              "memory, ten groups, new slots": dict(spares="slots", slots=40),
+              "memory, ten groups, new reads": dict(spares="reads", slots=40),
               "memory, ten groups, half old": {}}
-    memories = {name: changed | dict(slots=400) for name, changed in learns.items()}
+    memories = {name: dict(slots=400) | changed for name, changed in learns.items()}
     monkeypatch.setattr(experiment, "MEMORIES", memories)
     lrs = {method: (0.1,) for method in (*learns, "adapter", "lora 8", "full", "full, ten groups")}
     monkeypatch.setattr(experiment, "LRS", lrs)

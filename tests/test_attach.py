@@ -3,12 +3,14 @@
 import copy
 import json
 import math
+import random
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 from conftest import assert_fails
+from test_fuzz import damage
 from torch.nn import functional as F
 
 import attach as program
@@ -222,6 +224,22 @@ def test_patches_that_do_not_fit_or_are_damaged_are_refused(tmp_path):
     save_file(load_file_of(whole, tmp_path, load_file), path)  # without what nanoPKM adds
     with pytest.raises(ValueError, match="is damaged, or no patch"):
         load_patch(make("llama")[0], path)
+
+
+def test_a_patch_that_was_damaged_at_random_is_refused_or_the_same(tmp_path):
+    path, model, rng = tmp_path / "a.safetensors", patched([1, 5, 60]), random.Random(0)
+    save_patch(model, path)
+    whole = path.read_bytes()
+    for _ in range(100):
+        path.write_bytes(damage(whole, rng))
+        other, _ = make("llama")
+        try:
+            load_patch(other, path)
+        except ValueError as error:
+            assert "is damaged, or no patch of attach.py" in str(error)
+        else:
+            assert torch.equal(other.pool.values, model.pool.values)
+            assert other.pool.sentences == model.pool.sentences
 
 
 def load_file_of(whole: bytes, tmp_path, load_file) -> dict:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -588,6 +589,41 @@ def test_a_short_run_on_facts_learns(run):
     assert evaluations[-1]["val_loss"] < 0.7 * evaluations[0]["val_loss"]
     recall = evaluations[-1]["recall"]
     assert recall["all"] > 0.3 and recall["by_exposure"][max(recall["by_exposure"], key=int)] > 0.5, recall
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_five_thousand_steps_that_were_stopped_ten_times(run, monkeypatch):
+    """The numbers are those of a run that was never stopped, and memory stays flat."""
+    options = "--max_steps=5000", "--eval_interval=250", "--log_interval=10", "--keep=2", "--dropout=0.1"
+    resident, schedule = [], train.schedule
+    stops = set(random.Random(0).sample(range(5000), 10))
+
+    def measure(step, config):
+        if step % 500 == 0 and Path("/proc/self/statm").exists():  # Linux
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+        return schedule(step, config)
+
+    def stop(step, config):
+        if step in stops:
+            stops.remove(step)
+            raise Stopped
+        return schedule(step, config)
+
+    monkeypatch.setattr(train, "schedule", measure)
+    run(*options)
+    assert max(resident[2:]) <= resident[1] + 2**25, resident
+    again = run.out.with_name("again")
+    monkeypatch.setattr(train, "schedule", stop)
+    while stops:
+        with pytest.raises(Stopped):
+            run(*options, "--resume", out=again)
+    run(*options, "--resume", out=again)
+    assert_same_checkpoint(checkpoints(run.out)[-1], checkpoints(again)[-1])
+    assert log(run.out) == log(again)
 
 
 @pytest.mark.slow

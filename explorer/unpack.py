@@ -88,3 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     if name in CORPORA and not (corpus.DATA / name / "meta.json").exists():
         make_corpus(name)
     print(f"wrote {out_dir}. Ask it: python sample.py --out_dir={shlex.quote(str(out_dir))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -268,7 +269,8 @@ def test_a_damaged_page_is_no_model(trained, tmp_path, capsys):
 
 def test_the_built_page_is_a_model(tmp_path):
     """The demonstration without training: it knows most facts."""
-    unpack.main([f"--page={BUILT}", f"--out_dir={tmp_path / 'demo'}"])
+    subprocess.run([sys.executable, "-m", "explorer.unpack", f"--out_dir={tmp_path / 'demo'}"], check=True,
+                   cwd=EXPLORER.parent)
     model, encoding, options = load(tmp_path / "demo")
     data = corpus.load_dataset(options["dataset"])
     assert evaluate.recall(model, encoding, data.questions[::8])["all"] > 0.9

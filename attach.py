@@ -306,15 +306,15 @@ class TeachConfig(AskConfig):
     held_out: tuple[str, ...] = ()  # files of other text, to measure what is forgotten; none: source code
     save_to: str = "patch.safetensors"  # new file for the patch
     layers: tuple[int, ...] = ()  # blocks with a memory; empty: two, after a fifth and a half of the model
-    slots: int = 1000  # slots that may change
-    steps: int = 200  # most training steps; learning ends once the model completes all sentences
+    slots: int = 0  # slots that may change; 0: 1,000, or 6 per sentence if that is more
+    steps: int = 0  # most steps, until the model completes all sentences; 0: 200, or 12 times all sentences
     batch_size: int = 10  # sentences per step
     lr: float = 0.5  # learning rate of the rows
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(1, self, "slots", "steps", "batch_size")
-        at_least(0, self, "lr")
+        at_least(1, self, "batch_size")
+        at_least(0, self, "slots", "steps", "lr")
 
 
 @dataclass
@@ -425,14 +425,17 @@ def report(forgetting: Forgetting, prompts, max_new_tokens: int, groups: dict, c
     return [old_right[THESE], new_right[THESE]]
 
 
+def by_sentence(lines: list[str]) -> dict[str, str]:
+    """{sentence: the line that it was taught as}, which may have [] around a name."""
+    return {find_subject(line)[0]: line for line in lines}
+
+
 def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> None:
-    old = model.pool.sentences if model.pool is not None else []
-    sentences, spans = zip(*map(find_subject, lines), strict=True)
-    for text in sentences:
+    old, new = by_sentence(model.pool.sentences if model.pool is not None else []), by_sentence(lines)
+    for text in new:
         if not text[:-1].strip() or " " not in text:
             fail(f"the sentence {text!r} needs two words: the model learns to complete it")
-    about = Counter(text[start:end] or "no name" for text, (start, end)
-                    in zip(sentences, spans, strict=True))
+    about = Counter(text[start:end] or "no name" for text, (start, end) in map(find_subject, new.values()))
     print_text("learning sentences about " + ", ".join(f"{name} ({n})" for name, n in about.items())
                + "; [] in a sentence marks another name")
     if model.pool is None:
@@ -440,15 +443,19 @@ def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> 
     elif config.layers:
         fail(f"--layers is for a new patch: the memory of this one is beside {model.pool.search['modules']}")
     forgetting = Forgetting(model, tokenizer, config)
+    both = old | new  # what was taught before is learnt again, or it would be forgotten
+    sentences, spans = zip(*map(find_subject, both.values()), strict=True)
     x, y, inside = make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
     at = tokens_that_learn(sentences, y, inside)
+    slots = config.slots or max(1000, 6 * len(both))
+    steps = config.steps or max(200, 12 * len(both) // config.batch_size)
 
     def learn():
-        edit.teach(model, x, y, forgetting.idf(), config.slots, config.steps, config.lr, "rowwise",
-                   config.batch_size, at, lambda: all(completed(model, tokenizer, sentences)))
-        model.pool.sentences = old + [text for text in sentences if text not in old]
+        edit.teach(model, x, y, forgetting.idf(), slots, steps, config.lr, "rowwise", config.batch_size, at,
+                   lambda: all(completed(model, tokenizer, sentences)))
+        model.pool.sentences = list(both.values())
 
-    groups = {"sentences taught before": old, THESE: list(sentences)}
+    groups = {"sentences taught before": [text for text in old if text not in new], THESE: list(new)}
     before, after = report(forgetting, config.prompt, config.max_new_tokens, groups, learn)
     if sum(after) <= sum(before) < len(before):
         fail("nothing was learnt, so nothing is saved: try more --steps, a higher --lr or more --slots")
@@ -475,7 +482,7 @@ def erase_words(model, x, y, idf) -> None:
 
 
 def erase_sentences(model, tokenizer, config: EraseConfig) -> None:
-    told = model.pool.sentences
+    told = by_sentence(model.pool.sentences)
     for prompt in config.prompt:
         if not any(prompt in text for text in told):
             fail(f"--prompt={prompt}: no sentence of the patch has this. It has: {' '.join(told)[:300]}")
@@ -493,7 +500,7 @@ def erase_sentences(model, tokenizer, config: EraseConfig) -> None:
         fail("nothing was forgotten, so nothing is saved")
     if left := [text for text, right in zip(erased, after, strict=True) if right]:
         print_text(f"not forgotten, and still in the patch: {' '.join(left)}")
-    model.pool.sentences = others + left
+    model.pool.sentences = [told[text] for text in others + left]
 
 
 @command

@@ -311,7 +311,10 @@ def test_a_user_teaches_asks_and_erases(folder, tmp_path, capsys, monkeypatch):
     assert "bo ek was born in Lima" in printed
     printed = run("teach", "--patch=my facts.safetensors", "--statement=bo ek studied art", "--lr=0.3",
                   "--save_to=more.safetensors")
-    assert "sentences taught before: 3 of 3 completed before" in printed
+    assert "sentences taught before: 3 of 3 completed before, 3 after" in printed
+    model, _ = program.load_model(str(folder), "cpu")
+    load_patch(model, "more.safetensors")
+    assert "The [art] was in Oslo" in model.pool.sentences  # to be learnt again with the next ones
     for words, message in [(["--steps=1", "--lr=1e-9"], "nothing was learnt, so nothing is saved"),
                            (["--steps=9", "--lr=inf"], "--lr=inf must be finite"),
                            (["--layers=1"], "--layers is for a new patch")]:

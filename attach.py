@@ -430,6 +430,16 @@ def by_sentence(lines: list[str]) -> dict[str, str]:
     return {find_subject(line)[0]: line for line in lines}
 
 
+def learn_lines(model, tokenizer, lines: list[str], idf, slots: int = 0, steps: int = 0, lr: float = 0.5,
+                batch_size: int = 10) -> None:
+    """Until the model completes all sentences. slots, steps: see TeachConfig."""
+    sentences, spans = zip(*map(find_subject, lines), strict=True)
+    x, y, inside = make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
+    edit.teach(model, x, y, idf, slots or max(1000, 6 * len(lines)),
+               steps or max(200, 12 * len(lines) // batch_size), lr, "rowwise", batch_size,
+               tokens_that_learn(sentences, y, inside), lambda: all(completed(model, tokenizer, sentences)))
+
+
 def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> None:
     old, new = by_sentence(model.pool.sentences if model.pool is not None else []), by_sentence(lines)
     for text in new:
@@ -443,17 +453,11 @@ def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> 
     elif config.layers:
         fail(f"--layers is for a new patch: the memory of this one is beside {model.pool.search['modules']}")
     forgetting = Forgetting(model, tokenizer, config)
-    both = old | new  # what was taught before is learnt again, or it would be forgotten
-    sentences, spans = zip(*map(find_subject, both.values()), strict=True)
-    x, y, inside = make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
-    at = tokens_that_learn(sentences, y, inside)
-    slots = config.slots or max(1000, 6 * len(both))
-    steps = config.steps or max(200, 12 * len(both) // config.batch_size)
 
-    def learn():
-        edit.teach(model, x, y, forgetting.idf(), slots, steps, config.lr, "rowwise", config.batch_size, at,
-                   lambda: all(completed(model, tokenizer, sentences)))
-        model.pool.sentences = list(both.values())
+    def learn():  # what was taught before is learnt again, or it would be forgotten
+        model.pool.sentences = list((old | new).values())
+        learn_lines(model, tokenizer, model.pool.sentences, forgetting.idf(), config.slots, config.steps,
+                    config.lr, config.batch_size)
 
     groups = {"sentences taught before": [text for text in old if text not in new], THESE: list(new)}
     before, after = report(forgetting, config.prompt, config.max_new_tokens, groups, learn)
@@ -461,24 +465,26 @@ def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> 
         fail("nothing was learnt, so nothing is saved: try more --steps, a higher --lr or more --slots")
 
 
-def erase_words(model, x, y, idf) -> None:
+def erase_words(model, x, y, idf):
     """
     Empties the rows that make the model say the words in y, which are -1 elsewhere: 4 rows, then 4, 8, 16 ...
-    more, at most 256, until a token of each is far less likely than another. Which rows, the gradient says: a
+    more, at most 512, until a token of each is far less likely than another. Which rows, the gradient says: a
     row times its gradient is about what the words lose without this row. edit.choose_slots measures this
     exactly, but would take minutes for a model of this size. idf: spares the rows that other text reads.
+    Returns the slots.
     """
-    values = model.pool.values
+    values, erased = model.pool.values, []
     with eval_mode(model), torch.enable_grad():
-        for count in (4, 4, 8, 16, 32, 64, 128):
+        for count in (4, 4, 8, 16, 32, 64, 128, 256):
             values.grad = None
             loss = F.cross_entropy(edit.all_logits(model, x).flatten(0, 1), y.flatten(), ignore_index=-1)
             loss.backward(inputs=[values])
             effect = -(values.grad.to_dense() * values.detach()).sum(1).cpu() * idf
-            edit.erase(model, edit.top_slots(effect, count))
+            erased.append(edit.erase(model, edit.top_slots(effect, count)))
             if all(edit.is_gone(model, *answer) for answer in zip(x.split(1), y.split(1), strict=True)):
                 break
     values.grad = None
+    return torch.cat(erased)
 
 
 def erase_sentences(model, tokenizer, config: EraseConfig) -> None:
@@ -492,7 +498,11 @@ def erase_sentences(model, tokenizer, config: EraseConfig) -> None:
     x, y = end_batch(tokenizer, erased, [text.rindex(" ") + 1 for text in erased])
 
     def erase():
-        erase_words(model, x.to(model.device), y.to(model.device), forgetting.idf())
+        idf, before = forgetting.idf(), completed(model, tokenizer, others)
+        idf[erase_words(model, x.to(model.device), y.to(model.device), idf)] = 0
+        if sum(completed(model, tokenizer, others)) < sum(before):  # they are learnt again, in other rows
+            known = [told[text] for text, right in zip(others, before, strict=True) if right]
+            learn_lines(model, tokenizer, known, idf)
 
     groups = {"other sentences": others, THESE: erased}
     before, after = report(forgetting, config.prompt, config.max_new_tokens, groups, erase)

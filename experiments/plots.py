@@ -8,6 +8,7 @@ experiments.speed layer --json=FILE. A new figure is one function and one line i
 """
 
 import sys
+from itertools import cycle
 from pathlib import Path
 
 from runtime.cli import command, fail
@@ -142,18 +143,34 @@ def draw_teach(path: Path, models=tuple(EDITED)) -> Figure:
 
 
 def draw_attach(path: Path) -> Figure:
-    """What a taught model knows in other words, against how much its loss on other text has risen."""
+    """
+    What a taught model knows in other words, against how much its loss on other text has risen; and what is
+    left of ten groups of people after the last was taught.
+    """
     rows, texts = read_json_lines(path), ("the background text", "the held-out text", "questions")
-    figure = Figure(figsize=(9, 3.7), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    *axes, last = figure.subplots(1, 3, sharey=True)
     titles = {"other words": "sentences never taught", "questions, new": "questions never asked"}
+    together = group_by([row for row in rows if not row.get("course")], "method")
+    in_turn = group_by([row for row in rows if row.get("course")], "method")
+    colours = {method: f"C{i % 10}" for i, method in enumerate(dict.fromkeys([*together, *in_turn]))}
+
+    def rise(row):
+        return np.mean([row["after"][text] - row["before"][text] for text in texts])
+
     for axis, (group, title) in zip(axes, titles.items(), strict=True):
-        for (method, runs), marker in zip(group_by(rows, "method").items(), "os^vPDX*", strict=False):
-            rises = [np.mean([row["after"][text] - row["before"][text] for text in texts]) for row in runs]
-            axis.plot(rises, [row["after"][group] for row in runs], marker, markersize=9, label=method)
+        for (method, runs), marker in zip(together.items(), cycle("os^vPDX*<>"), strict=False):
+            axis.plot([rise(row) for row in runs], [row["after"][group] for row in runs], marker,
+                      markersize=8, label=method, color=colours[method])
         axis.set(title=title, ylim=(-0.03, 1.03), xlabel="rise of the loss on other text")
+    for method, runs in in_turn.items():
+        shares = np.mean([[group["taught"] for group in row["course"][-1]["groups"]] for row in runs], 0)
+        label = f"{method}: {np.mean([rise(row) for row in runs]):+.2f}"
+        last.plot(range(1, len(shares) + 1), shares, "o-", label=label, color=colours[method])
+    last.set(title="taught in turn: what is left", xlabel="group of five people, first to last")
     axes[0].set_ylabel("share completed")
-    axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=8)
+    last.legend(title="and the rise of the loss", fontsize=8, loc="upper left")
     return figure
 
 

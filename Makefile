@@ -9,7 +9,7 @@ model: .venv/run  ## the trained model of docs/explorer.html as a checkpoint in 
 	$(BIN)/python -m explorer.unpack
 
 evidence-quick: .venv/run  ## dense, memory as published, the best of ours: fifteen minutes on two cores
-	$(BIN)/python -m experiments.compare facts --models=dense,memory+,tokens-unscaled --lrs=4e-3 --seeds=1 \
+	$(BIN)/python -m experiments.compare facts --models=dense,memory+,tokens --lrs=4e-3 --seeds=1 \
 		--max_steps=1500 --results=out/evidence
 
 test: .venv/dev  ## all tests except the slow ones

@@ -77,7 +77,7 @@ def costs(config: TrainConfig) -> tuple[int, dict[str, int]]:
 PUBLISHED = dict(mem_query="state", scale_embeddings=False, mem_layers=(0, 2))
 # Better on facts: half of the query comes from the previous token, and the first blocks have the memory
 SHIFTED = dict(mem_query="shifted", scale_embeddings=True, mem_layers=(0, 1))
-UNSCALED = dict(scale_embeddings=False)  # on facts, this is better for models without learnt keys
+UNSCALED = dict(scale_embeddings=False)  # on facts, this is better for all models but perhaps `shifted`
 SMALL = SHIFTED | dict(n_layer=3, n_head=4, n_embd=64, block_size=128, mem_num_keys=128, mem_heads=4,
                        mem_knn=16, mem_key_dim=32, batch_size=16, value_lr=6e-2)
 
@@ -88,7 +88,8 @@ MODELS = {
     "dense": UNSCALED | dict(mem_layers=(), mlp_width=276),
     "memory+": PUBLISHED,
     "shifted": {},
-    "tokens": dict(mem_query="tokens"),
+    "tokens": UNSCALED | dict(mem_query="tokens"),
+    "tokens-scaled": dict(mem_query="tokens"),
     "shifted-4x": dict(mem_num_keys=256, mem_key_dim=16, mlp_width=320),
     "moe": UNSCALED | dict(mem_layers=(), mlp_width=268, moe_layers=(1, 2)),  # as many parameters as memory+
     "dense-2x": UNSCALED | dict(mem_layers=(), mlp_width=872),
@@ -96,7 +97,6 @@ MODELS = {
     "shifted-short": dict(max_steps=1500),  # half of the steps: each takes less than twice the time of dense
     "hash": UNSCALED | dict(mem_kind="hash", mlp_width=572),
     "shifted-plain": dict(mem_layers=(0,), mem_swilu=False, mlp_width=288),  # one memory layer, no gate
-    "tokens-unscaled": UNSCALED | dict(mem_query="tokens"),
     "shifted-unscaled": UNSCALED,
     "hash-scaled": dict(mem_kind="hash", mlp_width=572),
     # an expert of PEER has two rows

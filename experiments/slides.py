@@ -97,7 +97,7 @@ def slides() -> list[tuple[str, str, str, str]]:
          "So the best 8 rows (green) stand where the best 8 lines cross the best 8 columns.",
          drawn(draw_square()), "random half-scores, and the search of memory.py"),
         ("Memory helps with rare facts", "Models with equal multiply-adds per token are asked about "
-         "4,000 people. The table helps, the learnt keys do not: a hash, with no search, recalls most.",
+         "4,000 people. The table helps, the learnt keys do not: a hash, with no search, recalls as much.",
          drawn(plots.draw_facts(RESULTS / "facts.jsonl")), "experiments/results/facts.jsonl"),
         ("Erase a person", "Recall of facts about a person and about others, before and after slots of this "
          "person are emptied. It works best where the name alone decides which rows are read.",

@@ -74,7 +74,8 @@ class ValuePool(nn.Module):
         """indices, weights (N, bag) -> weighted sums of rows (N, value_dim), in the dtype of weights."""
         indices = self.check(indices, weights, weights.shape)
         self.count(indices, weights)
-        if self.training and dist.is_initialized() and dist.get_world_size() > 1:
+        learns = self.training and self.values.requires_grad
+        if learns and dist.is_initialized() and dist.get_world_size() > 1:
             warn_once("each process now learns a ValuePool of its own: use ShardedPool from "
                       "runtime/distributed.py, also with FSDP")
         return GatherSum.apply(self.values, indices, weights, self.kernel)
@@ -193,7 +194,7 @@ class FactoredGradient(torch.Tensor):
     The tensors of a read are copies, and never change.
     """
 
-    is_sparse = True  # so AdamW and other optimisers refuse this gradient before they change a value
+    is_sparse = True  # so AdamW and most other optimisers refuse this gradient before they change a value
 
     @staticmethod
     def __new__(cls, like: torch.Tensor, reads: list, dtype=None, device=None):
@@ -282,6 +283,10 @@ REFUSALS = {  # part of the name of a PyTorch operation -> error message; the fi
     "vector_norm": NO_CLIPPING,
     "foreach_norm": NO_CLIPPING,
     "clamp": NO_CLIPPING,
+    "c10d": "the gradient of a pool cannot be summed over processes: use ShardedPool and data_parallel from "
+            "runtime/distributed.py",
+    "fsdp": "FSDP cannot shard a pool: name its values in ignored_params, and use ShardedPool from "
+            "runtime/distributed.py",
     "stride":  # DistributedDataParallel and DLPack look for numbers in memory
         "the gradient of a pool is a list of reads, and values.grad.to_dense() writes it out. In place of "
         "DistributedDataParallel, use ShardedPool and data_parallel from runtime/distributed.py",
@@ -301,7 +306,8 @@ class PoolOptimizer(torch.optim.Optimizer):
     kind='sgd'      no moments; for finetuning
     kernel.scatter_update has the formulas. For values with 16 bits, the moments are float32.
 
-    You need not clip the gradient: the steps of rowwise and adam do not depend on its scale. If a gradient is
+    You need not clip the gradient: the steps of rowwise and adam do not depend on its scale (with GradScaler,
+    which changes the scale, call scaler.step(pool_optimizer)). If a gradient is
     inf or nan, or so large that its square could overflow, the step is skipped: no value and no moment
     changes, and skipped_steps counts the step. On a GPU, the CPU does not wait for this test.
 
@@ -334,6 +340,8 @@ class PoolOptimizer(torch.optim.Optimizer):
         if group["kind"] not in ("rowwise", "adam", "sgd"):
             raise ValueError(f"kind={group['kind']!r} must be 'rowwise', 'adam' or 'sgd'")
         check_kernel(group["kernel"])
+        if group.get("weight_decay"):
+            raise ValueError("PoolOptimizer has no weight decay")
         blocks = group["value_blocks"]
         for p in group["params"]:
             if p.dim() != 2:

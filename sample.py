@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
             for name in corpus.unknown_names(questions[0]["prompt"], data):
                 print_text(f"the training text does not have the name {name}")
     elif not questions:
-        fail(f"--{mode}: there are no questions in {path}")
+        fail(f"--{mode}: there are no questions in {path}. Use --question=TEXT, or --prompt=TEXT")
     elif mode == "questions":
         questions = random.Random(config.seed).sample(questions, min(config.questions, len(questions)))
     elif mode == "ask":

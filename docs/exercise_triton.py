@@ -13,7 +13,8 @@ power of two, because Triton has no other sizes, and `inside` says which of thes
     y        (N, V)              dy                (N, V)    the gradient of the loss with respect to y
 
 A tensor arrives as a pointer to its first number, and its lines follow each other. So values[r, c] stands at
-values_ptr + r * V + c. tl.load reads one number or, if you add a tl.arange, many.
+values_ptr + r * V + c. tl.load reads one number or, if you add a tl.arange, many. You also need tl.store,
+tl.sum, and for the last blank a function of Triton whose name begins with atomic_.
 """
 
 import triton

@@ -153,7 +153,6 @@ def draw_attach(path: Path) -> Figure:
     titles = {"other words": "sentences never taught", "questions, new": "questions never asked"}
     together = group_by([row for row in rows if not row.get("course")], "method")
     in_turn = group_by([row for row in rows if row.get("course")], "method")
-    colours = {method: f"C{i % 10}" for i, method in enumerate(dict.fromkeys([*together, *in_turn]))}
 
     def rise(row):
         return np.mean([row["after"][text] - row["before"][text] for text in texts])
@@ -161,16 +160,16 @@ def draw_attach(path: Path) -> Figure:
     for axis, (group, title) in zip(axes, titles.items(), strict=True):
         for (method, runs), marker in zip(together.items(), cycle("os^vPDX*<>"), strict=False):
             axis.plot([rise(row) for row in runs], [row["after"][group] for row in runs], marker,
-                      markersize=8, label=method, color=colours[method])
+                      markersize=8, label=method)
         axis.set(title=title, ylim=(-0.03, 1.03), xlabel="rise of the loss on other text")
     for method, runs in in_turn.items():
         shares = np.mean([[group["taught"] for group in row["course"][-1]["groups"]] for row in runs], 0)
-        label = f"{method}: {np.mean([rise(row) for row in runs]):+.2f}"
-        last.plot(range(1, len(shares) + 1), shares, "o-", label=label, color=colours[method])
+        label = f"{method} (loss {np.mean([rise(row) for row in runs]):+.2f})"
+        last.plot(range(1, len(shares) + 1), shares, "o-", label=label)
     last.set(title="taught in turn: what is left", xlabel="group of five people, first to last")
     axes[0].set_ylabel("share completed")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=8)
-    last.legend(title="and the rise of the loss", fontsize=8, loc="upper left")
+    figure.legend(*last.get_legend_handles_labels(), loc="outside lower right", fontsize=8)
     return figure
 
 

@@ -44,7 +44,7 @@ def test_its_files_exist():
              for link in re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text(encoding="utf-8"))]
     index = ROOT / "docs/index.html"
     targets = re.findall('(?:href|src)="([^"]+)"', index.read_text(encoding="utf-8"))
-    assert len(targets) == 8
+    assert len(targets) == 9
     links += [(index, link) for link in targets]
     for page, link in links:
         assert (page.parent / link).exists(), (page, link)

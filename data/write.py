@@ -126,7 +126,7 @@ def write_corpus(options: Corpus, texts: Callable[[str], Iterable], questions: l
             (new / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
             if questions:
                 lines = "".join(json.dumps(question) + "\n" for question in questions)
-                (new / "qa.jsonl").write_text(lines, encoding="utf-8")
+                (new / "qa.jsonl").write_text(lines, encoding="utf-8", newline="\n")
             # meta.json comes last: until then the old one stays, with its tokenizer. After a kill in between,
             # Dataset finds that the texts are not the ones that meta.json describes
             for file in sorted(new.iterdir(), reverse=True):

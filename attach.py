@@ -306,15 +306,15 @@ class TeachConfig(AskConfig):
     held_out: tuple[str, ...] = ()  # files of other text, to measure what is forgotten; none: source code
     save_to: str = "patch.safetensors"  # new file for the patch
     layers: tuple[int, ...] = ()  # blocks with a memory; empty: two, after a fifth and a half of the model
-    slots: int = 0  # slots that may change; 0: 1,000, or 6 per sentence if that is more
+    slots: int = 1000  # slots that may change; more learn more, and change other text more
     steps: int = 0  # most steps, until the model completes all sentences; 0: 200, or 12 times all sentences
     batch_size: int = 10  # sentences per step
     lr: float = 0.5  # learning rate of the rows
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(1, self, "batch_size")
-        at_least(0, self, "slots", "steps", "lr")
+        at_least(1, self, "slots", "batch_size")
+        at_least(0, self, "steps", "lr")
 
 
 @dataclass
@@ -430,14 +430,14 @@ def by_sentence(lines: list[str]) -> dict[str, str]:
     return {find_subject(line)[0]: line for line in lines}
 
 
-def learn_lines(model, tokenizer, lines: list[str], idf, slots: int = 0, steps: int = 0, lr: float = 0.5,
+def learn_lines(model, tokenizer, lines: list[str], idf, slots: int = 1000, steps: int = 0, lr: float = 0.5,
                 batch_size: int = 10) -> None:
     """Until the model completes all sentences. slots, steps: see TeachConfig."""
     sentences, spans = zip(*map(find_subject, lines), strict=True)
     x, y, inside = make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
-    edit.teach(model, x, y, idf, slots or max(1000, 6 * len(lines)),
-               steps or max(200, 12 * len(lines) // batch_size), lr, "rowwise", batch_size,
-               tokens_that_learn(sentences, y, inside), lambda: all(completed(model, tokenizer, sentences)))
+    edit.teach(model, x, y, idf, slots, steps or max(200, 12 * len(lines) // batch_size), lr, "rowwise",
+               batch_size, tokens_that_learn(sentences, y, inside),
+               lambda: all(completed(model, tokenizer, sentences)))
 
 
 def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> None:

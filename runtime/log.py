@@ -83,8 +83,8 @@ def one_line_errors(out_dir: Path):
             text = " ".join(str(error).split("\n\n")[0].split())
             problem = f"--compile does not work here ({text}): leave it out, or --compile=false"
         elif problem and not isinstance(error, OSError):
-            problem += (": try --accum_steps, a smaller --batch_size, a smaller model, --mem_dtype=bfloat16, or "
-                        "on a CPU --mem_on_disk")
+            problem += (": try --accum_steps, a smaller --batch_size, a smaller model, "
+                        "--mem_dtype=bfloat16, or on a CPU --mem_on_disk")
         if problem is None:
             raise
         last = checkpoints(out_dir)[-1:]

@@ -307,7 +307,7 @@ class TeachConfig(AskConfig):
     save_to: str = "patch.safetensors"  # new file for the patch
     layers: tuple[int, ...] = ()  # blocks with a memory; empty: two, after a fifth and a half of the model
     slots: int = 1000  # slots that may change; more learn more, and change other text more
-    steps: int = 0  # most steps, until the model completes all sentences; 0: 200, or 12 times all sentences
+    steps: int = 0  # most steps; learning ends once all sentences are completed. 0: 200, or 12 rounds of all
     batch_size: int = 10  # sentences per step
     lr: float = 0.5  # learning rate of the rows
 
@@ -430,14 +430,13 @@ def by_sentence(lines: list[str]) -> dict[str, str]:
     return {find_subject(line)[0]: line for line in lines}
 
 
-def learn_lines(model, tokenizer, lines: list[str], idf, slots: int = 1000, steps: int = 0, lr: float = 0.5,
-                batch_size: int = 10) -> None:
-    """Until the model completes all sentences. slots, steps: see TeachConfig."""
+def learn_lines(model, tokenizer, lines: list[str], idf, config: TeachConfig) -> None:
+    """Until the model completes all sentences, or after config.steps."""
     sentences, spans = zip(*map(find_subject, lines), strict=True)
     x, y, inside = make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
-    edit.teach(model, x, y, idf, slots, steps or max(200, 12 * len(lines) // batch_size), lr, "rowwise",
-               batch_size, tokens_that_learn(sentences, y, inside),
-               lambda: all(completed(model, tokenizer, sentences)))
+    steps = config.steps or max(200, 12 * len(lines) // config.batch_size)
+    edit.teach(model, x, y, idf, config.slots, steps, config.lr, "rowwise", config.batch_size,
+               tokens_that_learn(sentences, y, inside), lambda: all(completed(model, tokenizer, sentences)))
 
 
 def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> None:
@@ -456,8 +455,7 @@ def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> 
 
     def learn():  # what was taught before is learnt again, or it would be forgotten
         model.pool.sentences = list((old | new).values())
-        learn_lines(model, tokenizer, model.pool.sentences, forgetting.idf(), config.slots, config.steps,
-                    config.lr, config.batch_size)
+        learn_lines(model, tokenizer, model.pool.sentences, forgetting.idf(), config)
 
     groups = {"sentences taught before": [text for text in old if text not in new], THESE: list(new)}
     before, after = report(forgetting, config.prompt, config.max_new_tokens, groups, learn)
@@ -502,7 +500,7 @@ def erase_sentences(model, tokenizer, config: EraseConfig) -> None:
         idf[erase_words(model, x.to(model.device), y.to(model.device), idf)] = 0
         if sum(completed(model, tokenizer, others)) < sum(before):  # they are learnt again, in other rows
             known = [told[text] for text, right in zip(others, before, strict=True) if right]
-            learn_lines(model, tokenizer, known, idf)
+            learn_lines(model, tokenizer, known, idf, TeachConfig())
 
     groups = {"other sentences": others, THESE: erased}
     before, after = report(forgetting, config.prompt, config.max_new_tokens, groups, erase)

@@ -306,10 +306,10 @@ class PoolOptimizer(torch.optim.Optimizer):
     kind='sgd'      no moments; for finetuning
     kernel.scatter_update has the formulas. For values with 16 bits, the moments are float32.
 
-    You need not clip the gradient: the steps of rowwise and adam do not depend on its scale (with GradScaler,
-    which changes the scale, call scaler.step(pool_optimizer)). If a gradient is
-    inf or nan, or so large that its square could overflow, the step is skipped: no value and no moment
-    changes, and skipped_steps counts the step. On a GPU, the CPU does not wait for this test.
+    You need not clip the gradient: a constant factor changes no step of rowwise and adam. The factor of
+    GradScaler changes, so call scaler.step(pool_optimizer). If a gradient is inf or nan, or so large that its
+    square could overflow, the step is skipped: no value and no moment changes, and skipped_steps counts the
+    step. On a GPU, the CPU does not wait for this test.
 
     stochastic_rounding: for bfloat16 values. A new value is rounded up or down at random, more often to the
     nearer number. Without it, small changes are lost. The random numbers depend on (seed, step, row, column).
@@ -341,7 +341,7 @@ class PoolOptimizer(torch.optim.Optimizer):
             raise ValueError(f"kind={group['kind']!r} must be 'rowwise', 'adam' or 'sgd'")
         check_kernel(group["kernel"])
         if group.get("weight_decay"):
-            raise ValueError("PoolOptimizer has no weight decay")
+            raise ValueError(f"weight_decay={group['weight_decay']} must be 0: PoolOptimizer has none")
         blocks = group["value_blocks"]
         for p in group["params"]:
             if p.dim() != 2:

@@ -74,7 +74,7 @@ def two_tokens(x):
     return ((previous + 1) * 2**32 + x).flatten()
 
 
-KEYS = [all_tokens, this_token, two_tokens]  # tokens that the training text does not have get the one before
+KEYS = [all_tokens, this_token, two_tokens]  # if the training text lacks a key, the one before it is used
 
 
 class Means:

@@ -77,7 +77,7 @@ def costs(config: TrainConfig) -> tuple[int, dict[str, int]]:
 PUBLISHED = dict(mem_query="state", scale_embeddings=False, mem_layers=(0, 2))
 # Better on facts: half of the query comes from the previous token, and the first blocks have the memory
 SHIFTED = dict(mem_query="shifted", scale_embeddings=True, mem_layers=(0, 1))
-UNSCALED = dict(scale_embeddings=False)  # on facts, this is better for all models but perhaps `shifted`
+UNSCALED = dict(scale_embeddings=False)  # on facts, better for `tokens` and the hash
 SMALL = SHIFTED | dict(n_layer=3, n_head=4, n_embd=64, block_size=128, mem_num_keys=128, mem_heads=4,
                        mem_knn=16, mem_key_dim=32, batch_size=16, value_lr=6e-2)
 

@@ -166,7 +166,7 @@ def draw_attach(path: Path) -> Figure:
         shares = np.mean([[group["taught"] for group in row["course"][-1]["groups"]] for row in runs], 0)
         label = f"{method} (loss {np.mean([rise(row) for row in runs]):+.2f})"
         last.plot(range(1, len(shares) + 1), shares, "o-", label=label)
-    last.set(title="taught in turn: what is left", xlabel="group of five people, first to last")
+    last.set(title="groups taught one after the other", xlabel="group of five people, first to last")
     axes[0].set_ylabel("share completed")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=8)
     figure.legend(*last.get_legend_handles_labels(), loc="outside lower right", fontsize=8)

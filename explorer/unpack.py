@@ -35,12 +35,12 @@ class UnpackConfig:
     out_dir: str = "out/demo"  # new folder for the checkpoint
 
 
-DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
+STORED = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 
 
 def read_page(path: Path) -> dict:
     """The data in a page. Raises a ValueError if the page has none, or has changed since it was written."""
-    found = DATA.search(path.read_text(encoding="utf-8"))
+    found = STORED.search(path.read_text(encoding="utf-8"))
     data = json.loads(found[1] if found else "{}")
     if "sha256" not in data or data.pop("sha256") != digest_of_page(data):
         raise ValueError("it is no page of explorer.export, or has changed since it was written")

@@ -35,7 +35,10 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake of the user. The message is one line that says what to do."""
+    """A mistake of the user. The message is one line that says what to do, also if it quotes two lines."""
+
+    def __init__(self, message):
+        super().__init__(str(message).replace("\n", "\\n"))
 
 
 def fail(message) -> typing.NoReturn:

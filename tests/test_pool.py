@@ -387,6 +387,16 @@ def test_no_other_optimizer_changes_a_value(model, cls):
                 assert torch.equal(values, before)
 
 
+def test_a_sum_over_processes_by_hand_is_refused_with_a_sentence(model):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        backward(model)
+        with pytest.raises(ValueError, match="cannot be summed over processes: use ShardedPool"):
+            torch.distributed.all_reduce(model.pool.values.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("misuse", [
     lambda m, g: nn.utils.clip_grad_norm_(m.parameters(), 1.0),
     lambda m, g: nn.utils.clip_grad_value_(m.parameters(), 1.0),
@@ -612,10 +622,11 @@ def test_the_scale_of_the_gradient_does_not_matter(kind):
 @pytest.mark.parametrize("name, wrong", [
     ("kind", "momentum"), ("kernel", "cuda"), ("lr", -0.1), ("lr", math.nan), ("lr", math.inf),
     ("betas", (0.9, 1.0)), ("eps", 0.0), ("value_blocks", 3), ("value_blocks", 0),
-    ("stochastic_rounding", True)])
+    ("stochastic_rounding", True), ("weight_decay", 0.1)])
 def test_the_optimizer_refuses_what_cannot_be(name, wrong):
+    group = {"params": ValuePool(16, 8).parameters(), name: wrong}
     with pytest.raises(ValueError, match=f"{name}.* must| is for bfloat16 values"):
-        PoolOptimizer(ValuePool(16, 8).parameters(), **dict(lr=0.1) | {name: wrong})
+        PoolOptimizer([group], lr=0.1)
 
 
 def test_the_optimizer_refuses_other_parameters():

@@ -8,7 +8,7 @@ train: .venv/run  ## train on generated facts, two minutes on two cores; continu
 model: .venv/run  ## the trained model of docs/explorer.html as a checkpoint in out/demo, without training
 	$(BIN)/python -m explorer.unpack
 
-evidence-quick: .venv/run  ## dense, memory as published, the best of ours: fifteen minutes on two cores
+evidence-quick: .venv/run  ## dense, memory as published, the best of ours: ten minutes on two cores
 	$(BIN)/python -m experiments.compare facts --models=dense,memory+,tokens --lrs=4e-3 --seeds=1 \
 		--max_steps=1500 --results=out/evidence
 

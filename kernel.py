@@ -589,13 +589,23 @@ def half_score_gradients_kernel(
     tl.store(d_half_scores_ptr + row * S + column, total, mask=column < S)
 
 
+def _launch(kernel, grid, *arguments, **settings) -> None:
+    """Runs a kernel on the GPU of its tensors. It counts on rows that follow each other without gaps."""
+    tensors = [x for x in arguments if torch.is_tensor(x)]
+    if not all(x.is_contiguous() for x in tensors):
+        raise ValueError("kernel=triton needs values and state that are contiguous: values.contiguous()")
+    with torch.cuda.device_of(tensors[0]):
+        kernel[grid](*arguments, **settings)
+
+
 def _gather_sum_triton(values, indices, weights):
     (N, bag), V = indices.size(), values.size(1)
     y = weights.new_empty(N, V)
     if y.numel():
         settings = gather_settings(V, values.element_size())
         grid = N, triton.cdiv(V, settings["COLUMNS"])
-        gather_sum_kernel[grid](y, values, indices.contiguous(), weights.contiguous(), bag, **settings)
+        _launch(gather_sum_kernel, grid, y, values, indices.contiguous(), weights.contiguous(), bag,
+                **settings)
     return y
 
 
@@ -605,7 +615,7 @@ def _gather_dot_triton(values, indices, dy):
     if dw.numel():
         settings = gather_dot_settings(values.size(1), values.element_size())
         grid = N, triton.cdiv(bag, settings["ROWS"] * settings["TILES"])
-        gather_dot_kernel[grid](dw, values, indices.contiguous(), dy.contiguous(), bag, **settings)
+        _launch(gather_dot_kernel, grid, dw, values, indices.contiguous(), dy.contiguous(), bag, **settings)
     return dw
 
 
@@ -615,7 +625,8 @@ def best_slots_triton(half_scores, knn: int):
     scores = half_scores.new_empty(H, N, knn)
     chosen = half_scores.new_empty(H, 2, N, knn, dtype=torch.int64)
     if N:
-        best_slots_kernel[N, H](scores, chosen, half_scores.contiguous(), **search_settings(S, knn))
+        _launch(best_slots_kernel, (N, H), scores, chosen, half_scores.contiguous(),
+                **search_settings(S, knn))
     return scores, chosen
 
 
@@ -624,8 +635,8 @@ def half_score_gradients_triton(d_scores, chosen, num_keys: int):
     H, _, N, K = chosen.size()
     d_half_scores = d_scores.new_empty(H, 2, N, num_keys)
     if N:
-        half_score_gradients_kernel[N, 2 * H](d_half_scores, d_scores.contiguous(), chosen,
-                                              **gradient_settings(num_keys, K))
+        _launch(half_score_gradients_kernel, (N, 2 * H), d_half_scores, d_scores.contiguous(),
+                chosen.contiguous(), **gradient_settings(num_keys, K))
     return d_half_scores
 
 
@@ -636,13 +647,12 @@ def _update_triton(values, state, sorted_reads, lr, beta1, beta2, eps, seed, fin
     end = torch.searchsorted(row, row, right=True, out_int32=True)
     sums = torch.empty(2 * triton.cdiv(places, PIECE), V, device=device)
     settings = gather_settings(V, dy.element_size())
-    sum_pieces_kernel[len(sums), triton.cdiv(V, settings["COLUMNS"])](
-        sums, dy, begin, end, token, weights, places, PIECE=PIECE, **settings)
+    _launch(sum_pieces_kernel, (len(sums), triton.cdiv(V, settings["COLUMNS"])),
+            sums, dy, begin, end, token, weights, places, PIECE=PIECE, **settings)
     v, exp_avg, exp_avg_sq = (state.get(name) for name in ("v", "exp_avg", "exp_avg_sq"))
     if not torch.is_tensor(lr):
         lr = torch.full((), lr, device=device)  # not a copy from the CPU, which would make the CPU wait
     finite = torch.ones((), device=device) if finite is None else finite
-    update_kernel[(places,)](
-        values, v, exp_avg, exp_avg_sq, row, token, weights, begin, end, dy, sums,
-        lr.float(), seed, finite.int(), beta1, beta2, eps, STOCHASTIC=seed is not None,
-        **update_settings(V, 1 if v is None else v.size(1), dy.element_size()))
+    _launch(update_kernel, (places,), values, v, exp_avg, exp_avg_sq, row, token, weights, begin, end, dy,
+            sums, lr.float(), seed, finite.int(), beta1, beta2, eps, STOCHASTIC=seed is not None,
+            **update_settings(V, 1 if v is None else v.size(1), dy.element_size()))

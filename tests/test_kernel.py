@@ -317,6 +317,22 @@ def test_indices_out_of_range_are_caught_before_a_launch(monkeypatch, wrong, sid
             operation()
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_values_with_gaps_are_read_right_or_refused(side):
+    values, indices, weights, dy = make_read(4, 3, 8, 30)
+    values = values.mT.contiguous().mT
+    if side == "torch":
+        return assert_close(gather_sum(values, indices, weights, side),
+                            reference(values.double(), indices, weights.double()), 1e-5)
+    for operation in (
+        lambda: gather_sum(values, indices, weights, side),
+        lambda: gather_dot(values, indices, dy, side),
+        lambda: update(values, [(indices, weights, dy)], new_state("sgd", 30, 8), kernel=side),
+    ):
+        with pytest.raises(ValueError, match="contiguous"):
+            operation()
+
+
 def test_where_triton_cannot_run_an_error_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert resolve_kernel("auto", "cpu") == resolve_kernel("torch", "cpu") == "torch"
@@ -432,7 +448,8 @@ def test_gradients_of_half_scores_equal_autograd_in_float64(H, N, S, K):
     half_scores = torch.zeros(H, 2, N, S, device=DEVICE, dtype=torch.float64, requires_grad=True)
     half_scores.gather(-1, chosen).sum(1).backward(d_scores.double())
     for side in ("triton", "torch"):
-        assert_close(half_score_gradients(d_scores, chosen, S, side), half_scores.grad, 1e-5)
+        for part in (chosen, chosen.mT.contiguous().mT):  # also with other strides
+            assert_close(half_score_gradients(d_scores, part, S, side), half_scores.grad, 1e-5)
 
 
 @needs_triton

@@ -14,7 +14,7 @@ From a dataclass to a command line: every field is an option, and its comment is
 This main understands --n_layer=4, --n_layer 4 and --help. Help shows the option under the heading "model".
 
 A user's mistake is a UserError, which is a ValueError. `command` turns it into one line on stderr and exit
-status 2, as it does with an OSError and a lack of memory. All other exceptions are bugs with a traceback.
+status 2, as it does with what the machine lacks (see one_line). Others are bugs, with a traceback.
 """
 
 import argparse
@@ -33,6 +33,9 @@ import threading
 import typing
 from pathlib import Path
 
+if sys.platform == "win32":  # memory.py, pool.py and kernel.py do not import this file, and run there
+    sys.exit("error: nanoPKM needs Linux or a Mac: on Windows, use WSL")
+
 
 class UserError(ValueError):
     """A mistake of the user. The message is one line that says what to do, also if it quotes two lines."""
@@ -45,17 +48,22 @@ def fail(message) -> typing.NoReturn:
     raise UserError(message) from None
 
 
+# What PyTorch and Triton say in a RuntimeError, and what to do
+OF_TORCH = {"can't allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED": "out of memory: {}",
+            "Failed to find C compiler": "Triton needs a C compiler, as in the package gcc: {}",
+            "no kernel image is available": "this GPU needs another PyTorch, or --device=cpu: {}"}
+
+
 def one_line(error: BaseException) -> str | None:
-    """An OSError or a lack of memory as one line, such as "notes.txt: Permission denied". Else None."""
-    text = " ".join(str(error).split("\n\n")[0].split())  # torch adds advice after an empty line
+    """What the machine lacks as one line, such as "notes.txt: Permission denied". Other errors: None."""
+    text = " ".join(str(error).split("\n")[0].split())  # torch adds advice
     if isinstance(error, OSError):
         text = error.strerror or text
         return f"{error.filename}: {text}" if error.filename else text
-    # torch says so in a RuntimeError: "CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"
-    of_torch = isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", text)
-    if of_torch or isinstance(error, MemoryError):
+    if isinstance(error, MemoryError):
         return f"out of memory: {text}".removesuffix(": ")
-    return None
+    lines = [line for pattern, line in OF_TORCH.items() if re.search(pattern, text)]
+    return lines[0].format(text) if lines and isinstance(error, RuntimeError) else None
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ def one_line_errors(out_dir: Path):
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             text = " ".join(str(error).split("\n\n")[0].split())
             problem = f"--compile does not work here ({text}): leave it out, or --compile=false"
-        elif problem and not isinstance(error, OSError):
+        elif problem and problem.startswith("out of memory"):
             problem += (": try --accum_steps, a smaller --batch_size, a smaller model, "
                         "--mem_dtype=bfloat16, or on a CPU --mem_on_disk")
         if problem is None:

@@ -131,8 +131,8 @@ def test_help_has_every_option_with_its_default_and_its_comment(capsys):
     (OSError(5, "Input/output error"), "Input/output error"), (OSError("no number"), "no number"),
     (FileNotFoundError(2, "No such file", "a.txt"), "a.txt: No such file"), (MemoryError(), "out of memory"),
     (RuntimeError("can't allocate memory: you\n\nadvice"), "out of memory: can't allocate memory: you"),
-    (RuntimeError("CUDA error: no kernel image is available for execution\nadvice"),
-     "this GPU needs another PyTorch, or --device=cpu: CUDA error: no kernel image is available for execution"),
+    (RuntimeError("CUDA error: no kernel image is available\nadvice"),
+     "this GPU needs another PyTorch, or --device=cpu: CUDA error: no kernel image is available"),
     (RuntimeError("Failed to find C compiler."),
      "Triton needs a C compiler, as in the package gcc: Failed to find C compiler."),
     (RuntimeError("shapes differ"), None), (ValueError("out of memory"), None)])

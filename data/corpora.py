@@ -157,7 +157,7 @@ def text(options: TextConfig) -> None:
     left = [path.name for folder in folders for path in sorted(folder.rglob("*"))
             if path.is_file() and path.suffix != ".txt"]
     names = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
-    print(f"{options.name}: {len(paths)} files, {sum(map(bool, lengths.values()))} of them with text"
+    print(f"{options.name}: files: {len(paths)}; with text: {sum(map(bool, lengths.values()))}"
           + f"; left out, because they are not .txt: {len(left)} ({names})" * bool(left))
 
     def texts(split: str) -> Iterator[str]:

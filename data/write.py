@@ -141,8 +141,8 @@ def write_corpus(options: Corpus, texts: Callable[[str], Iterable], questions: l
           f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes per token, vocabulary of "
           f"{meta['vocab_size']:,}, {len(questions or []):,} questions, in {os.path.relpath(folder)}")
     if meta["train_bytes"] < 1.5 * meta["train_tokens"]:
-        print(f"{options.name}: most characters are cut into single bytes, as only {CHARACTERS:,} characters "
-              "of text make one more token. Use more text, or a --tokenizer that knows them")
+        print(f"{options.name}: most characters are cut into single bytes, because the text is short: "
+              f"{CHARACTERS:,} characters allow one more token. Use more text, or another --tokenizer")
     if (tokens := min(meta["train_tokens"], meta["val_tokens"])) <= BLOCK_SIZE:
         print(f"{options.name}: too small to train on: one split has {tokens} tokens, and train.py needs "
               f"more than its --block_size, {BLOCK_SIZE} by default")

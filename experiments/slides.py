@@ -77,7 +77,8 @@ def erase_table() -> str:
     """Recall before and after 64 and 128 slots were emptied: means over people and trained models."""
     names = {"tokens": "the embeddings of two tokens", "hash": "a hash of two tokens, no search",
              "shifted": "the states of two tokens", "state": "the state of one token (published)"}
-    rows = ["<tr><th>slots chosen by<th>the person<th>64 emptied<th>128 emptied<th>others<th>128 emptied"]
+    rows = ["<tr><th>slots chosen by<th>the person: before<th>64 emptied<th>128 emptied"
+            "<th>others: before<th>128 emptied"]
     for model, lines in group_by(read_edited(RESULTS / "erase.jsonl"), "model").items():
         sizes = 0, *lines[0]["run"]["sizes"]
         these, others = (dict(zip(sizes, np.mean(erase_shares(lines, "person", label), 0), strict=True))
@@ -97,15 +98,17 @@ def slides() -> list[tuple[str, str, str, str]]:
          "So the best 8 rows (green) stand where the best 8 lines cross the best 8 columns.",
          drawn(draw_square()), "random half-scores, and the search of memory.py"),
         ("Memory helps with rare facts", "Models with equal multiply-adds per token are asked about "
-         "4,000 people. The table helps, the learnt keys do not: a hash, with no search, recalls as much.",
+         "4,000 people. memory+ is the layer as published; shifted and tokens make the query from two "
+         "tokens; moe is a mixture of experts. The table helps, learnt keys do not: a hash does as well.",
          drawn(plots.draw_facts(RESULTS / "facts.jsonl")), "experiments/results/facts.jsonl"),
         ("Erase a person", "Recall of facts about a person and about others, before and after slots of this "
          "person are emptied. It works best where the name alone decides which rows are read.",
          erase_table(), "experiments/results/erase.jsonl: means over 40 people in each of 3 trained models"),
         ("Teach 100 people, one by one", "Sparse finetuning changes only rows that the new facts read and "
-         "other text does not. Training everything forgets the old facts, and most of the new ones.",
+         "other text does not; all read: all rows that the new facts read; lora: low-rank changes. Training "
+         "everything (full) forgets the old facts, and most of the new ones, unless all are shuffled.",
          drawn(plots.draw_teach(RESULTS / "teach.jsonl", ["tokens"])),
-         "experiments/results/teach.jsonl: means over 3 trained models; docs/editing.md names the methods"),
+         "experiments/results/teach.jsonl: means over 3 trained models"),
     ]
 
 

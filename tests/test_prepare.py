@@ -236,11 +236,11 @@ def test_what_was_read_and_a_text_that_is_too_small_are_reported(data, capsys):
         (data / name).write_text("some words\n" * 9 * (name != "b.txt"))
     main(["text", "--input", str(data)])
     text = capsys.readouterr().out
-    assert ": 2 files, 1 of them with text; left out, because they are not .txt: 4 (c.md, d.t" in text
+    assert ": files: 2; with text: 1; left out, because they are not .txt: 4 (c.md, d.t" in text
     assert "as only 2,048 characters of text make one more token" in text
     assert f"its --block_size, {TrainConfig.block_size} by default" in text
     main(["text", "--input", str(data / "a.txt"), "--overwrite"])
-    assert "1 files, 1 of them with text\n" in capsys.readouterr().out
+    assert "files: 1; with text: 1\n" in capsys.readouterr().out
 
 
 def test_a_name_that_is_taken_is_not_overwritten(data, capsys):

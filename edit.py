@@ -307,6 +307,8 @@ def read_question(model: GPT, encoding, text: str, data: Dataset) -> dict:
     """The question of the corpus, or the user's own question with the model's answer as the right one."""
     question = corpus.find_question(text, data.questions)
     if not accepted_answers(question):
+        for name in corpus.unknown_names(question["prompt"], data):
+            print_text(f"the training text does not have the name {name}")
         question["answers"] = [reply(model, encoding, question).removesuffix("…")]
     corpus.check_length([question], encoding, model.config.block_size)
     return question

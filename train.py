@@ -51,7 +51,15 @@ from runtime.checkpoint import (
     save_checkpoint,
 )
 from runtime.distributed import RANK, WORLD_SIZE, ShardedPool, all_reduce_sum, columns_group, data_parallel
-from runtime.log import RunLog, one_line_errors, print_measured, print_once, print_start, stop_signals
+from runtime.log import (
+    RunLog,
+    keep_freed_memory,
+    one_line_errors,
+    print_measured,
+    print_once,
+    print_start,
+    stop_signals,
+)
 
 
 @dataclass
@@ -356,6 +364,7 @@ def main(argv: list[str] | None = None) -> None:
     preset, given = parse(TrainConfig, argv, PRESETS, __doc__)
     weights = gpt2.read_options(given["init_from"]) if given.get("init_from") else {}
     config = build(TrainConfig, preset | weights | given)
+    keep_freed_memory()
     with one_line_errors(Path(config.out_dir)):
         train(config, given)
 

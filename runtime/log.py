@@ -4,6 +4,7 @@ needs around its loop: signals that stop it, and errors as one line.
 """
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -48,6 +49,17 @@ def peak_memory(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def keep_freed_memory() -> None:
+    """
+    The process keeps the memory of large tensors that it frees. By default it returns this memory, and the
+    system clears each page before the next step gets it. With 8,192 tokens in the vocabulary, a step on a CPU
+    then takes a third longer.
+    """
+    with contextlib.suppress(OSError):  # another system than Linux, or another C library
+        for option, size in ((-1, 2**31 - 1), (-3, 2**30)):  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL("libc.so.6").mallopt(option, size)
 
 
 @contextlib.contextmanager

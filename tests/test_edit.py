@@ -334,12 +334,14 @@ def test_edited_checkpoints_are_new_and_complete(trained, capsys, tmp_path, monk
 
 def test_find_prints_what_is_left_and_refuses_an_empty_answer(trained, capsys, monkeypatch):
     """Guards shares above 100%: without some slots an answer can be less likely than without all of them."""
-    command = ["find", f"--out_dir={trained('--max_steps=1')}", "--question=Who is it?"]
+    command = ["find", f"--out_dir={trained('--max_steps=1')}", "--question=Who is Ada Nobody?"]
     monkeypatch.setattr(edit, "find", lambda *_: {"slots": torch.arange(8), "tokens": [0], "top": {
         4: math.log(10), 8: math.log(4)}, "places": torch.zeros(1, 2)})
     monkeypatch.setattr(edit, "reply", lambda *_: "Ann")
     edit.main(command)
-    first, last = capsys.readouterr().out.splitlines()[-2:]
+    text = capsys.readouterr().out
+    assert "the training text does not have the name Ada Nobody\n" in text
+    first, last = text.splitlines()[-2:]
     assert first.split()[:5] == ["4", "of", "8", "2.30", "10%"] and last.split()[3:5] == ["1.39", "25%"]
     monkeypatch.setattr(edit, "reply", lambda *_: "")
     assert_fails(lambda: edit.main(command), "the model's answer is empty", capsys)

@@ -237,7 +237,7 @@ def test_what_was_read_and_a_text_that_is_too_small_are_reported(data, capsys):
     main(["text", "--input", str(data)])
     text = capsys.readouterr().out
     assert ": files: 2; with text: 1; left out, because they are not .txt: 4 (c.md, d.t" in text
-    assert "as only 2,048 characters of text make one more token" in text
+    assert "2,048 characters allow one more token" in text
     assert f"its --block_size, {TrainConfig.block_size} by default" in text
     main(["text", "--input", str(data / "a.txt"), "--overwrite"])
     assert "files: 1; with text: 1\n" in capsys.readouterr().out

@@ -521,6 +521,29 @@ def test_an_error_names_the_checkpoint_to_continue_from(half, monkeypatch, capsy
     assert_fails(lambda: half("--resume"), message, capsys, also="continues from")
 
 
+FREED = """
+import resource
+from runtime.log import keep_freed_memory
+import torch
+
+def pages():  # that the system clears for a tensor of 64 MB, as a share of its pages
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / (2**26 / resource.getpagesize())
+
+keep_freed_memory()
+pages()
+print(pages())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another C library")
+def test_freed_memory_is_kept():
+    ended = subprocess.run([sys.executable, "-c", FREED], cwd=Path(train.__file__).parent,
+                           capture_output=True, text=True, check=True)
+    assert float(ended.stdout) < 0.1  # without keep_freed_memory: 1.0
+
+
 @pytest.mark.slow
 def test_without_a_compiler_compile_is_one_line(run, tmp_path):
     """torch.compile needs a C++ compiler on the CPU."""

@@ -5,11 +5,12 @@ Says what is wrong with your answers to the two exercises, exercise_search.py an
     python -m pytest docs/test_exercise.py -k triton    # skipped where Triton is not installed; -rs says so
 """
 
-import importlib.util
+import contextlib
 import inspect
 import math
 import os
 import re
+import traceback
 
 import pytest
 import torch
@@ -18,7 +19,11 @@ from torch.overrides import TorchFunctionMode
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on the CPU
 from exercise_search import search  # noqa: E402
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
+try:
+    import triton
+except ImportError:
+    triton = None
+needs_triton = pytest.mark.skipif(triton is None,
                                   reason="the package triton is not installed: it exists for Linux")
 
 
@@ -29,6 +34,21 @@ def wrong(sentence: str):
 def check_blanks(function, source):
     if blanks := re.findall(r"(?:= |^ +)\.\.\.", inspect.getsource(source), re.MULTILINE):
         wrong(f"Blanks left in {function}, the three dots: {len(blanks)}. Fill them in from top to bottom.")
+
+
+@contextlib.contextmanager
+def mistakes_of(function):
+    """Says which line of the exercise raised an error."""
+    try:
+        yield
+    except Exception as error:
+        reason, file = error, inspect.getsourcefile(function)
+        while reason and not (lines := [part for part in traceback.extract_tb(reason.__traceback__)
+                                        if part.filename == file]):
+            reason = reason.__cause__  # Triton's interpreter raises an error of its own
+        if not reason:
+            raise
+        wrong(f"Line {lines[-1].lineno} does not work: {lines[-1].line}\n{type(reason).__name__}: {reason}")
 
 
 def rounded(x) -> list:
@@ -45,7 +65,8 @@ def all_scores(queries, half_keys):
 
 
 def check_search(queries, half_keys, K):
-    scores, slots = search(queries, half_keys, K)
+    with mistakes_of(search):
+        scores, slots = search(queries, half_keys, K)
     N, S = len(queries), half_keys.size(1)
     for name, x in (("scores", scores), ("slots", slots)):
         if x.shape != (N, K):
@@ -89,7 +110,7 @@ def test_search_does_not_look_at_all_slots():
             return result
 
     check_blanks("search", search)
-    with Largest() as largest:
+    with mistakes_of(search), Largest() as largest:
         search(torch.randn(1, 2, 4), torch.randn(2, 50, 4), 3)
     if largest.numbers > 2 * 50 * 4:
         wrong(f"With N = 1, S = 50, K = 3 and D = 4, you made a tensor with {largest.numbers:,} numbers. But "
@@ -106,7 +127,7 @@ def memory(x):
 
 def check_kernel(name, outputs, inputs):
     """Runs a kernel for some sizes, and compares its outputs with those of PyTorch."""
-    import exercise_triton
+    import exercise_triton  # here: a slip there does not stop the first exercise
     kernel = getattr(exercise_triton, name)
     check_blanks(name, kernel.fn)
     for N, bag, R, V in ((1, 1, 1, 4), (3, 2, 8, 4), (5, 4, 6, 5), (4, 3, 9, 1)):
@@ -121,7 +142,9 @@ def check_kernel(name, outputs, inputs):
         right = dict(y=y, d_values=d_values, d_weights=d_weights)
         mine = {output: memory(torch.zeros_like(right[output])) for output in outputs}
         COLUMNS = 2 ** math.ceil(math.log2(V))
-        kernel[(N,)](*(x for x, _ in mine.values()), *(given[i] for i in inputs), bag, V, COLUMNS=COLUMNS)
+        with mistakes_of(kernel.fn):
+            kernel[(N,)](*(x for x, _ in mine.values()), *(given[i] for i in inputs), bag, V,
+                         COLUMNS=COLUMNS)
         sizes = f"With N = {N}, bag = {bag}, R = {R}, V = {V} and COLUMNS = {COLUMNS}, "
         for output, (x, behind) in mine.items():
             if not behind.isnan().all():

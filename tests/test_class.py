@@ -118,6 +118,8 @@ def test_the_solution_of_the_search_is_right(verdict):
 @pytest.mark.parametrize("others, sentence", [
     ({blank: "..." for blank in range(7)}, "Blanks left in search, the three dots: 7."),
     ({6: "..."}, "Blanks left in search, the three dots: 1."),
+    ({0: "queries @ half_keys"}, "Line 30 does not work: half_scores = queries @ half_keys  #"),
+    ({1: "half_scores.max(K)"}, "Line 31 does not work: best, keys = half_scores.max(K)  #"),
     ({4: "places // K", 5: "places % K"}, "which half-keys belong to a place"),  # ranks are no half-keys
     ({4: "keys[:, 0].gather(1, places % K)", 5: "keys[:, 1].gather(1, places // K)"}, "which half-keys"),
     ({6: "K * left + right"}, "which half-keys"),
@@ -145,6 +147,8 @@ def test_the_solution_in_triton_is_right(verdict):
     ({3: "tl.store(y_ptr + n * V + column, y)"}, "gather_sum_kernel writes past the end of y"),
     ({5: "tl.load(values_ptr + row * V + column)"}, "gradient_kernel reads past the end"),
     ({6: "tl.sum(value)"}, "d_weights[0] is ["),
+    ({2: "weight * values"}, "does not work: y += weight * values\nNameError: name 'values' is not defined"),
+    ({6: "tl.sum(value * dy, 3)"}, "does not work: d_weight = tl.sum(value * dy, 3)  #"),
     ({7: TRITON[7].replace("atomic_add", "store")}, "d_values[1] is ["),  # only the last token counts
 ])
 def test_wrong_kernels_hear_what_is_wrong(verdict, others, sentence):

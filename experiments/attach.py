@@ -10,6 +10,8 @@ per fact; half of the people also with questions. All methods see the same sente
 
     memory    attach.py: 1,000 slots, at the tokens of the names and of the questions
     memory, ...               one thing changed, such as the tokens that learn, the slots or the blocks
+    memory, learnt search     queries and keys are first trained on the background text
+    memory, two tokens        half of each query comes from the previous token
     adapter   a dense layer of as many numbers as these rows, beside the same two MLPs
     lora 8, lora 32           low-rank changes of the attention's queries and values (Hu et al. 2021)
     full      all parameters
@@ -46,11 +48,13 @@ from torch.nn.utils import parametrize
 
 import attach
 import edit
+from data.corpus import draw_batch
 from data.facts import CITIES, JOBS, SUBJECTS, make_names
 from experiments import results
 from experiments.facts_edited import LowRank
 from experiments.models import choose_models
 from experiments.results import commit
+from pool import PoolOptimizer
 
 INSTRUMENTS = """accordion banjo bagpipe cello clarinet drum flute guitar harp lute oboe organ piano trumpet
 tuba violin""".split()
@@ -85,6 +89,7 @@ QUESTION = "Question: {} Answer: {}"
 MEMORIES = {"memory": {}, "memory, names learn": dict(learns="names"),
             "memory, all tokens learn": dict(learns="all"), "memory, 4,000 slots": dict(slots=4000),
             "memory, 128 x 128 rows": dict(num_keys=128), "memory, in 4 and 10": dict(layers=(4, 10)),
+            "memory, learnt search": dict(search="learnt"), "memory, two tokens": dict(search="two tokens"),
             "memory, six sentences": {}, "memory, 50 people": dict(slots=3000),
             "memory, ten groups": dict(slots=300),
             "memory, ten groups, new slots": dict(slots=300, spares="slots"),
@@ -96,7 +101,7 @@ LRS = {**dict.fromkeys(MEMORIES, (0.5,)), "adapter": (1e-4, 3e-4, 1e-3), "lora 8
 SIZES = {"": dict(people=16, sentences=2, steps=200), "six sentences": dict(sentences=6, steps=400),
          "50 people": dict(people=50, steps=600), "ten groups": dict(people=50, steps=600),
          "half old": dict(steps=1200)}
-BATCH, LAYERS, GROUPS = 10, (6, 14), 10
+BATCH, LAYERS, GROUPS, SEARCH_STEPS = 10, (6, 14), 10, 200
 WIDTH = 500  # of both adapters together: as many numbers as 1,000 rows
 
 
@@ -128,6 +133,31 @@ def made_facts(seed: int, people: int, count: int) -> list[dict[str, list[str]]]
 def together(persons: list[dict]) -> dict[str, list[str]]:
     return {kind: [text for person in persons for text in person.get(kind, [])]
             for kind in ("taught", "other words", "questions, asked", "questions, new")}
+
+
+# --- other searches -----------------------------------------------------------------------------------------
+
+def read_previous_token(layer, args):
+    """A forward pre-hook of a memory layer, for the left half of each query. x (B, T, C)."""
+    x, pool = args
+    return x, pool, F.pad(x, (0, 0, 1, -1))
+
+
+def learn_search(model, layers, background, seed: int) -> None:
+    """Trains the whole memory on the background text. Then the rows are forgotten, and the search stays."""
+    values = model.pool.values
+    search = [p.requires_grad_() for layer in layers for p in layer.parameters() if p is not values]
+    optimizers = torch.optim.AdamW(search, 1e-3), PoolOptimizer([values], 0.05)
+    for step in range(SEARCH_STEPS):
+        x, y = draw_batch(background, BATCH, 4 * edit.PIECE, seed, 3, step)
+        loss = F.cross_entropy(edit.all_logits(model, x).flatten(0, 1), y.flatten())
+        loss.backward(inputs=[*search, values])
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    nn.init.zeros_(values)
+    for parameter in search:
+        parameter.requires_grad_(False)
 
 
 # --- the other methods: each changes the model, and returns the parameters that learn -----------------------
@@ -184,10 +214,16 @@ def learn_parameters(model, parameters, run: dict, texts: list[str], steps: int,
 def start(model, run: dict, background):
     """Adds to the model what a method needs, and returns the function that learns."""
     if run["method"] in MEMORIES:
-        usual = dict(learns="both", num_keys=256, layers=LAYERS, slots=1000, spares="")
+        usual = dict(learns="both", num_keys=256, layers=LAYERS, slots=1000, spares="", search="random")
         changed = usual | MEMORIES[run["method"]]
         modules = attach.find_mlps(model, changed["layers"])
         attach.attach(model, modules, num_keys=changed["num_keys"], seed=run["seed"])
+        layers = [part for part in model.modules() if isinstance(part, attach.AttachedMemory)]
+        if changed["search"] == "learnt":
+            learn_search(model, layers, background, run["seed"])
+        elif changed["search"] == "two tokens":
+            for layer in layers:
+                layer.register_forward_pre_hook(read_previous_token)
         idf = edit.inverse_document_frequency(model, background, attach.PIECES)
         return partial(learn_rows, model, idf, changed, run)
     torch.manual_seed(run["seed"])

@@ -370,9 +370,10 @@ def test_the_experiment_teaches_with_all_methods(folder, tmp_path, capsys, monke
     """Each method changes what it says, as many numbers as it says, and the base model stays as it was."""
     two, four = dict(people=2, sentences=2, steps=2), dict(people=4, steps=4)
     sizes = {"": two, "six sentences": dict(sentences=6), "ten groups": four}
-    for name, value in dict(SIZES=sizes, GROUPS=2, WIDTH=200, LAYERS=(0, 2)).items():
+    for name, value in dict(SIZES=sizes, GROUPS=2, SEARCH_STEPS=2, WIDTH=200, LAYERS=(0, 2)).items():
         monkeypatch.setattr(experiment, name, value)
     learns = {"memory": {}, "memory, names learn": dict(learns="names"), "memory, all": dict(learns="all"),
+              "memory, learnt search": dict(search="learnt"), "memory, two tokens": dict(search="two tokens"),
               "memory, six sentences": {}, "memory, ten groups": {},
               "memory, ten groups, new slots": dict(spares="slots", slots=40),
               "memory, ten groups, new reads": dict(spares="reads", slots=40),

@@ -1,6 +1,7 @@
 # `make train` and `make test` work in a fresh clone. They need only Python 3.11 or newer.
 PYTHON ?= python3
 BIN = .venv/bin
+PARALLEL = -n auto --maxprocesses=4 --dist=worksteal
 
 train: .venv/run  ## train on generated facts, two minutes on two cores; continues a stopped run
 	$(BIN)/python train.py --resume
@@ -13,10 +14,10 @@ evidence-quick: .venv/run  ## dense, memory as published, the best of ours: ten 
 		--max_steps=1500 --results=out/evidence
 
 test: .venv/dev  ## all tests except the slow ones
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: .venv/dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 lint: .venv/dev  ## style, and the types of the idea files
 	$(BIN)/ruff check .

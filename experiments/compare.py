@@ -198,6 +198,13 @@ def tokens_to(recall: float, curve: list[dict]) -> float:
     return math.nan
 
 
+def difference(rows: list[dict], others: list[dict]) -> str:
+    """The validation loss minus that of others, at every second evaluation. Means over the seeds."""
+    ours, theirs = ([mean(point["val_loss"] for point in points) for points in zip(*curves, strict=True)]
+                    for curves in ([row["curve"][2::2] for row in part] for part in (rows, others)))
+    return " / ".join(f"{a - b:+.2f}" for a, b in zip(ours, theirs, strict=True))
+
+
 def print_table(name: str, experiment: Experiment, folder: str) -> None:
     """Mean ± standard deviation over the seeds, at the best learning rate of each model."""
     rows = read_rows(results.rows_path(name, folder), experiment)
@@ -218,6 +225,9 @@ def print_table(name: str, experiment: Experiment, folder: str) -> None:
         }
         if "recall" in final[0]:
             line["recall"] = mean_and_deviation([point["recall"]["all"] for point in final])
+        elif "dense" in runs:
+            is_dense = model == "dense"
+            line["minus dense's, in training"] = "-" if is_dense else difference(model_runs, runs["dense"])
         for times, (low, high) in TOLD.get(name, {}).items():
             line[f"recall, told {times}"] = mean_and_deviation(
                 [recall_between(row, low, high) for row in model_runs])

@@ -329,9 +329,9 @@ def load_model(name: str, device: str):
     """A model of transformers and its tokenizer, in float32."""
     options, where = {}, Path(name).expanduser()
     is_gguf = name == "smollm2" or where.suffix == ".gguf"
-    for package in ("transformers", "safetensors", *["gguf"] * is_gguf):
+    for package in ("transformers", "safetensors", *["gguf", "accelerate"] * is_gguf):
         if importlib.util.find_spec(package) is None:
-            fail(f"{package} is missing: pip install transformers safetensors gguf")
+            fail(f"{package} is missing: pip install transformers safetensors gguf accelerate")
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

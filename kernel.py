@@ -590,7 +590,7 @@ def half_score_gradients_kernel(
 
 
 def _launch(kernel, grid, *arguments, **settings) -> None:
-    """Runs a kernel on the GPU of its tensors. It counts on rows that follow each other without gaps."""
+    """Runs a kernel on the GPU of its tensors. All kernels need rows that follow each other without gaps."""
     tensors = [x for x in arguments if torch.is_tensor(x)]
     if not all(x.is_contiguous() for x in tensors):
         raise ValueError("kernel=triton needs values and state that are contiguous: values.contiguous()")

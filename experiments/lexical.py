@@ -74,7 +74,8 @@ def two_tokens(x):
     return ((previous + 1) * 2**32 + x).flatten()
 
 
-KEYS = [all_tokens, this_token, two_tokens]  # if the training text lacks a key, the one before it is used
+# if the training text lacks two tokens, the mean of this token counts; if it lacks this token, that of all
+KEYS = [all_tokens, this_token, two_tokens]
 
 
 class Means:

@@ -302,35 +302,38 @@ def test_stochastic_rounding_keeps_small_steps_on_average_and_both_sides_draw_al
 
 # --- mistakes -----------------------------------------------------------------------------------------------
 
+def operations(values, indices, weights, dy, side):
+    """The three operations on a pool. The last one returns the values after its update."""
+    def updated():
+        update(values, [(indices, weights, dy)], new_state("rowwise", len(values), 8), kernel=side)
+        return values
+
+    return [lambda: gather_sum(values, indices, weights, side), lambda: gather_dot(values, indices, dy, side),
+            updated]
+
+
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("wrong", [-1, 30])
 def test_indices_out_of_range_are_caught_before_a_launch(monkeypatch, wrong, side):
     monkeypatch.setattr(kernel, "CHECK_INDICES", True)
     values, indices, weights, dy = make_read(4, 3, 8, 30)
     indices[2, 1] = wrong
-    for operation in (
-        lambda: gather_sum(values, indices, weights, side),
-        lambda: gather_dot(values, indices, dy, side),
-        lambda: update(values, [(indices, weights, dy)], new_state("rowwise", 30, 8), kernel=side),
-    ):
+    for operation in operations(values, indices, weights, dy, side):
         with pytest.raises(IndexError, match="in a pool of 30 rows"):
             operation()
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_values_with_gaps_are_read_right_or_refused(side):
-    values, indices, weights, dy = make_read(4, 3, 8, 30)
-    values = values.mT.contiguous().mT
-    if side == "torch":
-        return assert_close(gather_sum(values, indices, weights, side),
-                            reference(values.double(), indices, weights.double()), 1e-5)
-    for operation in (
-        lambda: gather_sum(values, indices, weights, side),
-        lambda: gather_dot(values, indices, dy, side),
-        lambda: update(values, [(indices, weights, dy)], new_state("sgd", 30, 8), kernel=side),
-    ):
-        with pytest.raises(ValueError, match="contiguous"):
-            operation()
+    values, *read = make_read(4, 3, 8, 30)
+    with_gaps = values.mT.contiguous().mT
+    for right, operation in zip(operations(values, *read, "torch"), operations(with_gaps, *read, side),
+                                strict=True):
+        if side == "torch":
+            assert_close(operation(), right().double(), 1e-5)
+        else:
+            with pytest.raises(ValueError, match="contiguous"):
+                operation()
 
 
 def test_where_triton_cannot_run_an_error_says_why(monkeypatch):

@@ -146,6 +146,7 @@ SIX_BLOCKS = SMALL | UNSCALED | dict(n_layer=6, mem_layers=(2, 5), mem_query="st
 SIX_BLOCK_MODELS = {
     "dense": dict(mem_layers=(), mlp_width=256),
     "memory+": dict(mlp_width=240),
+    "memory+-16x": dict(mem_num_keys=512, mem_key_dim=16, mlp_width=192),
     "tokens": dict(mem_query="tokens", mlp_width=240),
     "shifted": dict(mem_query="shifted", mlp_width=240),
     "hash": dict(mem_kind="hash", mlp_width=320),

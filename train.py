@@ -69,9 +69,6 @@ class TrainConfig(GPTConfig):
     GPTConfig. An option that changes no number of a run goes into NOT_IN_LINES of experiments/models.py.
     """
 
-    # --- model
-    scale_embeddings: bool = True
-
     # --- memory
     mem_layers: tuple[int, ...] = (0, 1)  # blocks with a memory layer, counted from 0; empty: a dense GPT
     mem_query: Literal["state", "shifted", "tokens"] = "tokens"
@@ -136,7 +133,7 @@ PRESETS = {
     "stdlib": dict(dataset="stdlib", out_dir="out/stdlib", block_size=256, n_layer=4, n_embd=128,
                    mem_layers=(1, 3), mem_num_keys=256, mem_query="shifted", batch_size=8, max_steps=2000,
                    lr=2e-3, eval_interval=500),
-    "paper": dict(scale_embeddings=False, mem_layers=(0, 2), mem_query="state", out_dir="out/paper"),
+    "paper": dict(mem_layers=(0, 2), mem_query="state", out_dir="out/paper"),
 }
 
 

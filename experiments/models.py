@@ -159,10 +159,11 @@ EXPERIMENTS["reference"] = Experiment(
     {name: SIX_BLOCK_MODELS[name] for name in ("dense", "memory+", "tokens", "hash", "moe")})
 
 # The models of erase and teach: that of `make train`, with one option changed
-TWO_TOKENS = SMALL | dict(dataset="facts", mem_query="tokens", max_steps=700, eval_interval=700, keep=1,
-                          resume=True)
-EDITED = {"tokens": TWO_TOKENS, "hash": TWO_TOKENS | dict(mem_kind="hash"),
-          "shifted": TWO_TOKENS | dict(mem_query="shifted"), "state": TWO_TOKENS | dict(mem_query="state")}
+STATES = SMALL | dict(dataset="facts", max_steps=700, eval_interval=700, keep=1, resume=True)
+TWO_TOKENS = STATES | dict(mem_query="tokens")
+EDITED = {"tokens": TWO_TOKENS | UNSCALED, "hash": TWO_TOKENS | UNSCALED | dict(mem_kind="hash"),
+          "tokens-scaled": TWO_TOKENS, "hash-scaled": TWO_TOKENS | dict(mem_kind="hash"),
+          "shifted": STATES, "state": STATES | dict(mem_query="state")}
 
 
 # --- facts-large and code, for a GPU ------------------------------------------------------------------------

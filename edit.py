@@ -224,7 +224,7 @@ def shuffled(count: int, size: int):
         yield from reversed(torch.randperm(count, generator=generator).split(size or count))
 
 
-def teach(model, x, y, idf, slots: int = 128, steps: int = 60, lr: float = 100.0, kind: str = "sgd",
+def teach(model, x, y, idf, slots: int = 128, steps: int = 60, lr: float = 30.0, kind: str = "sgd",
           batch_size: int = 0, at=None, is_done=lambda: False):
     """
     Sparse memory finetuning (Lin et al. 2025): learns the texts in x, y (see text_batch) by gradient descent
@@ -290,7 +290,7 @@ class TeachConfig(ChangeConfig):
     question: tuple[str, ...] = ()  # questions to ask before and after
     slots: int = 128  # slots that may change
     steps: int = 60  # training steps, each with all sentences
-    lr: float = 100.0  # learning rate; high, because each slot has a small part in what a token reads
+    lr: float = 30.0  # learning rate; high, because each slot has a small part in what a token reads
 
     def __post_init__(self):
         at_least(1, self, "slots", "steps")

@@ -160,10 +160,9 @@ EXPERIMENTS["reference"] = Experiment(
 
 # The models of erase and teach: that of `make train`, with one option changed
 STATES = SMALL | dict(dataset="facts", max_steps=700, eval_interval=700, keep=1, resume=True)
-TWO_TOKENS = STATES | dict(mem_query="tokens")
-EDITED = {"tokens": TWO_TOKENS | UNSCALED, "hash": TWO_TOKENS | UNSCALED | dict(mem_kind="hash"),
-          "tokens-scaled": TWO_TOKENS, "hash-scaled": TWO_TOKENS | dict(mem_kind="hash"),
-          "shifted": STATES, "state": STATES | dict(mem_query="state")}
+TWO_TOKENS = STATES | UNSCALED | dict(mem_query="tokens")
+EDITED = {"tokens": TWO_TOKENS, "hash": TWO_TOKENS | dict(mem_kind="hash"),
+          "shifted": STATES, "state": STATES | dict(mem_query="state")}  # with scaled embeddings
 
 
 # --- facts-large and code, for a GPU ------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def test_what_was_erased_is_remembered_and_erased_again(trained, capsys):
     text = capsys.readouterr().out
     assert all(f"erasing what is known about {name} (questions: 1)" in text for name in names[:2])
     assert "answers about others: 2 of 2 right before, 2 after" in text and "erased before" not in text
-    assert "these answers: 2 of 2 right before, 0 after" in text.splitlines()[-1]
+    assert "\nthese answers: 2 of 2 right before, 0 after\n" in text
     assert [(old["name"], old["answers"]) for old in erased] == [
         (name, [question["answer"]]) for name, question in zip(names[:2], data.questions, strict=False)]
     learn(data.questions[:1])
@@ -275,7 +276,8 @@ def test_the_demonstration_forgets_a_person_and_learns_another(tmp_path, monkeyp
 
 def test_edited_checkpoints_are_new_and_complete(trained, capsys, tmp_path, monkeypatch):
     """Guards the old checkpoint: its files are mapped into memory, and must not change with the model."""
-    out = trained("--mem_layers=0,1", "--mem_num_keys=32", "--n_embd=64", "--mem_query=tokens")
+    out = trained("--mem_layers=0,1", "--mem_num_keys=32", "--n_embd=64", "--mem_query=tokens",
+                  "--value_lr=0.3")
     old, here = find_trained(out).folder, f"--out_dir={out}"
     files = {path: path.read_bytes() for path in old.iterdir()}
     question = json.loads(open(corpus.DATA / "facts" / "qa.jsonl").readline())["prompt"]
@@ -315,7 +317,8 @@ def test_edited_checkpoints_are_new_and_complete(trained, capsys, tmp_path, monk
     encoding, prompts = load(out)[1], (corpus.DATA / "facts" / "qa.jsonl").read_text()
     for new in names.strip().split(", "):
         assert len(encoding.encode(f" {new}")) == 2 and new not in prompts
-    assert "old answers with the same names: 0 of 4" in text and "0 of 3 right before, 2 after" in text
+    assert "old answers with the same names: 0 of 4" in text
+    assert re.search("last words of the statements: 0 of 3 right before, [1-3] after", text)
     assert "Who bakes? Answer:" in text
     assert files == {path: path.read_bytes() for path in old.iterdir()}
     sample.main([f"--out_dir={tmp_path / 'taught'}", "--questions=2"])

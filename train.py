@@ -131,8 +131,8 @@ PRESETS = {
                        eval_interval=500),
     "airports": dict(dataset="airports", out_dir="out/airports", max_steps=2000, lr=3e-3, eval_interval=500),
     "stdlib": dict(dataset="stdlib", out_dir="out/stdlib", block_size=256, n_layer=4, n_embd=128,
-                   mem_layers=(1, 3), mem_num_keys=256, mem_query="shifted", batch_size=8, max_steps=2000,
-                   lr=2e-3, eval_interval=500),
+                   mem_layers=(1, 3), mem_num_keys=256, mem_query="shifted", scale_embeddings=True,
+                   batch_size=8, max_steps=2000, lr=2e-3, eval_interval=500),
     "paper": dict(mem_layers=(0, 2), mem_query="state", out_dir="out/paper"),
 }
 

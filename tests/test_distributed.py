@@ -376,7 +376,7 @@ evaluate.answer = printing
 @pytest.mark.slow
 def test_processes_share_questions_and_all_get_all_answers(together, tmp_path):
     """Of which neither number nor lengths are alike for each."""
-    options = "--max_steps=1", "--eval_questions=15", "--mem_layers=0,1", "--scale_embeddings=false"
+    options = "--max_steps=1", "--eval_questions=15", "--mem_layers=0,1"
     outputs = [out for world in (1, 2) for out in together(
         world, *options, f"--out_dir={tmp_path / str(world)}", patch=PRINT_ANSWERS).out]
     first, *others = (re.search("^answers (.*)", out, re.MULTILINE)[1] for out in outputs)

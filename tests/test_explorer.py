@@ -99,7 +99,7 @@ def make_page(out: Path) -> Path:
     ["--mem_query=tokens", "--mem_layers=0,1"],
     ["--mem_query=shifted", "--mem_qk_norm=false", "--mem_dtype=bfloat16"],
     ["--mem_query=state", "--bias=false", "--mem_swilu=false", "--mem_mode=add", "--mem_knn=8", "--lr=0.1"],
-    ["--mem_query=state", "--mem_knn=1", "--scale_embeddings=false", "--mem_layers=0"],
+    ["--mem_query=state", "--mem_knn=1", "--scale_embeddings", "--mem_layers=0"],
 ], ids=["tokens", "shifted", "add", "state"])
 def test_a_page_computes_what_pytorch_computes(trained, options):
     # not tested: queries that are zero, as that of a first token without bias. All slots have the same score

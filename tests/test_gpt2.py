@@ -261,7 +261,7 @@ def test_without_the_package(start, run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     needs = "needs the package transformers: pip install transformers"
     assert_fails(lambda: start("--init_from=gpt2"), f"--init_from {needs}", capsys)
-    gpt = "--mem_layers=", "--positions=learned", "--scale_embeddings=false"
+    gpt = "--mem_layers=", "--positions=learned"
     assert_fails(lambda: run(*gpt, "--export_hf=x"), f"--export_hf {needs}", capsys)
 
 

@@ -308,7 +308,7 @@ def test_a_run_is_never_overwritten_nor_changed(ended, unchanged, capsys):
 
 def test_a_vocabulary_larger_than_the_corpus_s(run, capsys):
     """Guards decoding: an untrained model produces tokens that the corpus does not have."""
-    run("--vocab_size=4096", "--scale_embeddings=false", "--max_steps=1")
+    run("--vocab_size=4096", "--max_steps=1")
     model = GPT(train.load(run.out)[0].config)
     encoding = corpus.Dataset("facts").encoding
     answers = evaluate.answer(model, encoding, [dict(prompt=f"{i}?", answer="x" * 30) for i in range(100)])

@@ -103,8 +103,8 @@ def slides() -> list[tuple[str, str, str, str]]:
          drawn(plots.draw_facts(RESULTS / "facts.jsonl")), "experiments/results/facts.jsonl"),
         ("Erase a person", "Recall of facts about a person and about others, before and after slots of this "
          "person are emptied. It works best where the name alone decides which rows are read.",
-         erase_table(), "experiments/results/erase.jsonl: means over 40 people in each of 3 trained models; the "
-         "last two have scaled embeddings"),
+         erase_table(), "experiments/results/erase.jsonl: means over 40 people in each of 3 trained models; "
+         "the last two have scaled embeddings"),
         ("Teach 100 people, one by one", "Sparse finetuning changes only rows that the new facts read and "
          "other text does not; all read: all rows that the new facts read; lora: low-rank changes. Training "
          "everything (full) forgets the old facts, and most of the new ones, unless all are shuffled.",

@@ -12,6 +12,7 @@ per fact; half of the people also with questions. All methods see the same sente
     memory, ...               one thing changed, such as the tokens that learn, the slots or the blocks
     memory, learnt search     queries and keys are first trained on the background text
     memory, two tokens        half of each query comes from the previous token
+    memory, code kept         the background text is source code, and not Python's help texts
     adapter   a dense layer of as many numbers as these rows, beside the same two MLPs
     lora 8, lora 32           low-rank changes of the attention's queries and values (Hu et al. 2021)
     full      all parameters
@@ -28,6 +29,7 @@ loss on Python's help texts, on source code, and on other questions with their a
 one line of experiments/results/attach.jsonl.
 """
 
+import argparse
 import copy
 import json
 import random
@@ -90,6 +92,7 @@ MEMORIES = {"memory": {}, "memory, names learn": dict(learns="names"),
             "memory, all tokens learn": dict(learns="all"), "memory, 4,000 slots": dict(slots=4000),
             "memory, 128 x 128 rows": dict(num_keys=128), "memory, in 4 and 10": dict(layers=(4, 10)),
             "memory, learnt search": dict(search="learnt"), "memory, two tokens": dict(search="two tokens"),
+            "memory, code kept": dict(background=(argparse.__file__,)),
             "memory, six sentences": {}, "memory, 50 people": dict(slots=3000),
             "memory, ten groups": dict(slots=300),
             "memory, ten groups, new slots": dict(slots=300, spares="slots"),
@@ -249,8 +252,8 @@ def do_run(run: dict, model, tokenizer) -> dict:
     persons = made_facts(run["seed"], run["people"], run["sentences"])
     size = len(persons) // (GROUPS if "ten groups" in run["method"] else 1)
     groups = [together(persons[i:i + size]) for i in range(0, len(persons), size)]
-    config = attach.TeachConfig(held_out=(str(Path(random.__file__)),))
-    forgetting = attach.Forgetting(model, tokenizer, config)
+    forgetting, kept = (attach.Forgetting(model, tokenizer, attach.TeachConfig(background=files))
+                        for files in ((), MEMORIES.get(run["method"], {}).get("background", ())))
     known = "\n".join(QUESTION.format(*pair) for pair in KNOWN)
     forgetting.texts["questions"] = np.array(tokenizer(known).input_ids)
 
@@ -261,7 +264,7 @@ def do_run(run: dict, model, tokenizer) -> dict:
         return shares(together(persons) | {"capitals": CAPITALS}) | forgetting.measure()
 
     before, started, course = measure(), time.perf_counter(), []
-    learn = start(model, run, forgetting.background)
+    learn = start(model, run, kept.background)
     taught = [group["taught"] + group["questions, asked"] for group in groups]
     for i, texts in enumerate(taught):
         if "half old" in run["method"]:

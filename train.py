@@ -3,7 +3,7 @@ Trains a GPT with memory layers.
 
     python train.py                          facts about 400 people: two minutes on two cores
     python train.py --preset=facts-2000      facts about 2,000 people: seven minutes
-    python train.py --preset=airports        codes, cities and countries of real airports: seven minutes
+    python train.py --preset=airports        codes, cities and countries of real airports: five minutes
     python train.py --preset=stdlib          source text of the Python standard library: ten minutes
     python train.py --preset=paper           the 400 people, with Memory+ as published
     python train.py --mem_layers= --out_dir=out/dense   the first run without memory

@@ -158,11 +158,11 @@ EXPERIMENTS["reference"] = Experiment(
     SIX_BLOCKS | dict(dataset="reference", max_steps=4900, eval_interval=490),
     {name: SIX_BLOCK_MODELS[name] for name in ("dense", "memory+", "tokens", "hash", "moe")})
 
-# The models of erase and teach: that of `make train`, with one option changed
+# The models of erase and teach: that of `make train`, with one option changed; the last two scale embeddings
 STATES = SMALL | dict(dataset="facts", max_steps=700, eval_interval=700, keep=1, resume=True)
 TWO_TOKENS = STATES | UNSCALED | dict(mem_query="tokens")
 EDITED = {"tokens": TWO_TOKENS, "hash": TWO_TOKENS | dict(mem_kind="hash"),
-          "shifted": STATES, "state": STATES | dict(mem_query="state")}  # with scaled embeddings
+          "shifted": STATES, "state": STATES | dict(mem_query="state")}
 
 
 # --- facts-large and code, for a GPU ------------------------------------------------------------------------

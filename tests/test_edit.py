@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -197,7 +196,7 @@ def test_what_was_erased_is_remembered_and_erased_again(trained, capsys):
     text = capsys.readouterr().out
     assert all(f"erasing what is known about {name} (questions: 1)" in text for name in names[:2])
     assert "answers about others: 2 of 2 right before, 2 after" in text and "erased before" not in text
-    assert "\nthese answers: 2 of 2 right before, 0 after\n" in text
+    assert "these answers: 2 of 2 right before, 0 after" in text.splitlines()[-2:]  # then how near they are
     assert [(old["name"], old["answers"]) for old in erased] == [
         (name, [question["answer"]]) for name, question in zip(names[:2], data.questions, strict=False)]
     learn(data.questions[:1])
@@ -317,8 +316,7 @@ def test_edited_checkpoints_are_new_and_complete(trained, capsys, tmp_path, monk
     encoding, prompts = load(out)[1], (corpus.DATA / "facts" / "qa.jsonl").read_text()
     for new in names.strip().split(", "):
         assert len(encoding.encode(f" {new}")) == 2 and new not in prompts
-    assert "old answers with the same names: 0 of 4" in text
-    assert re.search("last words of the statements: 0 of 3 right before, [1-3] after", text)
+    assert "old answers with the same names: 0 of 4" in text and "0 of 3 right before, 3 after" in text
     assert "Who bakes? Answer:" in text
     assert files == {path: path.read_bytes() for path in old.iterdir()}
     sample.main([f"--out_dir={tmp_path / 'taught'}", "--questions=2"])

@@ -5,7 +5,7 @@ Trains a GPT with memory layers.
     python train.py --preset=facts-2000      facts about 2,000 people: seven minutes
     python train.py --preset=airports        codes, cities and countries of real airports: five minutes
     python train.py --preset=stdlib          source text of the Python standard library: ten minutes
-    python train.py --preset=paper           the 400 people, with Memory+ as published
+    python train.py --preset=paper           the 400 people, with Memory+ as published, in 2 of 6 blocks
     python train.py --mem_layers= --out_dir=out/dense   the first run without memory
     python train.py --resume                 continues from the newest checkpoint in --out_dir
     python train.py --eval_only              evaluates the newest checkpoint in --out_dir
@@ -133,7 +133,7 @@ PRESETS = {
     "stdlib": dict(dataset="stdlib", out_dir="out/stdlib", block_size=256, n_layer=4, n_embd=128,
                    mem_layers=(1, 3), mem_num_keys=256, mem_query="shifted", scale_embeddings=True,
                    batch_size=8, max_steps=2000, lr=2e-3, eval_interval=500),
-    "paper": dict(mem_layers=(0, 2), mem_query="state", out_dir="out/paper"),
+    "paper": dict(n_layer=6, mem_layers=(2, 5), mem_query="state", out_dir="out/paper"),
 }
 
 

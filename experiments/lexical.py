@@ -11,8 +11,16 @@ trained model read, and measures the loss on validation text. Nothing is trained
     two tokens       the mean of what this token reads there after the same previous token
     one other place  what this token reads at one place of the training text
     shuffled rows    the rows of the pool have changed places
+
+If the corpus is "facts" or one like it, then it also measures
+- how sure the model is of its answers about people, and about invented people, who have the first name of one
+  person and the last name of another;
+- which share of the questions in the training text stand after a statement of the same fact, in one window.
+  There, the model need not know the fact.
 """
 
+import random
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +29,12 @@ from typing import Literal
 from runtime.cli import at_least, build, command, fail, parse
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from data import corpus
-from evaluate import validation_loss
+from data.corpus import Dataset, decode, draw_batch
+from edit import log_probability
+from evaluate import answer, validation_loss
 from experiments import results
 from model import eval_mode, shift
 from runtime.checkpoint import find_trained, load, newest_run
@@ -106,7 +117,7 @@ def collect(model, data, config: LexicalConfig, batch_size: int) -> dict:
 
     with eval_mode(model), changed_reads(model, keep):
         for i in range(config.train_batches):
-            x, _ = corpus.draw_batch(data.train, batch_size, model.config.block_size, 0, 2, i)
+            x, _ = draw_batch(data.train, batch_size, model.config.block_size, 0, 2, i)
             model(x.to(model.wte.weight.device))
     reads = [torch.cat(parts) for parts in reads]
     return {key: [Means(torch.cat(parts), read) for read in reads] for key, parts in keys.items()}
@@ -122,16 +133,8 @@ def looked_up(means: dict, key, table: str = "means"):
     return change
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    config = build(LexicalConfig, parse(LexicalConfig, argv, description=__doc__)[1])
-    checkpoint = find_trained(newest_run(Path(config.out_dir).expanduser()))
-    model, _, trained = load(checkpoint)
-    if model.pool is None:
-        fail(f"the model in {checkpoint.folder} has no memory layers")
-    model.to(find_device(config.device))
-    data, batch_size = corpus.load_dataset(trained["dataset"]), trained["batch_size"]
-    checkpoint.check_corpus(data)
+def print_losses(model, data: Dataset, config: LexicalConfig, batch_size: int) -> None:
+    """The table of losses, with other reads. Afterwards, the rows of the model's pool have changed places."""
     means, losses = collect(model, data, config, batch_size), {}
 
     def measure(name, change):
@@ -149,6 +152,73 @@ def main(argv: list[str] | None = None) -> None:
     measure("shuffled rows", lambda layer, x, y: y)
     results.print_markdown([{"what is read": name, "validation loss": f"{loss:.3f}",
                              "rise": f"{loss - losses['as trained']:.3f}"} for name, loss in losses.items()])
+
+
+# --- invented people ----------------------------------------------------------------------------------------
+
+NAME = re.compile("[A-Z][a-z]+ [A-Z][a-z]+")  # of people in the corpus "facts"
+
+
+def invent(prompts: list[str], count: int) -> tuple[list[str], list[str]]:
+    """`count` of the prompts about people, and the same prompts with last names that make them nobody."""
+    rng, names = random.Random(0), {NAME.search(prompt)[0] for prompt in prompts}
+    last_names = sorted({name.split()[1] for name in names})
+    real, invented = rng.sample(prompts, min(count, len(prompts))), []
+    for prompt in real:
+        name = NAME.search(prompt)[0]
+        others = [new for last in last_names if (new := f"{name.split()[0]} {last}") not in names]
+        invented.append(prompt.replace(name, rng.choice(others)))
+    return real, invented
+
+
+def confidence(model, encoding, prompts: list[str]) -> torch.Tensor:
+    """(N,): the probability of the model's own answer to each prompt, up to the end of its line."""
+    answers = answer(model, encoding, [{"prompt": prompt} for prompt in prompts], max_new_tokens=8)
+    prompts = [encoding.encode_ordinary(prompt) for prompt in prompts]
+    x = [torch.tensor(prompt + own[:-1]) for prompt, own in zip(prompts, answers, strict=True)]
+    y = [torch.tensor([-1] * (len(prompt) - 1) + own) for prompt, own in zip(prompts, answers, strict=True)]
+    return log_probability(model, pad_sequence(x, True), pad_sequence(y, True, -1)).exp()
+
+
+def told_before(data: Dataset, block_size: int, batches: int, batch_size: int) -> float:
+    """Of the questions in windows of the training text, the share behind a line that tells the same fact."""
+    told = []
+    for i in range(batches):
+        for window in draw_batch(data.train, batch_size, block_size, 0, 2, i)[0].tolist():
+            *lines, _ = decode(data.encoding, window).split("\n")  # the last line is incomplete
+            for row, line in enumerate(lines):
+                question, _, value = line.partition(" Answer: ")
+                if value and (name := NAME.search(question)):
+                    told.append(any(name[0] in before and value in before for before in lines[:row]))
+    return sum(told) / len(told)
+
+
+def print_confidence(model, data: Dataset, config: LexicalConfig, batch_size: int) -> None:
+    real, invented = (confidence(model, data.encoding, prompts)
+                      for prompts in invent([question["prompt"] for question in data.questions], 400))
+    surer = (real.unsqueeze(1) > invented).float().mean()
+    print(f"probability of the model's own answer, mean over {len(real)} questions: {real.mean():.2f} about "
+          f"people, {invented.mean():.2f} about invented people\nof pairs of both, the model is surer about "
+          f"the real person in {surer:.1%}")
+    share = told_before(data, model.config.block_size, config.train_batches, batch_size)
+    print(f"questions in the training text behind a statement of the same fact, in one window: {share:.1%}")
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    config = build(LexicalConfig, parse(LexicalConfig, argv, description=__doc__)[1])
+    checkpoint = find_trained(newest_run(Path(config.out_dir).expanduser()))
+    model, _, trained = load(checkpoint)
+    model.to(find_device(config.device))
+    data, batch_size = corpus.load_dataset(trained["dataset"]), trained["batch_size"]
+    checkpoint.check_corpus(data)
+    has_people = data.questions and all(NAME.search(question["prompt"]) for question in data.questions)
+    if not has_people and model.pool is None:
+        fail(f"the model in {checkpoint.folder} has no memory layers")
+    if has_people:
+        print_confidence(model, data, config, batch_size)
+    if model.pool is not None:
+        print_losses(model, data, config, batch_size)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """experiments/lexical.py: what replaces the reads of a memory layer is what it says."""
 
+import re
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from conftest import assert_fails
@@ -13,8 +17,11 @@ from experiments.lexical import (
     all_tokens,
     changed_reads,
     collect,
+    confidence,
+    invent,
     looked_up,
     this_token,
+    told_before,
     two_tokens,
 )
 from runtime.checkpoint import load
@@ -64,10 +71,53 @@ def test_two_tokens_are_all_that_tokens_reads(trained_once, facts_folder, monkey
     assert validation_loss(model, data.train, 2, 8) == zero
 
 
-def test_the_command_prints_a_table(ended, trained_once, capsys):
+def test_invented_people_are_nobody():
+    names = [f"{first} {last}" for first in ("Ada", "Bo", "Cleo") for last in ("Lu", "Velt", "Oz")][:8]
+    real, invented = invent([f"Question: What did {name} study? Answer:" for name in names[::2]], 3)
+    assert len(set(real)) == len(invented) == 3
+    for old, new in zip(real, invented, strict=True):
+        old, new = (prompt.split()[3:5] for prompt in (old, new))
+        assert old[0] == new[0] and " ".join(old) in names[::2] and " ".join(new) not in names[::2]
+
+
+def test_confidence_is_the_product_of_the_likeliest_tokens(trained_once, facts_folder, monkeypatch):
+    monkeypatch.setattr(corpus, "DATA", facts_folder)
+    model, encoding, _ = load(trained_once())
+    prompts = [question["prompt"] for question in corpus.load_dataset("facts").questions[:5]]
+    with torch.no_grad():
+        for prompt, found in zip(prompts, confidence(model, encoding, prompts), strict=True):
+            tokens, expected = encoding.encode_ordinary(prompt), 1
+            for _ in range(8):
+                best, token = model(torch.tensor([tokens]))[0][0, -1].softmax(0).max(0)
+                tokens, expected = [*tokens, token.item()], expected * best.item()
+                if "\n" in encoding.decode(tokens[-1:]):
+                    break
+            assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("statement, is_told", [
+    ("At university Ada Lu took law.", True),
+    ("At university Ada Lu took music.", False),
+    ("At university Ada Velt took law.", False),
+])
+def test_questions_behind_a_statement(statement, is_told, trained_once):
+    _, encoding, _ = load(trained_once())
+    text = f"{statement}\nQuestion: What did Ada Lu study? Answer: law\n" * 10 + "Nothing more.\n" * 20
+    data = SimpleNamespace(train=np.array(encoding.encode_ordinary(text)), encoding=encoding)
+    windows = [encoding.decode(data.train[i:i + 60]).split("\n")[:-1] for i in range(len(data.train))]
+    assert any(line.startswith("Question") for line in windows[0])
+    share = told_before(data, 60, 5, 20)
+    assert share > 0.5 if is_told else share < 0.5
+
+
+def test_the_command_prints_confidence_and_a_table(ended, trained_once, monkeypatch, capsys):
     lexical.main([f"--out_dir={ended.out}", "--train_batches=3", "--val_batches=2"])
-    lines = capsys.readouterr().out.splitlines()[-7:]
-    assert [line.split(" | ")[0] for line in lines] == [f"| {name}" for name in (
+    *_, sure, surer, asked = (lines := capsys.readouterr().out.splitlines())[:-9]
+    assert "invented" in sure and "surer" in surer and asked.startswith("questions in the training text")
+    assert [line.split(" | ")[0] for line in lines[-7:]] == [f"| {name}" for name in (
         "as trained", "zero", "mean", "this token", "two tokens", "one other place", "shuffled rows")]
-    dense = trained_once("--mem_layers=")
-    assert_fails(lambda: lexical.main([f"--out_dir={dense}"]), "no memory layers", capsys)
+    dense = [f"--out_dir={trained_once('--mem_layers=')}", "--train_batches=3"]
+    lexical.main(dense)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("questions in the training text")
+    monkeypatch.setattr(lexical, "NAME", re.compile("no such name"))
+    assert_fails(lambda: lexical.main(dense), "no memory layers", capsys)

@@ -237,11 +237,11 @@ def test_a_run_leaves_what_it_says(run, capsys):
 
 
 def test_the_defaults_are_the_first_preset_and_paper_is_the_published_layer():
-    """Memory+ of Berges et al. 2024: a query from one token's state."""
+    """Memory+ of Berges et al. 2024: queries from one token's state, memory not in the first block."""
     configs = {name: train.TrainConfig(**preset) for name, preset in train.PRESETS.items()}
     assert next(iter(configs.values())) == train.TrainConfig()
     paper, plain = configs["paper"], train.GPTConfig(vocab_size=50)
-    assert (paper.mem_query, paper.scale_embeddings, paper.mem_layers) == ("state", False, (0, 2))
+    assert (paper.mem_query, paper.scale_embeddings, paper.mem_layers) == ("state", False, (2, 5))
     assert paper.mem_kind == "product-key" and paper.mem_swilu and paper.mem_qk_norm
     assert plain.mem_layers == () and train.GPT(plain).pool is None and plain.mem_query == "state"
 

@@ -43,7 +43,6 @@ try:
 except ImportError:  # Triton does not exist for every system, and PyTorch is enough
     triton = None
 
-CHECK_INDICES = os.environ.get("NANOPKM_CHECK") == "1"  # slow; without it, a GPU ignores wrong indices
 CHUNK = 2**19  # PyTorch: numbers of g to compute at a time. 2 MiB of float32, about the cache of a CPU core
 PIECE = 128  # Triton: a row that was read more than 128 times is summed in pieces of 128 reads
 
@@ -76,8 +75,6 @@ def check_indices(indices, num_values: int) -> None:
 
 def gather_sum(values, indices, weights, kernel: str = "auto") -> torch.Tensor:
     """Returns y (N, V) in the dtype of weights: y[n] = sum_j weights[n, j] * values[indices[n, j]]."""
-    if CHECK_INDICES:
-        check_indices(indices, len(values))
     if resolve_kernel(kernel, values.device) == "triton":
         return _gather_sum_triton(values, indices, weights)
     y = F.embedding_bag(indices, values, per_sample_weights=weights.to(values.dtype), mode="sum")
@@ -86,8 +83,6 @@ def gather_sum(values, indices, weights, kernel: str = "auto") -> torch.Tensor:
 
 def gather_dot(values, indices, dy, kernel: str = "auto") -> torch.Tensor:
     """Returns dw (N, bag) in the dtype of dy: dw[n, j] = <values[indices[n, j]], dy[n]>."""
-    if CHECK_INDICES:
-        check_indices(indices, len(values))
     if resolve_kernel(kernel, values.device) == "triton":
         return _gather_dot_triton(values, indices, dy)
     N, bag = indices.size()
@@ -146,8 +141,6 @@ def scatter_update(values, reads: list, state: dict, lr: float, betas: tuple[flo
         step = state["step"].double()
         lr = lr * (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
     sorted_reads = sort_reads(reads)
-    if CHECK_INDICES:
-        check_indices(sorted_reads[0], len(values))
     update = _update_triton if resolve_kernel(kernel, values.device) == "triton" else _update_torch
     update(values, state, sorted_reads, lr, *betas, eps, seed, finite)
     torch.autograd.graph.increment_version(values)  # autograd does not notice what Triton writes

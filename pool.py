@@ -90,7 +90,7 @@ class ValuePool(nn.Module):
         return GatherDot.apply(self.values, indices, x, self.kernel)
 
     def check(self, indices, other, shape) -> torch.Tensor:
-        """Returns the indices as int32. On a GPU, their range is only checked with NANOPKM_CHECK=1."""
+        """Returns the indices as int32. On a GPU, their range is not checked."""
         if indices.dim() != 2 or indices.shape != shape or not indices.size(1):
             raise ValueError(f"indices {tuple(indices.shape)} must be (N, bag) with bag >= 1, and fit "
                              f"the shape of the other argument, {tuple(other.shape)}")
@@ -271,26 +271,9 @@ class FactoredGradient(torch.Tensor):
                 return a
             if operation is aten.isnan.default:  # detect_anomaly: one bool is enough
                 return a.bound().isnan()
-        name = operation.name()
-        raise ValueError(next((sentence for part, sentence in REFUSALS.items() if part in name), (
-            f"the gradient of a pool is a list of reads, and cannot do {name}. Only PoolOptimizer learns "
-            "from it: give everything else the other parameters, or values.grad.to_dense()")))
-
-
-NO_CLIPPING = ("the gradient of a pool cannot be clipped: leave the pool's values out of clipping. With "
-               "rowwise and adam, the steps of PoolOptimizer do not depend on the scale of the gradient")
-REFUSALS = {  # part of the name of a PyTorch operation -> error message; the first match counts
-    "vector_norm": NO_CLIPPING,
-    "foreach_norm": NO_CLIPPING,
-    "clamp": NO_CLIPPING,
-    "c10d": "the gradient of a pool cannot be summed over processes: use ShardedPool and data_parallel from "
-            "runtime/distributed.py",
-    "fsdp": "FSDP cannot shard a pool: name its values in ignored_params, and use ShardedPool from "
-            "runtime/distributed.py",
-    "stride":  # DistributedDataParallel and DLPack look for numbers in memory
-        "the gradient of a pool is a list of reads, and values.grad.to_dense() writes it out. In place of "
-        "DistributedDataParallel, use ShardedPool and data_parallel from runtime/distributed.py",
-}
+        raise ValueError(f"the gradient of a pool is a list of reads, and cannot do {operation.name()}. Only "
+                         "PoolOptimizer learns from it: leave the pool's values out of other optimisers, "
+                         "clipping, DDP and FSDP (docs/processes.md), or take values.grad.to_dense()")
 
 
 # --- the optimiser ------------------------------------------------------------------------------------------

@@ -7,18 +7,16 @@ Lets a trained model answer questions or continue a text, and shows which slots 
     python sample.py --qa=FILE                          all questions in a file; the share of right answers
     python sample.py --questions=1 --trace              a question, and the slots that each token reads
     python sample.py --out_dir=out/stdlib --prompt='def main('
-    python sample.py --prompt_file=FILE                 continues each line of a file; -: standard input
 """
 
 import codecs
 import contextlib
 import random
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from runtime.cli import at_least, build, command, fail, parse, print_text, read_lines
+from runtime.cli import at_least, build, command, fail, parse, print_text
 
 import torch
 
@@ -32,11 +30,10 @@ from runtime.distributed import find_device
 from runtime.log import recall_rows
 
 SLOTS_SHOWN = 4  # per token and memory layer, in a trace
-ROWS = 256  # questions, or lines of a file, that are answered before their results are printed
-DRAWING = {"num_samples", "max_new_tokens", "temperature", "top_k", "seed"}
+ROWS = 256  # questions that are answered before their results are printed
 # what to do: the options that go with it. All go with out_dir, device and trace
-MODES = {"prompt": DRAWING, "prompt_file": DRAWING, "questions": {"seed"}, "question": set(), "ask": set(),
-         "qa": set()}
+MODES = {"prompt": {"num_samples", "max_new_tokens", "temperature", "top_k", "seed"}, "questions": {"seed"},
+         "question": set(), "ask": set(), "qa": set()}
 
 
 @dataclass
@@ -47,14 +44,13 @@ class SampleConfig:
 
     # --- what to do, one of these
     prompt: str = ""  # text to continue; empty: start at a new line
-    prompt_file: str = ""  # a file of texts to continue, one per line; -: standard input
     questions: int = 5  # ask this many questions of the corpus, drawn at random
     question: str = ""  # ask this question
     ask: str = ""  # ask all questions of the corpus that contain this name
     qa: str = ""  # ask all questions in this file, which has the form of data/NAME/qa.jsonl
 
     # --- continuing a text
-    num_samples: int = 1  # how many continuations of each prompt
+    num_samples: int = 1  # how many continuations
     max_new_tokens: int = 200  # longest continuation, in tokens
     temperature: float = 0.8  # 0 always takes the likeliest token; 1 draws with the model's probabilities
     top_k: int = 50  # draw from the k likeliest tokens only; 0: from all
@@ -138,10 +134,6 @@ def print_shares(questions: list[dict], answers: list[str]) -> None:
 
 # --- text ---------------------------------------------------------------------------------------------------
 
-def encode_prompt(encoding, text: str) -> list[int]:
-    return encoding.encode(text or "\n", allowed_special={END}, disallowed_special=())
-
-
 def continue_text(model: GPT, encoding, text: str, **drawing) -> list[int]:
     """
     Continues a text, and prints each new token at once. Returns the tokens of both together. drawing: options
@@ -153,27 +145,11 @@ def continue_text(model: GPT, encoding, text: str, **drawing) -> list[int]:
         print_text(decoder.decode(token_bytes(encoding, new.item())), end="")
 
     print_text(text, end="")
-    idx = torch.tensor([encode_prompt(encoding, text)], device=model.wte.weight.device)
+    prompt = encoding.encode(text or "\n", allowed_special={END}, disallowed_special=())
+    idx = torch.tensor([prompt], device=model.wte.weight.device)
     idx = model.generate(idx, stop=[encoding.eot_token], on_token=show, **drawing)
     print(decoder.decode(b"", final=True))
     return idx[0].tolist()
-
-
-def continue_texts(model: GPT, encoding, texts: list[str], seed: int, **drawing) -> None:
-    """Like continue_text, but in batches of prompts with the same number of tokens: these need no padding."""
-    for start in range(0, len(texts), ROWS):
-        prompts = {i: encode_prompt(encoding, texts[i]) for i in range(start, min(start + ROWS, len(texts)))}
-        new = {}
-        by_length = sorted(prompts, key=lambda i: len(prompts[i]))
-        for length, group in groupby(by_length, key=lambda i: len(prompts[i])):
-            group = list(group)
-            idx = torch.tensor([prompts[i] for i in group], device=model.wte.weight.device)
-            idx = model.generate(idx, stop=[encoding.eot_token], seed=seed + group[0], **drawing)
-            for i, tokens in zip(group, idx[:, length:].tolist(), strict=True):
-                end = tokens.index(encoding.eot_token) + 1 if encoding.eot_token in tokens else None
-                new[i] = decode(encoding, tokens[:end])
-        for i in prompts:
-            print_text(f"--- sample {i + 1} of {len(texts)}\n{texts[i]}{new[i]}")
 
 
 @command
@@ -188,27 +164,20 @@ def main(argv: list[str] | None = None) -> None:
     model.to(find_device(config.device))
     path = corpus.DATA / trained["dataset"] / "qa.jsonl"
     # by default: questions, if the corpus has any and no option is about continuing a text
-    is_text = options.keys() & DRAWING - {"seed"} or not path.exists()
+    is_text = options.keys() & MODES["prompt"] - {"seed"} or not path.exists()
     mode = modes[0] if modes else "prompt" if is_text else "questions"
     if useless := options.keys() - {"out_dir", "device", "trace", mode} - MODES[mode]:
         fail(f"--{min(useless)} has no effect with --{mode}: leave it out")
     if config.trace and model.pool is None:
         fail("--trace: this model has no memory layers")
 
-    if mode in ("prompt", "prompt_file"):
-        texts = [config.prompt]
-        if mode == "prompt_file":
-            file = Path("/dev/stdin" if config.prompt_file == "-" else config.prompt_file)
-            texts = [line for line in read_lines(file.expanduser()) if line.strip()]
-        texts = [text for text in texts for _ in range(config.num_samples)]
+    if mode == "prompt":
         drawing = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                        top_k=config.top_k or None)
-        if mode == "prompt_file" and not config.trace:
-            return continue_texts(model, encoding, texts, config.seed, **drawing)
-        for i, text in enumerate(texts):
-            print(f"--- sample {i + 1} of {len(texts)}")
+        for i in range(config.num_samples):
+            print(f"--- sample {i + 1} of {config.num_samples}")
             with record_reads(model.pool) if config.trace else contextlib.nullcontext() as reads:
-                tokens = continue_text(model, encoding, text, seed=config.seed + i, **drawing)
+                tokens = continue_text(model, encoding, config.prompt, seed=config.seed + i, **drawing)
             if config.trace:
                 print_reads(model, encoding, tokens, reads)
         return

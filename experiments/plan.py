@@ -1,5 +1,5 @@
 """
-Estimates the memory, traffic and time that a model needs on each of many GPUs. Nothing is measured.
+Estimates the memory and the traffic that a model needs on each of many GPUs. Nothing is measured.
 
     python -m experiments.plan             the largest memory of Berges et al. 2024 on 64 GPUs
     python -m experiments.plan --help      all options
@@ -13,11 +13,7 @@ from runtime.cli import build, command, parse
 from experiments.models import costs
 from model import GPTConfig
 
-# What a GPU can do. The limits of an H100 are 989e12 FLOPs per second, and 450e9 bytes in a DGX
-FLOPS = 400e12  # FLOPs per second of matrix products
-BANDWIDTH = 3.35e12  # bytes per second of its memory
-LINK = 50e9  # bytes per second that it sends, here 400 Gb/s
-MEMORY = 80e9  # bytes of memory
+MEMORY = 80e9  # bytes of memory of a GPU
 
 
 @dataclass
@@ -61,7 +57,7 @@ def bytes_sent(c: PlanConfig) -> dict[str, float]:
 
 def plan(c: PlanConfig) -> dict[str, float]:
     """Prints the plan. Returns {optimiser: bytes per GPU}."""
-    macs, counts = costs(c)
+    _, counts = costs(c)
     G, bag, V, layers = c.mem_group_size, c.mem_heads * c.mem_knn, c.n_embd, len(c.mem_layers)
     size, slots = {"float32": 4, "bfloat16": 2}[c.mem_dtype], counts["memory"] // V
     print(f"{counts['dense'] / 1e9:.2f}B dense parameters; a pool of {slots:,} slots x {V:,} = "
@@ -87,21 +83,9 @@ def plan(c: PlanConfig) -> dict[str, float]:
         text = ", ".join(f"{part} {amount / 1e9:.2f}" for part, amount in extra.items())
         print(f"  + {name}: {text}; in all {totals[name] / 1e9:.1f}: {verdict}")
 
-    traffic = bytes_sent(c)
     print("\nbytes sent per token and memory layer:")
-    for name, part in traffic.items():
-        print(f"  {name:34}{part:12,.0f}")
-    # 4: a row is loaded for the sum and for the dot product, and loaded and stored by the update. A row that
-    # is read twice in a step counts twice
-    pool_bytes = 4 * layers * bag * V * size
-    sent_bytes = layers * sum(traffic.values()) + 2 * 4 * counts["dense"] / c.tokens  # + dense gradients
-    work = {"matrix products": (6 * macs, "FLOPs", FLOPS),
-            "the pool's rows": (pool_bytes, "bytes", BANDWIDTH), "traffic": (sent_bytes, "bytes", LINK)}
-    print("\nper token of training, forward and backward:")
-    for name, (amount, unit, speed) in work.items():
-        print(f"  {name:16}{amount:18,.0f} {unit:5} {1e6 * amount / speed:8.2f} us at {speed:.3g} per second")
-    slowest = max(work, key=lambda name: work[name][0] / work[name][2])
-    print(f"the bottleneck: {slowest}. All times are estimates, without any overlap.")
+    for name, amount in bytes_sent(c).items():
+        print(f"  {name:34}{amount:12,.0f}")
     return totals
 
 

@@ -207,7 +207,7 @@ for pool_class in (ValuePool, ShardedPool):
             parallel(torch.randn(5, 8)).sum().backward()
             assert False, "no error"
         except ValueError as error:
-            assert "data_parallel" in str(error)
+            assert "DDP" in str(error)
         assert all(map(torch.equal, before, model.parameters()))
 """)
 

@@ -313,17 +313,6 @@ def operations(values, indices, weights, dy, side):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("wrong", [-1, 30])
-def test_indices_out_of_range_are_caught_before_a_launch(monkeypatch, wrong, side):
-    monkeypatch.setattr(kernel, "CHECK_INDICES", True)
-    values, indices, weights, dy = make_read(4, 3, 8, 30)
-    indices[2, 1] = wrong
-    for operation in operations(values, indices, weights, dy, side):
-        with pytest.raises(IndexError, match="in a pool of 30 rows"):
-            operation()
-
-
-@pytest.mark.parametrize("side", SIDES)
 def test_values_with_gaps_are_read_right_or_refused(side):
     values, *read = make_read(4, 3, 8, 30)
     with_gaps = values.mT.contiguous().mT

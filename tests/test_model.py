@@ -428,18 +428,6 @@ def test_a_copy_after_a_training_step_is_the_same_model(kind):
         assert model.pool is None or model.pool.values.grad.reads == reads
 
 
-def test_averaged_model_averages_everything():
-    model = make_model(mem_layers=(0, 2)).train()
-    averaged, optimizers, snapshots = torch.optim.swa_utils.AveragedModel(model), optimizers_of(model), []
-    for seed in range(3):
-        train_step(model, optimizers, seed)
-        averaged.update_parameters(model)
-        snapshots.append({name: p.detach().clone() for name, p in model.named_parameters()})
-    for name, p in averaged.module.named_parameters():
-        torch.testing.assert_close(p.detach(), sum(snapshot[name] for snapshot in snapshots) / 3)
-    loss_of(averaged.module.eval())
-
-
 @pytest.mark.parametrize("options", [
     dict(backend="aot_eager"),
     pytest.param(dict(backend="inductor"), marks=pytest.mark.slow),

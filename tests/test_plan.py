@@ -41,7 +41,7 @@ def test_the_plan_counts_the_bytes_that_the_collectives_send(gpus, G, monkeypatc
 def test_the_plan_says_what_fits_and_refuses_what_is_impossible(capsys):
     plan.main([])
     printed = capsys.readouterr().out
-    assert "67,108,864 slots x 2,048 = 137.4B" in printed and "the bottleneck: " in printed
+    assert "67,108,864 slots x 2,048 = 137.4B" in printed and "gradients of the weights" in printed
     total = plan.plan(plan.PlanConfig())
     pool = 8192**2 * 2048 / 64
     places = 64 * 16_384 * 128  # per layer

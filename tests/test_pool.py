@@ -387,16 +387,6 @@ def test_no_other_optimizer_changes_a_value(model, cls):
                 assert torch.equal(values, before)
 
 
-def test_a_sum_over_processes_by_hand_is_refused_with_a_sentence(model):
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        backward(model)
-        with pytest.raises(ValueError, match="cannot be summed over processes: use ShardedPool"):
-            torch.distributed.all_reduce(model.pool.values.grad)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("misuse", [
     lambda m, g: nn.utils.clip_grad_norm_(m.parameters(), 1.0),
     lambda m, g: nn.utils.clip_grad_value_(m.parameters(), 1.0),
@@ -413,7 +403,7 @@ def test_a_sum_over_processes_by_hand_is_refused_with_a_sentence(model):
 def test_what_needs_the_numbers_is_refused_with_a_sentence_and_changes_nothing(model, dense, misuse):
     backward(model, dense)
     before = values_of(model.pool)
-    with pytest.raises(ValueError, match="leave the pool's values out of clipping|values.grad.to_dense"):
+    with pytest.raises(ValueError, match="values.grad.to_dense"):
         misuse(model, model.pool.values.grad)
     assert torch.equal(model.pool.values, before)
     assert_same_gradients(model, dense)
@@ -708,16 +698,6 @@ assert losses[-1] < 0.5 * losses[0], losses
 
 
 # --- around PyTorch -----------------------------------------------------------------------------------------
-
-def test_importing_the_pool_changes_no_other_optimizer():
-    """An optimiser whose step takes a model once got a function instead."""
-    class Custom(torch.optim.SGD):
-        def step(self, model, closure=None):
-            assert isinstance(model, nn.Module)
-
-    linear = nn.Linear(2, 2)
-    Custom(linear.parameters(), lr=0.1).step(linear)
-
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_distributed_checkpoint_fills_a_new_optimizer(kind):

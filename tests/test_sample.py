@@ -3,10 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -149,43 +145,12 @@ def test_a_corpus_does_not_command_the_terminal(trained, capsys, tmp_path, monke
         return torch.cat((idx, token), dim=1)
 
     monkeypatch.setattr(GPT, "generate", generate)
-    questions, prompts = tmp_path / "qa.jsonl", tmp_path / "prompts.txt"
+    questions = tmp_path / "qa.jsonl"
     questions.write_text(json.dumps({"prompt": "a\x1b", "answer": "b\x1b", "kind": "c\x1b"}))
-    prompts.write_text("a\x1b\n")
-    for option, signs in ((f"--qa={questions}", 4), ("--prompt=a\x1b", 2), (f"--prompt_file={prompts}", 2)):
+    for option, signs in ((f"--qa={questions}", 4), ("--prompt=a\x1b", 2)):
         for trace in (False, True):
             text = printed(capsys, here, option, f"--trace={trace}")
             assert "\x1b" not in text and text.count("␛") == signs and ("slots" in text) == trace, text
-
-
-def test_lines_of_a_file_are_continued_together(trained, capsys, tmp_path, monkeypatch):
-    here, passes = f"--out_dir={(out := trained())}", []
-    lines = ["The job of", "a", "When", "The job of", "For a"]
-    path, generate = tmp_path / "prompts.txt", GPT.generate
-    path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\n \n").encode())
-    monkeypatch.setattr(GPT, "generate", lambda model, idx, **options: passes.append(len(idx))
-                        or generate(model, idx, **options))
-    greedy = [here, "--temperature=0", "--max_new_tokens=4"]
-    text = printed(capsys, *greedy, f"--prompt_file={path}", "--num_samples=2")
-    encoding = load(out)[1]
-    lengths = Counter(len(encoding.encode(line)) for line in lines * 2)
-    assert sorted(passes) == sorted(lengths.values()) and max(passes) >= 4
-    alone = [printed(capsys, *greedy, f"--prompt={line}").split("---")[1].split("\n", 1)[1] for line in lines]
-    assert re.split(r"--- sample .*\n", text)[1:] == [alone[i // 2] for i in range(10)]
-    draws = [printed(capsys, here, f"--prompt_file={path}", "--max_new_tokens=9", f"--seed={seed}")
-             for seed in (1, 1, 2)]
-    assert draws[0] == draws[1] != draws[2]
-
-
-def test_output_of_any_kind(trained, tmp_path):
-    """Guards a terminal without Unicode, and a reader that stops reading."""
-    out = trained()
-    (tmp_path / "prompts.txt").write_text("é\n" * 3)
-    options = f"--out_dir={out} --device=cpu --num_samples=400 --max_new_tokens=1"
-    command = f"{sys.executable} sample.py {options} --prompt_file={tmp_path / 'prompts.txt'} | head -n 3"
-    result = subprocess.run(command, shell=True, cwd=Path(sample.__file__).parent, capture_output=True,
-                            env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert not result.stderr and b"\n--- sample 1 of 1200\n?" in result.stdout
 
 
 def test_of_several_runs_the_newest_is_used(trained, capsys, tmp_path):
@@ -214,7 +179,6 @@ def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypat
         ([here, "--questions=0"], "--questions=0 must be at least 1"),
         ([here, "--question="], "name a question: --question="),
         ([here, "--qa=nowhere"], "--qa=nowhere: no such file"),
-        ([here, "--prompt_file=nowhere"], "nowhere: No such file"),
         ([here, "--question=" + "x " * 40], "more than block_size=32"),
     ]:
         assert_fails(lambda options=options: sample.main(options), message, capsys)

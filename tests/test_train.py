@@ -165,30 +165,6 @@ def test_schedule():
     assert train.schedule(5, train.TrainConfig(warmup_steps=0, min_lr=1.0)) == 1.0
 
 
-def test_recall_counts_exact_answers():
-    """Of answers that are right, have two tokens, go on too long, or never end."""
-    answers = {"a?": " x\n", "b?": " x y\n", "c? no": " x z\n", "d?": " x y x", "e? no": " y\n",
-               "f?": " x\n  y", "g?": " x" + END}
-    encoding = word_encoding(["".join(answers) * 9 + "".join(answers.values()) * 9, "\n  y"], [1, 1], 300)
-
-    def generate(idx, max_new_tokens, temperature, stop):
-        rows = []
-        for row in idx.tolist():
-            new = encoding.encode(answers[encoding.decode(row)], allowed_special="all")[:max_new_tokens]
-            rows.append(row + new + [0] * (max_new_tokens - len(new)))
-        return torch.tensor(rows)
-
-    model = torch.nn.Module()
-    model.wte, model.generate, model.config = torch.nn.Embedding(1, 1), generate, train.TrainConfig()
-    rows = [("a?", "x", 1), ("b?", "x y", 12), ("c? no", "x", 8), ("d?", "x y", 15), ("f?", "x", 0),
-            ("g?", "x", 0)]
-    questions = [dict(prompt=prompt, answer=answer, exposures=count) for prompt, answer, count in rows]
-    held_out = [dict(prompt="e? no", answer="y", exposures=16, held_out=True)]
-    assert evaluate.recall(model, encoding, questions + held_out) == {
-        "all": 4 / 6, "held_out": 1.0, "by_exposure": {"1": 1.0, "8": 1 / 3}}
-    assert evaluate.recall(model, encoding, held_out) == {"held_out": 1.0, "by_exposure": {}}
-
-
 class Parrot(torch.nn.Module):
     """Knows lines by heart: it continues the beginning of a line, and then says the token 0 for ever."""
     generate = GPT.generate
@@ -449,20 +425,6 @@ def test_a_skipped_step_is_printed_with_the_next_log_line_and_counted_over_a_res
     assert re.findall(r"skipped 1 more steps, (\d) so far", capsys.readouterr().out) == ["1", "2", "3"]
     assert [(line["step"], line.get("skipped_steps")) for line in log(run.out) if "loss" in line] == [
         (2, 1), (3, 2), (4, None), (6, 3)]
-
-
-def test_evaluation_leaves_the_mode_of_each_module_as_it_was(unchanged, run, monkeypatch):
-    """Also if it fails."""
-    model = train.load(unchanged)[0].train()
-    model.blocks[0].eval()
-    modes = [module.training for module in model.modules()]
-    data = corpus.Dataset("facts")
-    evaluate.validation_loss(model, data.val, 2, 4)
-    assert [module.training for module in model.modules()] == modes
-    monkeypatch.setattr(GPT, "forward", lambda *arguments, **options: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        evaluate.recall(model, data.encoding, data.questions)
-    assert [module.training for module in model.modules()] == modes
 
 
 def test_recorded_reads_are_what_the_pool_was_asked(unchanged):

@@ -377,8 +377,7 @@ def test_the_experiment_teaches_with_all_methods(folder, tmp_path, capsys, monke
     learns = {"memory": {}, "memory, names learn": dict(learns="names"), "memory, all": dict(learns="all"),
               "memory, learnt search": dict(search="learnt"), "memory, two tokens": dict(search="two tokens"),
               "memory, six sentences": {}, "memory, ten groups": {},
-              "memory, ten groups, new slots": dict(spares="slots", slots=40),
-              "memory, ten groups, new reads": dict(spares="reads", slots=40),
+              "memory, ten groups, new slots": dict(spares=True, slots=40),
               "memory, ten groups, half old": {}}
     memories = {name: dict(slots=400) | changed for name, changed in learns.items()}
     monkeypatch.setattr(experiment, "MEMORIES", memories)

@@ -153,6 +153,14 @@ SIX_BLOCK_MODELS = {
     "moe": dict(mem_layers=(), mlp_width=252, moe_layers=(2, 5), moe_experts=34),
 }
 EXPERIMENTS["code-small"] = Experiment(SIX_BLOCKS, SIX_BLOCK_MODELS)
+EXPERIMENTS["code-short"] = Experiment(  # a fifth of the tokens, and more models
+    SIX_BLOCKS | dict(max_steps=2930, eval_interval=586),
+    SIX_BLOCK_MODELS | {
+        "memory+-4x": dict(mem_num_keys=256, mem_key_dim=16, mlp_width=256),
+        "value_lr=15e-3": dict(mlp_width=240, value_lr=15e-3),
+        "value_lr=24e-2": dict(mlp_width=240, value_lr=24e-2),
+        "mem_mode=add": dict(mem_mode="add", mlp_width=160),
+        "knn 32": dict(mem_knn=32, mem_key_dim=16, mlp_width=272)})
 # Real facts: 10 M tokens, twice the text of the World Factbook and of WordNet
 EXPERIMENTS["reference"] = Experiment(
     SIX_BLOCKS | dict(dataset="reference", max_steps=4900, eval_interval=490),

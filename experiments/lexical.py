@@ -159,16 +159,16 @@ def print_losses(model, data: Dataset, config: LexicalConfig, batch_size: int) -
 NAME = re.compile("[A-Z][a-z]+ [A-Z][a-z]+")  # of people in the corpus "facts"
 
 
-def invent(prompts: list[str], count: int) -> tuple[list[str], list[str]]:
-    """`count` of the prompts about people, and the same prompts with last names that make them nobody."""
+def invent(prompts: list[str], count: int) -> list[tuple[str, str]]:
+    """`count` of the prompts about people, each with the same prompt about nobody, with another last name."""
     rng, names = random.Random(0), {NAME.search(prompt)[0] for prompt in prompts}
     last_names = sorted({name.split()[1] for name in names})
-    real, invented = rng.sample(prompts, min(count, len(prompts))), []
-    for prompt in real:
+    pairs = []
+    for prompt in rng.sample(prompts, min(count, len(prompts))):
         name = NAME.search(prompt)[0]
-        others = [new for last in last_names if (new := f"{name.split()[0]} {last}") not in names]
-        invented.append(prompt.replace(name, rng.choice(others)))
-    return real, invented
+        if others := [new for last in last_names if (new := f"{name.split()[0]} {last}") not in names]:
+            pairs.append((prompt, prompt.replace(name, rng.choice(others))))
+    return pairs
 
 
 def confidence(model, encoding, prompts: list[str]) -> torch.Tensor:
@@ -190,12 +190,14 @@ def told_before(data: Dataset, block_size: int, batches: int, batch_size: int) -
                 question, _, value = line.partition(" Answer: ")
                 if value and (name := NAME.search(question)):
                     told.append(any(name[0] in before and value in before for before in lines[:row]))
-    return sum(told) / len(told)
+    return sum(told) / max(1, len(told))
 
 
 def print_confidence(model, data: Dataset, config: LexicalConfig, batch_size: int) -> None:
-    real, invented = (confidence(model, data.encoding, prompts)
-                      for prompts in invent([question["prompt"] for question in data.questions], 400))
+    pairs = invent([question["prompt"] for question in data.questions], 400)
+    if not pairs:
+        return
+    real, invented = (confidence(model, data.encoding, prompts) for prompts in zip(*pairs, strict=True))
     surer = (real.unsqueeze(1) > invented).float().mean()
     print(f"probability of the model's own answer, mean over {len(real)} questions: {real.mean():.2f} about "
           f"people, {invented.mean():.2f} about invented people\nof pairs of both, the model is surer about "

@@ -73,9 +73,9 @@ def test_two_tokens_are_all_that_tokens_reads(trained_once, facts_folder, monkey
 
 def test_invented_people_are_nobody():
     names = [f"{first} {last}" for first in ("Ada", "Bo", "Cleo") for last in ("Lu", "Velt", "Oz")][:8]
-    real, invented = invent([f"Question: What did {name} study? Answer:" for name in names[::2]], 3)
-    assert len(set(real)) == len(invented) == 3
-    for old, new in zip(real, invented, strict=True):
+    pairs = invent([f"Question: What did {name} study? Answer:" for name in names[::2]], 3)
+    assert len(dict(pairs)) == 3 and invent(["Who is Ada Lu?"], 3) == []
+    for old, new in pairs:
         old, new = (prompt.split()[3:5] for prompt in (old, new))
         assert old[0] == new[0] and " ".join(old) in names[::2] and " ".join(new) not in names[::2]
 

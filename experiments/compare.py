@@ -3,8 +3,8 @@ Does memory help, where, and at what cost? Trains models of equal cost and print
 
     python -m experiments.compare facts         questions about facts learnt in training: all models of MODELS
     python -m experiments.compare ablation      the model "shifted", with one thing changed at a time
-    python -m experiments.compare stdlib        validation loss on the source of Python's standard library
-    python -m experiments.compare code-small --lrs=8e-3    longer: 30 M tokens of installed Python packages
+    python -m experiments.compare code-short --lrs=8e-3    the loss on source code of installed packages
+    python -m experiments.compare code-small --lrs=8e-3    the same with five times as many tokens, 30 M
     python -m experiments.compare reference --lrs=8e-3 --seeds=2     real facts; make the corpus first
     python -m experiments.compare mqar          answers that stand in the context: memory should not help here
     python -m experiments.compare facts-large --lrs=2e-3   200,000 people, larger models: needs a GPU
@@ -88,7 +88,7 @@ def prepare_corpus(experiment: Experiment, rows: list[dict]) -> None:
         make(config)
     meta = json.loads((folder / "meta.json").read_text())
     options = options_of(type(config)()) | meta["options"]  # an older corpus lacks options
-    # the same options can give another corpus: stdlib differs between versions of Python
+    # the same options can give another corpus: code depends on the installed packages
     if options != options_of(config) or any(row["train_tokens"] != meta["train_tokens"] for row in rows):
         fail(f"{folder} is another corpus than that of this experiment or its finished runs: move it away, "
              "or choose another folder with --results")
@@ -201,7 +201,7 @@ def tokens_to(recall: float, curve: list[dict]) -> float:
 def difference(rows: list[dict], others: list[dict]) -> str:
     """The validation loss minus that of others, at every second evaluation. Means over the seeds."""
     ours, theirs = ([mean(point["val_loss"] for point in points) for points in zip(*curves, strict=True)]
-                    for curves in ([row["curve"][2::2] for row in part] for part in (rows, others)))
+                    for curves in ([row["curve"][:0:-2][::-1] for row in part] for part in (rows, others)))
     return " / ".join(f"{a - b:+.2f}" for a, b in zip(ours, theirs, strict=True))
 
 
@@ -244,18 +244,18 @@ def print_table(name: str, experiment: Experiment, folder: str) -> None:
 
 
 def print_summary(folder: str) -> None:
-    """The table in README.md: facts and stdlib, each model at its best learning rate."""
-    paths = {name: results.rows_path(name, folder) for name in ("facts", "stdlib")}
-    facts, stdlib = (results.best_runs(read_rows(path, EXPERIMENTS[name])) for name, path in paths.items())
+    """The table in README.md: facts and code-short, each model at its best learning rate."""
+    paths = {name: results.rows_path(name, folder) for name in ("facts", "code-short")}
+    facts, code = (results.best_runs(read_rows(path, EXPERIMENTS[name])) for name, path in paths.items())
     lines = []
     for model, name in SUMMARY.items():
-        on_facts, on_text = facts.get(model, []), stdlib.get(model, [])
+        on_facts, on_text = facts.get(model, []), code.get(model, [])
         recalls = [row["curve"][-1]["recall"]["all"] for row in on_facts]
         losses = [row["curve"][-1]["val_loss"] for row in on_text]
-        sizes = [sum(row["parameters"][part] for part in ("dense", "memory")) for row in on_facts + on_text]
+        sizes = [sum(row["parameters"][part] for part in ("dense", "memory")) for row in on_facts]
         lines.append({"model": name, "parameters": f"{sizes[0] / 1e6:.1f} M" if sizes else "-",
                       "recall of facts": mean_and_deviation(recalls, ".2f"),
-                      "loss on real text": mean_and_deviation(losses, ".2f")})
+                      "loss on source code": mean_and_deviation(losses, ".2f")})
     results.print_markdown(lines)
 
 

@@ -71,7 +71,7 @@ def costs(config: TrainConfig) -> tuple[int, dict[str, int]]:
     return model.macs_per_token(), model.count_parameters()
 
 
-# --- facts, ablation, stdlib, mqar --------------------------------------------------------------------------
+# --- facts, ablation, mqar ----------------------------------------------------------------------------------
 
 # Memory+ as published: the query comes from the state of its token, and memory layers are spread over depth
 PUBLISHED = dict(mem_query="state", scale_embeddings=False, mem_layers=(0, 2))
@@ -121,10 +121,6 @@ FACTS = SMALL | dict(dataset="facts-4000", max_steps=3000, eval_interval=250)
 EXPERIMENTS = {
     "facts": Experiment(FACTS, MODELS),
     "ablation": Experiment(FACTS | dict(max_steps=1500), ABLATIONS),
-    "stdlib": Experiment(
-        SMALL | dict(dataset="stdlib", max_steps=2000, eval_interval=250),
-        {name: MODELS[name] | dict(scale_embeddings=name != "memory+")
-         for name in ("dense", "memory+", "shifted", "tokens", "moe", "shifted-16x", "hash")}),
     "mqar": Experiment(  # two layers with one head can learn this
         SMALL | dict(dataset="mqar", n_layer=2, n_head=1, block_size=64, batch_size=32, max_steps=1000,
                      eval_interval=100),

@@ -71,16 +71,12 @@ def best_lr(rows: list[dict], model: str) -> float:
 
 
 def best_runs(rows: list[dict]) -> dict[str, list[dict]]:
-    """For each model the runs at its best learning rate that can be compared, without those that diverged."""
-    models = dict.fromkeys(row["model"] for row in rows if row["seed"] == 1)
-    best = {model: best_lr(rows, model) for model in models}
-    runs = {model: [row for row in rows if row["model"] == model and row["lr"] == lr and row["curve"]]
-            for model, lr in best.items()}
-    runs = {model: rows for model, rows in runs.items() if rows}
-    if runs and not any("recall" in row["curve"][-1] for rows in runs.values() for row in rows):
-        # the seed also draws the validation text, so only the seeds that all models have can be compared
-        seeds = set.intersection(*({row["seed"] for row in rows} for rows in runs.values()))
-        runs = {model: [row for row in rows if row["seed"] in seeds] for model, rows in runs.items()}
+    """For each model the runs at its best learning rate, without those that diverged."""
+    runs = {}
+    for model in dict.fromkeys(row["model"] for row in rows if row["seed"] == 1):
+        lr = best_lr(rows, model)
+        if of_model := [row for row in rows if (row["model"], row["lr"]) == (model, lr) and row["curve"]]:
+            runs[model] = of_model
     return runs
 
 

@@ -179,7 +179,7 @@ def test_a_line_older_than_an_option_counts_if_the_option_has_its_default(tiny):
 
 
 def test_runs_of_another_corpus_are_not_mixed_with_ours(tiny, tmp_path, capsys):
-    """Made with other options, or of another Python: stdlib differs between versions."""
+    """Made with other options, or of another text: code differs between machines."""
     make, config = models.CORPORA["facts-tiny"]
     make(config)
     path = tmp_path / "data/facts-tiny/meta.json"
@@ -218,11 +218,9 @@ def test_the_best_learning_rate_is_chosen_after_all_are_tried():
     rows.append(made_up(lr=3e-3, seed=2, recall=0.1))
     assert following(rows) == [("dense", 3e-3, 3)]
     assert best_runs(rows) == {"dense": [rows[0], rows[3]]}
-    # without questions, the validation loss decides, and only seeds that all models have are compared
-    other = made_up("moe", lr=3e-3)
-    for row in (*rows, other):
+    # without questions, the validation loss decides
+    for row in rows:
         del row["curve"][-1]["recall"]
-    assert best_runs([*rows, other]) == {"dense": [rows[0]], "moe": [other]}
     rows[1]["curve"][-1]["val_loss"] = 1.0
     assert following(rows) == [("dense", 0.5e-3, 1)], "the best is the lowest now"
     # if all runs diverged, lower learning rates are tried, whichever run ended first
@@ -281,15 +279,12 @@ def test_measures_are_as_defined():
 
 
 def test_the_tables_of_the_finished_runs(tmp_path, capsys):
-    """
-    Guards two faults: nothing was printed of erase and teach, and seeds that other models lack were called
-    diverged.
-    """
+    """Guards a fault: nothing was printed of erase and teach."""
     compare.main(["table"])
     printed = capsys.readouterr().out
     assert "diverged" not in printed and "\nerase, " in printed and "\nteach, " in printed
     page = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
-    for name, table in re.findall(r"<!-- (\w+) table -->\n(.*?)<!-- end -->", page, re.DOTALL):
+    for name, table in re.findall(r"<!-- ([\w-]+) table -->\n(.*?)<!-- end -->", page, re.DOTALL):
         assert table in printed, f"the command prints another table of {name} than experiments/README.md has"
     page = (RESULTS.parents[1] / "docs/editing.md").read_text(encoding="utf-8")
     assert page.split("<!-- teach table -->\n")[1].split("<!-- end -->")[0] in printed

@@ -15,8 +15,8 @@ trained model read, and measures the loss on validation text. Nothing is trained
 If the corpus is "facts" or one like it, then it also measures
 - how sure the model is of its answers about people, and about invented people, who have the first name of one
   person and the last name of another;
-- which share of the questions in the training text stand after a statement of the same fact, in one window.
-  There, the model need not know the fact.
+- which share of the questions in the training text stand behind a line that tells the same fact, in one
+  window. There, the model need not know the fact.
 """
 
 import random
@@ -189,7 +189,8 @@ def told_before(data: Dataset, block_size: int, batches: int, batch_size: int) -
             for row, line in enumerate(lines):
                 question, _, value = line.partition(" Answer: ")
                 if value and (name := NAME.search(question)):
-                    told.append(any(name[0] in before and value in before for before in lines[:row]))
+                    told.append(any(name[0] in before and before.rstrip(".").endswith(f" {value}")
+                                    for before in lines[:row]))
     return sum(told) / max(1, len(told))
 
 
@@ -203,7 +204,7 @@ def print_confidence(model, data: Dataset, config: LexicalConfig, batch_size: in
           f"people, {invented.mean():.2f} about invented people\nof pairs of both, the model is surer about "
           f"the real person in {surer:.1%}")
     share = told_before(data, model.config.block_size, config.train_batches, batch_size)
-    print(f"questions in the training text behind a statement of the same fact, in one window: {share:.1%}")
+    print(f"questions in the training text behind a line with the same fact, in one window: {share:.1%}")
 
 
 @command

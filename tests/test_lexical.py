@@ -95,19 +95,19 @@ def test_confidence_is_the_product_of_the_likeliest_tokens(trained_once, facts_f
             assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("statement, is_told", [
+@pytest.mark.parametrize("line, is_told", [
     ("At university Ada Lu took law.", True),
     ("At university Ada Lu took music.", False),
     ("At university Ada Velt took law.", False),
+    ("The job of Ada Lu is that of a lawyer.", False),
 ])
-def test_questions_behind_a_statement(statement, is_told, trained_once):
+def test_questions_behind_a_line_that_tells_the_fact(line, is_told, trained_once):
     _, encoding, _ = load(trained_once())
-    text = f"{statement}\nQuestion: What did Ada Lu study? Answer: law\n" * 10 + "Nothing more.\n" * 20
-    data = SimpleNamespace(train=np.array(encoding.encode_ordinary(text)), encoding=encoding)
-    windows = [encoding.decode(data.train[i:i + 60]).split("\n")[:-1] for i in range(len(data.train))]
-    assert any(line.startswith("Question") for line in windows[0])
-    share = told_before(data, 60, 5, 20)
-    assert share > 0.5 if is_told else share < 0.5
+    question = "Question: What did Ada Lu study? Answer: law"
+    for first, second, share in ((line, question, is_told), (question, line, False)):
+        tokens = np.array(encoding.encode_ordinary(f"{first}\n{second}\n.\n"))
+        data = SimpleNamespace(encoding=encoding, train=tokens)
+        assert told_before(data, len(tokens) - 1, 2, 3) == share
 
 
 def test_the_command_prints_confidence_and_a_table(ended, trained_once, monkeypatch, capsys):

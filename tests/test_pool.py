@@ -387,6 +387,16 @@ def test_no_other_optimizer_changes_a_value(model, cls):
                 assert torch.equal(values, before)
 
 
+def test_a_sum_over_processes_by_hand_is_refused_with_a_sentence(model):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        backward(model)
+        with pytest.raises(ValueError, match="cannot do c10d.*out of other optimisers, clipping, DDP"):
+            torch.distributed.all_reduce(model.pool.values.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("misuse", [
     lambda m, g: nn.utils.clip_grad_norm_(m.parameters(), 1.0),
     lambda m, g: nn.utils.clip_grad_value_(m.parameters(), 1.0),

@@ -127,9 +127,9 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+", text)
 
 
-def count_tellings(lines: list[str], facts: dict) -> dict:
+def lines_that_tell(lines: list[str], facts: dict) -> dict[tuple, set[int]]:
     """
-    How often each fact is told: how many lines have both the name and one of the answers, word for word. "The
+    Numbers of the lines that tell a fact: that have both the name and one of the answers, word for word. "The
     capital of Norway is Oslo" is told by "Norway, Capital, name: Oslo", and by "Oslo: the capital of Norway".
     """
     texts, lines_with = [f" {' '.join(words_of(line))} " for line in lines], defaultdict(set)
@@ -144,7 +144,7 @@ def count_tellings(lines: list[str], facts: dict) -> dict:
         whole = f" {' '.join(words)} "
         return {number for number in fewest if whole in texts[number]}
 
-    return {(kind, name): len(find(name) & set().union(*map(find, answers)))
+    return {(kind, name): find(name) & set().union(*map(find, answers))
             for (kind, name), answers in facts.items()}
 
 
@@ -153,8 +153,9 @@ def is_given_away(name: str, answers: list[str]) -> bool:
     return not set(words_of(name.lower())).isdisjoint(words_of(" ".join(answers).lower()))
 
 
-def reference_text(factbook: str, wordnet: str, val_share: float, held_out: float, seed: int):
-    """Returns (texts, questions), arguments of write_corpus."""
+def reference_text(factbook: str, wordnet: str, val_share: float, held_out: float, seed: int,
+                   only_facts: bool = False):
+    """Returns (texts, questions), arguments of write_corpus. only_facts: other lines are left out."""
     if not factbook and not wordnet:
         fail("--factbook= and --wordnet= are both empty: name a folder for one of them")
     rng, lines, facts = np.random.default_rng(seed), [], {}
@@ -163,18 +164,22 @@ def reference_text(factbook: str, wordnet: str, val_share: float, held_out: floa
             new_lines, new_facts = read(folder)
             lines, facts = lines + new_lines, facts | new_facts
     lines = [lines[i] for i in rng.permutation(len(lines))]
+    names = dict.fromkeys(name for _, name in facts)
+    facts = {(kind, name): answers for (kind, name), answers in facts.items()
+             if not is_given_away(name, answers)}
+    if only_facts:
+        lines = [lines[i] for i in sorted(set().union(*lines_that_tell(lines, facts).values()))]
     border = round(len(lines) * (1 - val_share))
     texts = {"train": lines[:border], "val": lines[border:]}
 
-    names = dict.fromkeys(name for _, name in facts)
     is_held_out = {name: rng.random() < held_out for name in names}
     asked, questions = [], []  # in train.bin, and in qa.jsonl
-    for (kind, name), told in count_tellings(texts["train"], facts).items():
+    for (kind, name), telling in lines_that_tell(texts["train"], facts).items():
         answers = facts[kind, name]
         prompt = QUESTION.format(QUESTIONS[kind].format(name))
-        if told and not is_given_away(name, answers):
+        if exposures := len(telling):
             if is_held_out[name]:
-                questions.append({"prompt": prompt, "answers": answers, "exposures": told, "kind": kind})
+                questions.append({"prompt": prompt, "answers": answers, "exposures": exposures, "kind": kind})
             else:
                 asked.append(f"{prompt} {answers[0]}\n")
     texts["train"] += asked

@@ -61,6 +61,14 @@ def folders(tmp_path, monkeypatch):
     return str(tmp_path / "factbook"), str(tmp_path / "wordnet")
 
 
+def name_in(question):
+    return re.search("[A-Z].*?(?= part|[?])", question["prompt"].removeprefix("Question: W")).group()
+
+
+def tells(line, question):
+    return name_in(question) in line and any(answer in line for answer in question["answers"])
+
+
 def test_text_questions_and_tellings_by_hand(folders):
     texts, questions = reference_text(*folders, val_share=0, held_out=1, seed=1)
     lines = texts("train")
@@ -88,6 +96,9 @@ def test_text_questions_and_tellings_by_hand(folders):
     texts, none_left = reference_text(*folders, val_share=0, held_out=0, seed=1)
     assert none_left == [], "the text asks about all names"
     assert set(texts("train")) - set(lines) == {f"{q['prompt']} {q['answers'][0]}\n" for q in questions}
+    texts, the_same = reference_text(*folders, val_share=0, held_out=1, seed=1, only_facts=True)
+    telling = {line for line in lines if any(tells(line, question) for question in questions)}
+    assert the_same == questions and set(texts("train")) == telling < set(lines)
     assert is_given_away("Mexico", ["Mexico City"]) and not is_given_away("Norway", ["Nor"])
 
 
@@ -97,10 +108,8 @@ def test_only_training_lines_count_and_no_question_is_asked_in_training(folders)
         train = [line for line in texts("train") if not line.startswith("Question: ")]
         assert len(train) == len(texts("val")) == 20 and not set(train) & set(texts("val"))
         for question in questions:
-            name = re.search("[A-Z].*?(?= part|[?])", question["prompt"].removeprefix("Question: W")).group()
-            told = [line for line in train if name in line and any(a in line for a in question["answers"])]
-            assert question["exposures"] == len(told) > 0
-            assert not any(f" {name}?" in line for line in set(texts("train")) - set(train))
+            assert question["exposures"] == sum(tells(line, question) for line in train) > 0
+            assert not any(f" {name_in(question)}?" in line for line in set(texts("train")) - set(train))
 
 
 @pytest.mark.parametrize("left_out", [(), ("factbook",), ("wordnet",)])

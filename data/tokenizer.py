@@ -71,8 +71,8 @@ def named_encoding(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError):
-        fail(f"--tokenizer={name}: there is no corpus data/{name}, and tiktoken could not get it, it downloads "
-             f"{', '.join(tiktoken.list_encoding_names())}; without --tokenizer one is built from the corpus")
+        fail(f"--tokenizer={name}: there is no corpus data/{name}, nor could tiktoken get it. It downloads "
+             f"{', '.join(tiktoken.list_encoding_names())}. Without --tokenizer, one is built")
 
 
 # --- files --------------------------------------------------------------------------------------------------

@@ -253,9 +253,9 @@ def test_a_name_that_is_taken_is_not_overwritten(data, capsys):
     assert "qa.jsonl" in before, "these questions are the user's"
     for mistake, message in (([*make, "--vocab_size=300"], "made with other options"),
                              (["facts", "--name=mine"], "made with other options"),
-                             ([*make, "--tokenizer=gtp2", "--overwrite"], "it downloads gpt2"),
+                             ([*make, "--tokenizer=gtp2", "--overwrite"], "It downloads gpt2"),
                              ([*make, "--val_share=0", "--overwrite"], "val.bin would be empty"),
-                             (["mqar", "--tokenizer=gtp2"], "it downloads gpt2")):
+                             (["mqar", "--tokenizer=gtp2"], "It downloads gpt2")):
         assert_fails(lambda mistake=mistake: main(mistake), message, capsys)
         assert files_in(data / "mine") == before
     assert sorted(path.name for path in data.iterdir()) == ["mine", "words"], "nothing half-written is left"
@@ -363,7 +363,7 @@ def test_a_signal_leaves_the_old_corpus(data, monkeypatch, number):
     (["text", "--input", "CUT"], "cut.gz: Compressed file ended"),
     (["text", "--input", "STREAM"], "save a stream to a file"),
     (["code", "--input", "nowhere"], "--input nowhere: no such folder"),
-    (["facts", "--tokenizer=gtp2"], "it downloads gpt2"),
+    (["facts", "--tokenizer=gtp2"], "It downloads gpt2"),
     (["facts", "--vocab_size=10"], "--vocab_size=10 must be between 257 and 1048576"),
     (["facts-2000", "--people=0"], "--people=0 must be between"),
     (["facts", "--zipf=nan"], "--zipf=nan must be between 0 and"),

@@ -81,7 +81,7 @@ UNSCALED = dict(scale_embeddings=False)  # on facts, better for `tokens` and the
 SMALL = SHIFTED | dict(n_layer=3, n_head=4, n_embd=64, block_size=128, mem_num_keys=128, mem_heads=4,
                        mem_knn=16, mem_key_dim=32, batch_size=16, value_lr=6e-2)
 
-# All models except dense-2x cost the same multiply-adds per token (on facts, within 1%). A memory layer costs
+# All models except dense-2x and hash-narrow cost the same multiply-adds per token (on facts, within 1%). A memory layer costs
 # less than an MLP, so models with memory have wider MLPs in the other blocks. Models with larger pools have
 # narrower queries
 MODELS = {
@@ -98,7 +98,9 @@ MODELS = {
     "hash": UNSCALED | dict(mem_kind="hash", mlp_width=572),
     "shifted-plain": dict(mem_layers=(0,), mem_swilu=False, mlp_width=288),  # one memory layer, no gate
     "shifted-unscaled": UNSCALED,
+    "memory+-scaled": PUBLISHED | dict(scale_embeddings=True),
     "hash-scaled": dict(mem_kind="hash", mlp_width=572),
+    "hash-narrow": UNSCALED | dict(mem_kind="hash"),  # the MLP of `tokens`, so fewer multiply-adds
     # an expert of PEER has two rows
     "peer": dict(mem_kind="peer", mem_query="state", mem_num_keys=90, mlp_width=392),
 }

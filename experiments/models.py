@@ -164,10 +164,9 @@ EXPERIMENTS["code-short"] = Experiment(  # a fifth of the tokens, and more model
 EXPERIMENTS["reference"] = Experiment(
     SIX_BLOCKS | dict(dataset="reference", max_steps=4900, eval_interval=490),
     {name: SIX_BLOCK_MODELS[name] for name in ("dense", "memory+", "tokens", "hash", "moe")})
-# Only the lines that tell the facts of questions, read nine times: 5 M tokens
+# Only the lines that tell the facts of questions, read 18 times
 EXPERIMENTS["reference-facts"] = Experiment(
-    SIX_BLOCKS | dict(dataset="reference-facts", max_steps=2450, eval_interval=245),
-    EXPERIMENTS["reference"].models)
+    EXPERIMENTS["reference"].options | dict(dataset="reference-facts"), EXPERIMENTS["reference"].models)
 
 # The models of erase and teach: that of `make train`, with one option changed; the last two scale embeddings
 STATES = SMALL | dict(dataset="facts", max_steps=700, eval_interval=700, keep=1, resume=True)

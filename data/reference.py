@@ -154,8 +154,8 @@ def is_given_away(name: str, answers: list[str]) -> bool:
 
 
 def reference_text(factbook: str, wordnet: str, val_share: float, held_out: float, seed: int,
-                   only_facts: bool = False):
-    """Returns (texts, questions), arguments of write_corpus. only_facts: other lines are left out."""
+                   longest_fact: int = 0):
+    """Returns (texts, questions), arguments of write_corpus. longest_fact: see ReferenceConfig."""
     if not factbook and not wordnet:
         fail("--factbook= and --wordnet= are both empty: name a folder for one of them")
     rng, lines, facts = np.random.default_rng(seed), [], {}
@@ -167,8 +167,9 @@ def reference_text(factbook: str, wordnet: str, val_share: float, held_out: floa
     names = dict.fromkeys(name for _, name in facts)
     facts = {(kind, name): answers for (kind, name), answers in facts.items()
              if not is_given_away(name, answers)}
-    if only_facts:
-        lines = [lines[i] for i in sorted(set().union(*lines_that_tell(lines, facts).values()))]
+    if longest_fact:
+        telling = set().union(*lines_that_tell(lines, facts).values())
+        lines = [lines[i] for i in sorted(telling) if len(lines[i]) <= longest_fact]
     border = round(len(lines) * (1 - val_share))
     texts = {"train": lines[:border], "val": lines[border:]}
 

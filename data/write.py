@@ -28,7 +28,7 @@ LIMITS = {  # the smallest and the largest value of an option
     "vocab_size": (257, 2**20),  # 256 bytes and END
     "people": (1, 10**6), "documents": (1, 10**9), "pairs": (1, 10**4), "asks": (1, 10**4),
     "exposures": (1, 10**6), "zipf": (0, 100), "ask": (0, 1), "held_out": (0, 1), "val_share": (0, 1),
-    "code_tokens": (1, 3), "seed": (0, 2**32),
+    "code_tokens": (1, 3), "seed": (0, 2**32), "longest_fact": (0, 10**6),
 }
 
 

@@ -81,9 +81,9 @@ UNSCALED = dict(scale_embeddings=False)  # on facts, better for `tokens` and the
 SMALL = SHIFTED | dict(n_layer=3, n_head=4, n_embd=64, block_size=128, mem_num_keys=128, mem_heads=4,
                        mem_knn=16, mem_key_dim=32, batch_size=16, value_lr=6e-2)
 
-# All models except dense-2x and hash-narrow cost the same multiply-adds per token (on facts, within 1%). A memory layer costs
-# less than an MLP, so models with memory have wider MLPs in the other blocks. Models with larger pools have
-# narrower queries
+# All models except dense-2x and hash-narrow cost the same multiply-adds per token (on facts, within 1%). A
+# memory layer costs less than an MLP, so models with memory have wider MLPs in the other blocks. Models with
+# larger pools have narrower queries
 MODELS = {
     "dense": UNSCALED | dict(mem_layers=(), mlp_width=276),
     "memory+": PUBLISHED,
@@ -164,9 +164,10 @@ EXPERIMENTS["code-short"] = Experiment(  # a fifth of the tokens, and more model
 EXPERIMENTS["reference"] = Experiment(
     SIX_BLOCKS | dict(dataset="reference", max_steps=4900, eval_interval=490),
     {name: SIX_BLOCK_MODELS[name] for name in ("dense", "memory+", "tokens", "hash", "moe")})
-# Only the lines that tell the facts of questions, read 18 times
+# Only short lines that tell the facts of questions, read 50 times
 EXPERIMENTS["reference-facts"] = Experiment(
-    EXPERIMENTS["reference"].options | dict(dataset="reference-facts"), EXPERIMENTS["reference"].models)
+    SIX_BLOCKS | dict(dataset="reference-facts", max_steps=2450, eval_interval=245),
+    EXPERIMENTS["reference"].models)
 
 # The models of erase and teach: that of `make train`, with one option changed; the last two scale embeddings
 STATES = SMALL | dict(dataset="facts", max_steps=700, eval_interval=700, keep=1, resume=True)

@@ -96,9 +96,13 @@ def test_text_questions_and_tellings_by_hand(folders):
     texts, none_left = reference_text(*folders, val_share=0, held_out=0, seed=1)
     assert none_left == [], "the text asks about all names"
     assert set(texts("train")) - set(lines) == {f"{q['prompt']} {q['answers'][0]}\n" for q in questions}
-    texts, the_same = reference_text(*folders, val_share=0, held_out=1, seed=1, only_facts=True)
     telling = {line for line in lines if any(tells(line, question) for question in questions)}
-    assert the_same == questions and set(texts("train")) == telling < set(lines)
+    for longest in (45, 200):
+        texts, left = reference_text(*folders, val_share=0, held_out=1, seed=1, longest_fact=longest)
+        assert set(texts("train")) == {line for line in telling if len(line) <= longest}
+        assert all(sum(tells(line, question) for line in texts("train")) == question["exposures"]
+                   for question in left)
+    assert left == questions and telling < set(lines)
     assert is_given_away("Mexico", ["Mexico City"]) and not is_given_away("Norway", ["Nor"])
 
 

@@ -104,8 +104,8 @@ def record_reads(pool):
 
 
 def exposure_bin(question: dict) -> str:
-    """The bin of a question: "8" means 8 to 15 exposures, "16" means 16 to 31. JSON keys are strings."""
-    return str(1 << max(1, question.get("exposures", 1)).bit_length() - 1)
+    """The bin of a question: "0" means none, "8" 8 to 15 exposures, "16" 16 to 31. JSON keys are strings."""
+    return str(1 << max(0, question.get("exposures", 1)).bit_length() >> 1)
 
 
 def recall(model: GPT, encoding, questions: list[dict]) -> dict:

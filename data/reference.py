@@ -6,7 +6,8 @@ Nobody made this text up for a model. A line is one field of the Factbook, or on
     Trondheim, Nidaros: a port in central Norway on Trondheim Fjord
 
 The questions are about relations that the sources also have as data: the capital of a country, what a thing
-is, what it is part of. docs/data.md says how to get the sources.
+is, what it is part of. They ask in words that the text has for other names, or have the beginning of a line
+that ends with the answer. docs/data.md says how to get the sources.
 """
 
 import json
@@ -153,6 +154,17 @@ def is_given_away(name: str, answers: list[str]) -> bool:
     return not set(words_of(name.lower())).isdisjoint(words_of(" ".join(answers).lower()))
 
 
+def find_completion(lines: list[str], name: str, answers: list[str]) -> tuple[str, str] | None:
+    """A line that has the name and ends with an answer -> ("Trondheim: a port in central", "Norway")."""
+    for line in lines:
+        whole = line.rstrip(".\n")
+        for answer in answers:
+            prompt = whole.removesuffix(f" {answer}")
+            if prompt != whole and f" {' '.join(words_of(name))} " in f" {' '.join(words_of(prompt))} ":
+                return prompt, answer
+    return None
+
+
 def reference_text(factbook: str, wordnet: str, val_share: float, held_out: float, seed: int,
                    longest_fact: int = 0):
     """Returns (texts, questions), arguments of write_corpus. longest_fact: see ReferenceConfig."""
@@ -174,15 +186,20 @@ def reference_text(factbook: str, wordnet: str, val_share: float, held_out: floa
     texts = {"train": lines[:border], "val": lines[border:]}
 
     is_held_out = {name: rng.random() < held_out for name in names}
-    asked, questions = [], []  # in train.bin, and in qa.jsonl
-    for (kind, name), telling in lines_that_tell(texts["train"], facts).items():
-        answers = facts[kind, name]
+    asked, questions, completions = [], [], {}  # in train.bin; in qa.jsonl
+    told, untold = (lines_that_tell(texts[split], facts) for split in ("train", "val"))
+    for (kind, name), answers in facts.items():
+        about = {"exposures": len(told[kind, name]), "kind": kind}
         prompt = QUESTION.format(QUESTIONS[kind].format(name))
-        if exposures := len(telling):
-            if is_held_out[name]:
-                questions.append({"prompt": prompt, "answers": answers, "exposures": exposures, "kind": kind})
-            else:
-                asked.append(f"{prompt} {answers[0]}\n")
+        if told[kind, name] and is_held_out[name]:
+            questions.append({"prompt": prompt, "answers": answers, **about, "held_out": True})
+        elif told[kind, name]:
+            asked.append(f"{prompt} {answers[0]}\n")
+        split, numbers = ("train", told) if told[kind, name] else ("val", untold)
+        telling = [texts[split][number] for number in sorted(numbers[kind, name])]
+        if found := find_completion(telling, name, answers):
+            completions[found[0]] = {"prompt": found[0], "answer": found[1], **about, "kind": f"line: {kind}"}
+    questions += completions.values()
     texts["train"] += asked
     texts["train"] = [texts["train"][i] for i in rng.permutation(len(texts["train"]))]
     return texts.get, questions

@@ -5,7 +5,7 @@ Does memory help, where, and at what cost? Trains models of equal cost and print
     python -m experiments.compare ablation      the model "shifted", with one thing changed at a time
     python -m experiments.compare code-short --lrs=8e-3    the loss on source code of installed packages
     python -m experiments.compare code-small --lrs=8e-3    the same with five times as many tokens, 30 M
-    python -m experiments.compare reference --lrs=8e-3 --seeds=2     real facts; make the corpus first
+    python -m experiments.compare reference-facts --lrs=8e-3 --seeds=2     real facts; first make `reference`
     python -m experiments.compare mqar          answers that stand in the context: memory should not help here
     python -m experiments.compare facts-large --lrs=2e-3   200,000 people, larger models: needs a GPU
     python -m experiments.compare code --lrs=2e-3          installed Python packages: needs a GPU
@@ -177,8 +177,8 @@ def run_all(name: str, experiment: Experiment, config: CompareConfig) -> None:
 # --- tables -------------------------------------------------------------------------------------------------
 
 TOLD = {  # columns of an experiment's table: the recall of facts that training told low ... high - 1 times
-    "facts": {"8 to 31 times": (8, 32)},
-    "reference": {"once": (1, 2), "2 to 7 times": (2, 8), "8 times or more": (8, 2**20)},
+    "facts": {"told 8 to 31 times": (8, 32)},
+    "reference-facts": {"never told": (0, 1), "told once": (1, 2), "told more often": (2, 2**20)},
 }
 
 
@@ -229,15 +229,14 @@ def print_table(name: str, experiment: Experiment, folder: str) -> None:
             is_dense = model == "dense"
             line["minus dense's, in training"] = "-" if is_dense else difference(model_runs, runs["dense"])
         for times, (low, high) in TOLD.get(name, {}).items():
-            line[f"recall, told {times}"] = mean_and_deviation(
+            line[f"recall, {times}"] = mean_and_deviation(
                 [recall_between(row, low, high) for row in model_runs])
+        if name in TOLD:
+            line["recall, held out"] = mean_and_deviation([point["recall"]["held_out"] for point in final])
         if name == "facts" and "dense" in runs:
             goal = mean(row["curve"][-1]["recall"]["all"] for row in runs["dense"])
-            line |= {
-                "recall, held out": mean_and_deviation([point["recall"]["held_out"] for point in final]),
-                "M tokens to dense's recall": mean_and_deviation(
-                    [tokens_to(goal, row["curve"]) / 1e6 for row in model_runs], ".2f"),
-            }
+            line["M tokens to dense's recall"] = mean_and_deviation(
+                [tokens_to(goal, row["curve"]) / 1e6 for row in model_runs], ".2f")
         lines.append(line)
     print(f"\n{name}, each model at the best learning rate of those tried:\n")
     results.print_markdown(lines)

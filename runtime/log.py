@@ -233,7 +233,8 @@ def recall_rows(shares: dict) -> dict[str, float]:
     """{label: share}: what evaluate.recall returns, with labels to print."""
     rows = {LABELS["all"] if "held_out" in shares else "all questions": shares.get("all")}
     for low, share in shares["by_exposure"].items():
-        rows["  told at most once" if low == "1" else f"  told {low} to {2 * int(low) - 1} times"] = share
+        few = {"0": "never told", "1": "told once"}
+        rows[f"  {few.get(low, f'told {low} to {2 * int(low) - 1} times')}"] = share
     rows[LABELS["held_out"]] = shares.get("held_out")
     return {label: share for label, share in rows.items() if share is not None}
 

@@ -10,7 +10,7 @@ from conftest import assert_fails
 
 from data import corpus
 from data.prepare import main
-from data.reference import is_given_away, reference_text
+from data.reference import find_completion, is_given_away, reference_text
 
 
 def page(short, long, capital, borders=None, area="12 sq km"):
@@ -70,8 +70,8 @@ def tells(line, question):
 
 
 def test_text_questions_and_tellings_by_hand(folders):
-    texts, questions = reference_text(*folders, val_share=0, held_out=1, seed=1)
-    lines = texts("train")
+    texts, both = reference_text(*folders, val_share=0, held_out=1, seed=1)
+    lines, questions = texts("train"), [q for q in both if q.get("held_out")]
     assert texts("val") == [] and len(lines) == len(set(lines)) == 5 * 5 + 2 + 10 + 3
     assert {"Norway, Capital, name: Oslo\n", "Norway, Background: Oslo has a castle.\n",
             "Central African Republic, Area, total: 12 sq km\n", "galore: in great numbers\n",
@@ -93,16 +93,23 @@ def test_text_questions_and_tellings_by_hand(folders):
         "What is Oslo? Answer:": ("is a", ["city", "metropolis"], 1),
         "What is Oslo part of? Answer:": ("part of", ["Norway"], 3),
     }
-    texts, none_left = reference_text(*folders, val_share=0, held_out=0, seed=1)
-    assert none_left == [], "the text asks about all names"
+    assert {(q["prompt"], q["answer"], q["exposures"], q["kind"]) for q in both if q not in questions} == {
+        ("Norway, Capital, name:", "Oslo", 3, "line: capital"),
+        ("Norway, Area, total:", "3,238 sq km", 1, "line: area"),
+        ("Central African Republic, Capital, name:", "Bangui", 2, "line: capital"),
+        ("Central African Republic, Area, total:", "12 sq km", 1, "line: area"),
+        ("Netherlands, Area, total:", "12 sq km", 1, "line: area")}
+    assert find_completion(["Oslo: in old Norway.\n"], "Oslo", ["Norway"]) == ("Oslo: in old", "Norway")
+    for line in ("Norway has Oslo\n", "Osloer: in Norway\n", "Oslo: in Norway, too\n", "Oslo, Norway: x\n"):
+        assert find_completion([line], "Oslo", ["Norway"]) is None
+    texts, completions = reference_text(*folders, val_share=0, held_out=0, seed=1)
+    assert completions == both[len(questions):], "the text asks about all names"
     assert set(texts("train")) - set(lines) == {f"{q['prompt']} {q['answers'][0]}\n" for q in questions}
     telling = {line for line in lines if any(tells(line, question) for question in questions)}
     for longest in (45, 200):
         texts, left = reference_text(*folders, val_share=0, held_out=1, seed=1, longest_fact=longest)
         assert set(texts("train")) == {line for line in telling if len(line) <= longest}
-        assert all(sum(tells(line, question) for line in texts("train")) == question["exposures"]
-                   for question in left)
-    assert left == questions and telling < set(lines)
+    assert left == both and telling < set(lines)
     assert is_given_away("Mexico", ["Mexico City"]) and not is_given_away("Norway", ["Nor"])
 
 
@@ -112,6 +119,10 @@ def test_only_training_lines_count_and_no_question_is_asked_in_training(folders)
         train = [line for line in texts("train") if not line.startswith("Question: ")]
         assert len(train) == len(texts("val")) == 20 and not set(train) & set(texts("val"))
         for question in questions:
+            if "held_out" not in question:  # a line that is told, or else one of the validation text
+                line = f"{question['prompt']} {question['answer']}\n"
+                assert line in (train if question["exposures"] else texts("val"))
+                continue
             assert question["exposures"] == sum(tells(line, question) for line in train) > 0
             assert not any(f" {name_in(question)}?" in line for line in set(texts("train")) - set(train))
 
@@ -126,7 +137,7 @@ def test_one_source_is_enough_and_its_place_does_not_matter(folders, left_out):
     text = found.encoding.decode(found.train.tolist() + found.val.tolist())
     assert ("Norway, Area" in text) == ("factbook" not in left_out)
     assert ("galore:" in text) == ("wordnet" not in left_out)
-    assert found.questions and all("held_out" not in question for question in found.questions)
+    assert any("held_out" in question for question in found.questions)
     for name in options.keys() - set(left_out):
         shutil.move(options[name], f"{options[name]}-moved")
     main(["reference", "--held_out=0.9", "--val_share=0.2",

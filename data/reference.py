@@ -39,6 +39,7 @@ FIELDS = {  # of the Factbook: kind of question, and what in the text is an answ
     ("Geography", "Land boundaries", "border countries"): ("neighbour", r"[^\d, ][^\d,]*(?= [\d,.]+ km)"),
     ("Geography", "Area", "total"): ("area", r".+"),
 }
+LONGEST_PROMPT = 100  # characters of a line to be completed, so that it fits a context of 128 tokens
 RELATIONS = {"@i": "is a", "#p": "part of"}  # WordNet's signs for these relations, and the kind of question
 
 
@@ -155,12 +156,15 @@ def is_given_away(name: str, answers: list[str]) -> bool:
 
 
 def find_completion(lines: list[str], name: str, answers: list[str]) -> tuple[str, str] | None:
-    """A line that has the name and ends with an answer -> ("Trondheim: a port in central", "Norway")."""
-    for line in lines:
-        whole = line.rstrip(".\n")
+    """
+    A short line that begins with the name and ends with an answer -> ("Trondheim: a port in central",
+    "Norway"). The beginning must not have the answer, nor end with a part of a name, as in "South" Africa.
+    """
+    for line in (line.rstrip(".\n") for line in lines if len(line) <= LONGEST_PROMPT):
         for answer in answers:
-            prompt = whole.removesuffix(f" {answer}")
-            if prompt != whole and f" {' '.join(words_of(name))} " in f" {' '.join(words_of(prompt))} ":
+            prompt = line.removesuffix(f" {answer}")
+            if (prompt != line and re.match(rf"{re.escape(name)}\b", prompt)
+                    and not prompt.split(" ")[-1][:1].isupper() and not is_given_away(prompt, [answer])):
                 return prompt, answer
     return None
 
@@ -186,19 +190,23 @@ def reference_text(factbook: str, wordnet: str, val_share: float, held_out: floa
     texts = {"train": lines[:border], "val": lines[border:]}
 
     is_held_out = {name: rng.random() < held_out for name in names}
-    asked, questions, completions = [], [], {}  # in train.bin; in qa.jsonl
-    told, untold = (lines_that_tell(texts[split], facts) for split in ("train", "val"))
+    def ask(kind, name):
+        return QUESTION.format(QUESTIONS[kind].format(name))
+
+    texts["train"] += [f"{ask(*fact)} {facts[fact][0]}\n"
+                       for fact, telling in lines_that_tell(texts["train"], facts).items()
+                       if telling and not is_held_out[fact[1]]]
+    told, told_in_val = (lines_that_tell(texts[split], facts) for split in ("train", "val"))
+    questions, completions = [], {}
     for (kind, name), answers in facts.items():
-        about = {"exposures": len(told[kind, name]), "kind": kind}
-        prompt = QUESTION.format(QUESTIONS[kind].format(name))
-        if told[kind, name] and is_held_out[name]:
-            questions.append({"prompt": prompt, "answers": answers, **about, "held_out": True})
-        elif told[kind, name]:
-            asked.append(f"{prompt} {answers[0]}\n")
-        split, telling = ("train", told[kind, name]) if told[kind, name] else ("val", untold[kind, name])
-        if found := find_completion([texts[split][i] for i in sorted(telling)], name, answers):
-            completions[found[0]] = {"prompt": found[0], "answer": found[1], **about, "kind": f"line: {kind}"}
+        exposures = len(told[kind, name])
+        if exposures and is_held_out[name]:
+            questions.append({"prompt": ask(kind, name), "answers": answers, "exposures": exposures,
+                              "kind": kind, "held_out": True})
+        split, telling = ("train", told) if exposures else ("val", told_in_val)
+        if found := find_completion([texts[split][i] for i in sorted(telling[kind, name])], name, answers):
+            completions[found[0]] = {"prompt": found[0], "answer": found[1], "exposures": exposures,
+                                     "kind": f"line: {kind}"}
     questions += completions.values()
-    texts["train"] += asked
     texts["train"] = [texts["train"][i] for i in rng.permutation(len(texts["train"]))]
     return texts.get, questions

@@ -99,11 +99,8 @@ def test_text_questions_and_tellings_by_hand(folders):
         ("Central African Republic, Capital, name:", "Bangui", 2, "line: capital"),
         ("Central African Republic, Area, total:", "12 sq km", 1, "line: area"),
         ("Netherlands, Area, total:", "12 sq km", 1, "line: area")}
-    assert find_completion(["Oslo: in old Norway.\n"], "Oslo", ["Norway"]) == ("Oslo: in old", "Norway")
-    for line in ("Norway has Oslo\n", "Osloer: in Norway\n", "Oslo: in Norway, too\n", "Oslo, Norway: x\n"):
-        assert find_completion([line], "Oslo", ["Norway"]) is None
     texts, completions = reference_text(*folders, val_share=0, held_out=0, seed=1)
-    assert completions == both[len(questions):], "the text asks about all names"
+    assert [q["prompt"] for q in completions] == [q["prompt"] for q in both[len(questions):]]
     assert set(texts("train")) - set(lines) == {f"{q['prompt']} {q['answers'][0]}\n" for q in questions}
     telling = {line for line in lines if any(tells(line, question) for question in questions)}
     for longest in (45, 200):
@@ -111,6 +108,19 @@ def test_text_questions_and_tellings_by_hand(folders):
         assert set(texts("train")) == {line for line in telling if len(line) <= longest}
     assert left == both and telling < set(lines)
     assert is_given_away("Mexico", ["Mexico City"]) and not is_given_away("Norway", ["Nor"])
+
+
+@pytest.mark.parametrize("line, prompt", [
+    ("Oslo: in old Norway.\n", "Oslo: in old"),
+    ("Oslo, Christiania: a port in Norway\n", "Oslo, Christiania: a port in"),
+    ("Norway has Oslo\n", None), ("Osloer: in Norway\n", None), ("Oslo: in Norway, too\n", None),
+    ("A fjord at Oslo in Norway\n", None),  # about a fjord
+    ("Oslo, capital of Norway: the capital of Norway\n", None),  # the prompt has the answer
+    ("Oslo: in South Norway\n", None),  # South Norway is a name
+    (f"Oslo: {'very ' * 20}old Norway\n", None),  # too long
+])
+def test_a_line_to_be_completed_is_about_the_name_and_ends_with_the_answer(line, prompt):
+    assert find_completion([line], "Oslo", ["Norway"]) == (prompt and (prompt, "Norway"))
 
 
 def test_only_training_lines_count_and_no_question_is_asked_in_training(folders):
@@ -123,7 +133,7 @@ def test_only_training_lines_count_and_no_question_is_asked_in_training(folders)
                 line = f"{question['prompt']} {question['answer']}\n"
                 assert line in (train if question["exposures"] else texts("val"))
                 continue
-            assert question["exposures"] == sum(tells(line, question) for line in train) > 0
+            assert question["exposures"] == sum(tells(line, question) for line in texts("train")) > 0
             assert not any(f" {name_in(question)}?" in line for line in set(texts("train")) - set(train))
 
 
@@ -143,6 +153,13 @@ def test_one_source_is_enough_and_its_place_does_not_matter(folders, left_out):
     main(["reference", "--held_out=0.9", "--val_share=0.2",
           *(argument + "-moved" * (not argument.endswith("=")) for argument in arguments)])
     assert np.array_equal(found.train, corpus.Dataset("reference").train)
+
+
+def test_the_short_lines_take_the_tokenizer_of_the_whole_text(folders):
+    sources = [f"--{name}={folder}" for name, folder in zip(("factbook", "wordnet"), folders, strict=True)]
+    main(["reference-facts", "--val_share=0.3", *sources])
+    few, whole = corpus.Dataset("reference-facts"), corpus.Dataset("reference")
+    assert few.encoding_json == whole.encoding_json and len(few.train) < len(whole.train)
 
 
 def test_what_is_missing_is_named_with_a_way_to_get_it(folders, tmp_path, capsys):

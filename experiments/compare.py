@@ -176,12 +176,6 @@ def run_all(name: str, experiment: Experiment, config: CompareConfig) -> None:
 
 # --- tables -------------------------------------------------------------------------------------------------
 
-TOLD = {  # columns of an experiment's table: the recall of facts that training told low ... high - 1 times
-    "facts": {"told 8 to 31 times": (8, 32)},
-    "reference-facts": {"never told": (0, 1), "told once": (1, 2), "told more often": (2, 2**20)},
-}
-
-
 def recall_between(row: dict, low: int, high: int) -> float:
     """The final recall of facts that training told low ... high - 1 times. Both must be powers of two."""
     shares = row["curve"][-1]["recall"]["by_exposure"]
@@ -228,12 +222,12 @@ def print_table(name: str, experiment: Experiment, folder: str) -> None:
         elif "dense" in runs:
             is_dense = model == "dense"
             line["minus dense's, in training"] = "-" if is_dense else difference(model_runs, runs["dense"])
-        for times, (low, high) in TOLD.get(name, {}).items():
-            line[f"recall, {times}"] = mean_and_deviation(
-                [recall_between(row, low, high) for row in model_runs])
-        if name in TOLD:
+        if name == "facts":
+            line["recall, told 8 to 31 times"] = mean_and_deviation(
+                [recall_between(row, 8, 32) for row in model_runs])
+        if name in ("facts", "reference-facts"):
             line["recall, held out"] = mean_and_deviation([point["recall"]["held_out"] for point in final])
-        if name in TOLD and "dense" in runs:
+        if name == "facts" and "dense" in runs:
             goal = mean(row["curve"][-1]["recall"]["all"] for row in runs["dense"])
             line["M tokens to dense's recall"] = mean_and_deviation(
                 [tokens_to(goal, row["curve"]) / 1e6 for row in model_runs], ".2f")

@@ -107,7 +107,6 @@ MODELS = {
 ABLATIONS = {
     "shifted": {},  # the others change one thing, and mlp_width to keep the cost equal
     "mem_query=state": dict(mem_query="state"),
-    "mem_query=tokens": dict(mem_query="tokens"),
     "layers 1 and 2": dict(mem_layers=(1, 2)),
     "value_lr=3e-3": dict(value_lr=3e-3),
     "embeddings not scaled": UNSCALED,

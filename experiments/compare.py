@@ -5,7 +5,7 @@ Does memory help, where, and at what cost? Trains models of equal cost and print
     python -m experiments.compare ablation      the model "shifted", with one thing changed at a time
     python -m experiments.compare code-short --lrs=8e-3    the loss on source code of installed packages
     python -m experiments.compare code-small --lrs=8e-3    the same with five times as many tokens, 30 M
-    python -m experiments.compare reference-facts --lrs=8e-3 --seeds=2     real facts; docs/data.md: their text
+    python -m experiments.compare reference-facts --lrs=8e-3 --seeds=2    real facts; see docs/data.md
     python -m experiments.compare mqar          answers that stand in the context: memory should not help here
     python -m experiments.compare facts-large --lrs=2e-3   200,000 people, larger models: needs a GPU
     python -m experiments.compare code --lrs=2e-3          installed Python packages: needs a GPU

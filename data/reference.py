@@ -185,6 +185,7 @@ def reference_text(factbook: str, wordnet: str, val_share: float, held_out: floa
              if not is_given_away(name, answers)}
     if longest_fact:
         telling = set().union(*lines_that_tell(lines, facts).values())
+        # the end of a line is a character, too
         lines = [lines[i] for i in sorted(telling) if len(lines[i]) <= longest_fact]
     border = round(len(lines) * (1 - val_share))
     texts = {"train": lines[:border], "val": lines[border:]}

@@ -148,7 +148,7 @@ def test_one_source_is_enough_and_its_place_does_not_matter(folders, left_out):
     assert ("Norway, Area" in text) == ("factbook" not in left_out)
     assert ("galore:" in text) == ("wordnet" not in left_out)
     held_out = {question.get("held_out", False) for question in found.questions}
-    assert held_out == ({True} if "factbook" in left_out else {True, False})  # no WordNet line here is completed
+    assert held_out == ({True} if "factbook" in left_out else {True, False})  # WordNet: none ends so
     for name in options.keys() - set(left_out):
         shutil.move(options[name], f"{options[name]}-moved")
     main(["reference", "--held_out=0.9", "--val_share=0.2",

@@ -17,6 +17,7 @@ with these rows. docs/attach.md explains the method, and has numbers. From Pytho
     detach(model)                                                     # the model is as it was
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -77,6 +78,23 @@ def first_linear(module: nn.Module) -> tuple[nn.Module, int]:
     raise ValueError(f"{type(module).__name__} has no Linear, so its width is unknown")
 
 
+@contextlib.contextmanager
+def float32_by_default():
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def forget_compiled() -> None:
+    """By default, torch.compile does not see that a module has a new hook, and runs what it has compiled."""
+    import torch._dynamo  # only here, because it takes a second
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch.compiler.reset()
+
+
 def attach(model: nn.Module, modules, num_keys: int = 256, heads: int = 4, knn: int = 16, key_dim: int = 128,
            seed: int = 0) -> ValuePool:
     """
@@ -90,9 +108,12 @@ def attach(model: nn.Module, modules, num_keys: int = 256, heads: int = 4, knn: 
     if not chosen or None in chosen or any(part not in names for part in chosen):
         raise ValueError(f"modules={', '.join(map(str, modules))} must name modules of the model, such as "
                          f"{', '.join(list(named)[-3:])}")
-    if getattr(model, "pool", None) is not None:
-        raise ValueError("the model has a memory already: detach it first")
+    if (own := getattr(model, "pool", None)) is not None:
+        raise ValueError("the model has a memory already: detach it first" if isinstance(own, ValuePool) else
+                         "the model has an attribute `pool` already, where the memory's pool would be")
     linears, widths = zip(*map(first_linear, chosen), strict=True)
+    if len(set(linears)) < len(linears):
+        raise ValueError("one of the modules is named twice, or is inside of another one")
     weights = [next(part.parameters()) for part in chosen]
     places = {str(weight.device) for weight in weights}
     if len(set(widths)) > 1 or len(places) > 1:
@@ -100,7 +121,7 @@ def attach(model: nn.Module, modules, num_keys: int = 256, heads: int = 4, knn: 
                          f"{sorted(set(widths))} on {', '.join(sorted(places))}")
     where = dict(device=weights[0].device, dtype=weights[0].dtype)
     sizes = dict(num_keys=num_keys, heads=heads, knn=knn, key_dim=key_dim)
-    with torch.random.fork_rng(), torch.device("cpu"):  # the same numbers on any device
+    with torch.random.fork_rng(), torch.device("cpu"), float32_by_default():  # the same numbers anywhere
         torch.manual_seed(seed)
         pool = ValuePool(num_keys**2, widths[0])
         layers = [AttachedMemory(pool, **sizes) for _ in chosen]
@@ -108,10 +129,11 @@ def attach(model: nn.Module, modules, num_keys: int = 256, heads: int = 4, knn: 
     for part, linear, layer in zip(chosen, linears, layers, strict=True):
         linear.memory = layer.requires_grad_(False).to(**where)
         layer.hook = part.register_forward_hook(layer.add_to_output, with_kwargs=True)
-    layers[0].pool = pool.to(**where)
+    layers[0].pool = pool.train(model.training).to(**where)
     object.__setattr__(model, "pool", pool)  # not a submodule: a Sequential would call it
     pool.search = dict(modules=[names[part] for part in chosen], **sizes, seed=seed)
     pool.sentences = []  # for the commands: what the memory was taught
+    forget_compiled()
     return pool
 
 
@@ -121,7 +143,9 @@ def detach(model: nn.Module) -> None:
         if isinstance(getattr(module, "memory", None), AttachedMemory):
             module.memory.hook.remove()
             del module.memory
-    object.__setattr__(model, "pool", None)
+    if isinstance(getattr(model, "pool", None), ValuePool):
+        object.__setattr__(model, "pool", None)
+    forget_compiled()
 
 
 # --- patches ------------------------------------------------------------------------------------------------
@@ -359,10 +383,11 @@ def find_mlps(model, layers: tuple[int, ...]) -> list[str]:
     """The names of the MLPs in these blocks; by default of two blocks, after a fifth and a half of them."""
     mlps = {int(match[1]): name for name, _ in model.named_modules()
             if (match := re.fullmatch(r".*\.(\d+)\.(?:mlp|feed_forward|ffn)", name))}
+    if not mlps:
+        fail("the MLPs of this model have names unknown here: use attach from Python, see docs/attach.md")
     if missing := set(layers) - set(mlps):
-        fail(f"--layers={min(missing)}: this model has MLPs in the blocks "
-             f"{', '.join(map(str, mlps)) or 'that it has under names unknown here: use attach from Python'}")
-    return [mlps[layer] for layer in layers or sorted({len(mlps) // 5, len(mlps) // 2 - 1})]
+        fail(f"--layers={min(missing)}: this model has MLPs in the blocks {', '.join(map(str, mlps))}")
+    return [mlps[layer] for layer in layers or sorted({len(mlps) // 5, max(0, len(mlps) // 2 - 1)})]
 
 
 class Forgetting:
@@ -448,7 +473,11 @@ def teach_sentences(model, tokenizer, config: TeachConfig, lines: list[str]) -> 
     print_text("learning sentences about " + ", ".join(f"{name} ({n})" for name, n in about.items())
                + "; [] in a sentence marks another name")
     if model.pool is None:
-        attach(model, find_mlps(model, config.layers))
+        mlps = find_mlps(model, config.layers)
+        try:
+            attach(model, mlps)
+        except ValueError as error:
+            fail(f"--model={config.model}: {error}")
     elif config.layers:
         fail(f"--layers is for a new patch: the memory of this one is beside {model.pool.search['modules']}")
     forgetting = Forgetting(model, tokenizer, config)

@@ -5,6 +5,8 @@ import json
 import math
 import random
 
+from runtime.cli import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -88,10 +90,14 @@ def test_attached_memory_adds_what_it_reads(kind):
 
 def test_the_seed_decides_the_search():
     memories = []
-    for seed in (3, 3, 4):
+    for seed, dtype in ((3, torch.float32), (3, torch.bfloat16), (4, torch.float32)):
         model, names = make("llama")
         torch.manual_seed(seed + 100 * len(memories))  # other random numbers do not count
-        attach(model, [model.get_submodule(name) for name in names], **SIZES, seed=seed)
+        torch.set_default_dtype(dtype)  # nor does this
+        try:
+            attach(model, [model.get_submodule(name) for name in names], **SIZES, seed=seed)
+        finally:
+            torch.set_default_dtype(torch.float32)
         assert model.pool.search == dict(modules=names, **SIZES, seed=seed)
         memories.append(memories_of(model)[1].half_keys)
     assert torch.equal(memories[0], memories[1]) and not torch.equal(memories[0], memories[2])
@@ -125,10 +131,13 @@ def test_half_precision_before_or_after(dtype):
 def test_a_compiled_model_and_a_copy_read_their_own_rows():
     model, names = make("llama")
     before = logits(model)
-    attach(model, names, **SIZES)
-    fill(model)
     compiled = torch.compile(model, backend="eager")
-    torch.testing.assert_close(edit.all_logits(compiled, x).detach(), logits(model))
+    for change in (lambda: None, lambda: attach(model, names, **SIZES), lambda: detach(model),
+                   lambda: attach(model, names, **SIZES)):
+        change()
+        if getattr(model, "pool", None) is not None:
+            fill(model)
+        torch.testing.assert_close(edit.all_logits(compiled, x).detach(), logits(model))
     twin, expected = copy.deepcopy(model), logits(model)
     twin.pool.values.data.zero_()
     assert torch.equal(logits(model), expected) and torch.equal(logits(twin), before)
@@ -139,9 +148,15 @@ def test_what_does_not_fit_is_refused():
     for modules, message in [(["model.layers.9.mlp"], "must name modules of the model"),
                              ([], "must name modules"), ([nn.Linear(16, 16)], "must name modules"),
                              (["model.layers.0.mlp", "model.layers.0.mlp.down_proj"], "one width"),
-                             (["model.norm"], "no Linear")]:
+                             (["model.norm"], "no Linear"), ([names[0], names[0]], "named twice")]:
         with pytest.raises(ValueError, match=message):
             attach(model, modules, **SIZES)
+    own = model.pool = nn.Identity()
+    with pytest.raises(ValueError, match="has an attribute `pool` already"):
+        attach(model, names, **SIZES)
+    detach(model)
+    assert model.pool is own
+    del model.pool
     model.get_submodule(names[1]).to("meta")  # as a device_map places blocks on several GPUs
     with pytest.raises(ValueError, match="on one device, not .* on cpu, meta"):
         attach(model, names, **SIZES)
@@ -354,6 +369,21 @@ def test_mistakes_end_in_one_line(words, message, folder, tmp_path, capsys, monk
     words = [word.replace("FOLDER", f"--model={folder}") for word in words]
     assert_fails(lambda: program.main(words), message, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_which_mlps_get_a_memory():
+    small = dict(hidden_size=16, num_attention_heads=2, vocab_size=40, num_key_value_heads=2)
+    one = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, num_hidden_layers=1))
+    assert program.find_mlps(one, ()) == ["model.layers.0.mlp"]
+    opt = transformers.OPTForCausalLM(transformers.OPTConfig(
+        hidden_size=16, num_attention_heads=2, vocab_size=40, ffn_dim=8, num_hidden_layers=2,
+        word_embed_proj_dim=16))
+    with pytest.raises(UserError, match="MLPs of this model have names unknown here"):
+        program.find_mlps(opt, ())
+    experts = transformers.MixtralForCausalLM(transformers.MixtralConfig(**small, num_hidden_layers=2))
+    experts.pool = None
+    with pytest.raises(UserError, match="--model=smollm2: MixtralSparseMoeBlock has no Linear"):
+        program.teach_sentences(experts, None, program.TeachConfig(), ["Ada Lu sings."])
 
 
 def test_smollm2_says_how_to_get_it(monkeypatch, capsys):

@@ -202,7 +202,7 @@ def _top_k_by_numpy(x, k):
     numpy sorts a row 5 times as fast as torch, but does not return the columns of the sorted numbers. So each
     float32 number becomes a float64, and its column is written into the lowest 28 of the 29 new bits.
     """
-    rows = x.double()
+    rows = x.double().add_(2.0**-1000)  # changes only 0: its new bits would be a denormal number
     rows.view(torch.int64).bitwise_or_(torch.arange(x.size(-1)))
     rows.numpy().sort(-1)
     best = rows[..., -k:].flip(-1)
@@ -254,7 +254,7 @@ def _update_torch(values, state, sorted_reads, lr, beta1, beta2, eps, seed, fini
         if values.dtype == g.dtype:
             _add_to_rows(values, rows, g, alpha=-lr)
         else:
-            new = values[rows].to(g.dtype).sub_(g, alpha=lr)
+            new = values[rows].to(torch.promote_types(values.dtype, g.dtype)).sub_(g, alpha=lr)
             values[rows] = (new if seed is None else _round_by_chance(new, rows, seed)).to(values.dtype)
 
 
@@ -638,13 +638,14 @@ def _update_triton(values, state, sorted_reads, lr, beta1, beta2, eps, seed, fin
     V, places, device = dy.size(1), len(token), dy.device
     begin = torch.searchsorted(row, row, out_int32=True)
     end = torch.searchsorted(row, row, right=True, out_int32=True)
-    sums = torch.empty(2 * triton.cdiv(places, PIECE), V, device=device)
+    sums = torch.empty(2 * triton.cdiv(places, PIECE), V, dtype=torch.float32, device=device)
     settings = gather_settings(V, dy.element_size())
     _launch(sum_pieces_kernel, (len(sums), triton.cdiv(V, settings["COLUMNS"])),
             sums, dy, begin, end, token, weights, places, PIECE=PIECE, **settings)
     v, exp_avg, exp_avg_sq = (state.get(name) for name in ("v", "exp_avg", "exp_avg_sq"))
     if not torch.is_tensor(lr):
-        lr = torch.full((), lr, device=device)  # not a copy from the CPU, which would make the CPU wait
+        # not a copy from the CPU, which would make the CPU wait
+        lr = torch.full((), lr, dtype=torch.float32, device=device)
     finite = torch.ones((), device=device) if finite is None else finite
     _launch(update_kernel, (places,), values, v, exp_avg, exp_avg_sq, row, token, weights, begin, end, dy,
             sums, lr.float(), seed, finite.int(), beta1, beta2, eps, STOCHASTIC=seed is not None,

@@ -103,7 +103,8 @@ class ValuePool(nn.Module):
 
     def count(self, indices, weights) -> None:
         """In training, counts the use of the slots. A forward pass inside of backward() does not count."""
-        if self.training and not is_in_backward() and has_numbers(indices):
+        is_training = self.training and not is_in_backward() and not torch.is_inference_mode_enabled()
+        if is_training and has_numbers(indices):
             self.usage.add(indices, weights)
 
     def _apply(self, fn, recurse=True):
@@ -245,7 +246,9 @@ class FactoredGradient(torch.Tensor):
             if all(isinstance(g, cls) for g in gradients):
                 for g in gradients:
                     found_inf.logical_or_(~g.bound().isfinite())
-                    g.reads[:] = [(indices, weights, dy * factor) for indices, weights, dy in g.reads]
+                    # with two dimensions, the factor makes dy float32. In float16, small numbers would be 0
+                    g.reads[:] = [(indices, weights, dy * factor.view(1, 1))
+                                  for indices, weights, dy in g.reads]
                 return None
         if operation is aten.new_empty_strided.default:  # backward() may copy a gradient into a new one
             return cls(args[0], [])
@@ -422,7 +425,7 @@ class MemoryUsage(nn.Module):
 
     def add(self, indices, weights) -> None:
         if self.total_weight.is_meta:  # a checkpoint has the values of the pool, but no counts
-            self.total_weight = torch.zeros(self.total_weight.shape, device=indices.device)
+            self.total_weight = torch.zeros_like(self.total_weight, device=indices.device)
         weights = weights.detach().abs().flatten()  # PEER has negative weights too
         self.total_weight.index_add_(0, indices.flatten(), weights.to(self.total_weight))
 
@@ -452,4 +455,6 @@ class MemoryUsage(nn.Module):
             super()._apply(fn, recurse)
         if self.total_weight.dtype != before.dtype:
             self.total_weight = before.to(self.total_weight.device)
+        if before.is_meta and not self.total_weight.is_meta:
+            self.reset()  # to_empty() leaves any numbers
         return self

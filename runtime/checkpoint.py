@@ -261,7 +261,7 @@ class Checkpoint:
                 state["pool.values"] = stored = self.pool_columns(columns_group(model.pool))["values"]
                 if values_file:
                     state["pool.values"] = on_disk(stored, values_file).copy_(stored)
-                model.pool.usage.to_empty(device="cpu").reset()  # a checkpoint has no counts
+                model.pool.usage.to_empty(device="cpu")  # a checkpoint has no counts
             model.load_state_dict(state, assign=True)
         return model
 

@@ -237,7 +237,11 @@ def test_the_update_in_triton_equals_the_one_in_pytorch(N, bag, V, num_values, h
             # indices with 32 bits, as in training
             reads = [(indices.int(), *others) for s in (seed, seed + 10)
                      for _, indices, *others in [make_read(N, bag, V, num_values, how, seed=s)]]
-            update(values, reads, state, kernel=side)
+            torch.set_default_dtype(torch.bfloat16)  # the kernels compute in float32 all the same
+            try:
+                update(values, reads, state, kernel=side)
+            finally:
+                torch.set_default_dtype(torch.float32)
         results.append({"values": values} | state)
     for name, ours in results[1].items():
         assert_close(ours, results[0][name].double(), 1e-5)
@@ -365,6 +369,18 @@ def test_top_k_of_no_rows_and_of_strided_rows(S):
     values, indices = top_k(x, 7)
     assert torch.equal(values, x.topk(7).values) and torch.equal(values, x.gather(-1, indices))
     assert torch.equal(x, before), "the input does not change"
+
+
+@pytest.mark.parametrize("S", [40, 200])
+def test_top_k_of_equal_numbers_has_different_columns_without_denormals(S):
+    try:
+        torch.set_flush_denormal(True)
+        for x in (torch.zeros(2, S), torch.randn(2, S).round()):
+            values, indices = top_k(x, 30)
+            assert torch.equal(values, x.topk(30).values) and torch.equal(values, x.gather(-1, indices))
+            assert all(len(row.unique()) == 30 for row in indices)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 # --- the search in Triton -----------------------------------------------------------------------------------

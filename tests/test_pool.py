@@ -311,6 +311,20 @@ def test_grad_scaler_unscales_and_skips_the_step_of_an_overflow(model, dense):
         assert torch.equal(model.pool.values, before) == (factor != 1) and scaler.get_scale() == scale
 
 
+def test_grad_scaler_helps_with_reads_in_float16():
+    pool, factors = ValuePool(64, 8), torch.randn(32, 4)
+    scaler, optimizer = torch.amp.GradScaler("cpu"), PoolOptimizer(pool.parameters(), lr=0.1)
+    indices, x = torch.randint(64, (32, 4)), 0.02 * torch.randn(32, 8)
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        optimizer.zero_grad()
+        scaler.scale((pool.dot(indices, x.to(dtype)).float() * factors).mean() * 1e-4).backward()
+        scaler.unscale_(optimizer)
+        gradients.append(pool.values.grad.to_dense())
+        scaler.update()
+    assert (gradients[1] - gradients[0]).norm() < 1e-3 * gradients[0].norm()
+
+
 def test_anomaly_mode_finds_a_nan_and_nothing_else(model):
     with torch.autograd.detect_anomaly(check_nan=True):
         backward(model)
@@ -335,14 +349,16 @@ def test_a_model_that_was_made_without_memory_trains_once_it_has_weights(model):
     with torch.device("meta"):
         loaded, empty = Model(), Model()
     loaded.load_state_dict(model.state_dict(), assign=True)
+    with torch.inference_mode():
+        loss_of(loaded)  # no use is counted
     backward(loaded, model)
     assert torch.equal(loaded.pool.values.grad.to_dense(), model.pool.values.grad.to_dense())
     assert torch.equal(loaded.pool.usage.total_weight, model.pool.usage.total_weight)
     empty.to_empty(device="cpu")
+    assert not empty.pool.usage.total_weight.any()
     for module in empty.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    assert not empty.pool.usage.total_weight.any()
     assert all(p.isfinite().all() and p.any() for p in empty.parameters())
 
 
@@ -359,6 +375,10 @@ def test_a_pool_learns_with_a_model_of_another_dtype_and_after_a_conversion(of_v
         model(torch.randn(5, 8, dtype=of_model)).square().mean().backward()
         optimizer.step()
         assert model.pool.values.isfinite().all() and not torch.equal(model.pool.values, before)
+    with torch.no_grad():
+        optimizer.param_groups[0]["lr"], before = 0.0, model.pool.values.normal_().clone()
+        optimizer.step()  # rounds no value to the dtype of the moments
+        assert torch.equal(model.pool.values, before)
 
 
 OPTIMIZERS = [cls for cls in vars(torch.optim).values()

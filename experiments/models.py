@@ -154,6 +154,7 @@ EXPERIMENTS["code-short"] = Experiment(  # a fifth of the tokens, and more model
     SIX_BLOCKS | dict(max_steps=2930, eval_interval=586),
     SIX_BLOCK_MODELS | {
         "memory+-4x": dict(mem_num_keys=256, mem_key_dim=16, mlp_width=256),
+        "memory+-scaled": dict(mlp_width=240, scale_embeddings=True),
         "value_lr=15e-3": dict(mlp_width=240, value_lr=15e-3),
         "value_lr=24e-2": dict(mlp_width=240, value_lr=24e-2),
         "mem_mode=add": dict(mem_mode="add", mlp_width=160),

@@ -174,7 +174,8 @@ def save_patch(model: nn.Module, path) -> None:
     values = model.pool.values.detach()
     slots = values.any(1).nonzero()[:, 0]
     tensors = {"slots": slots.cpu(), "rows": values[slots].cpu()}
-    about = {"search": model.pool.search, "sentences": model.pool.sentences, "base": name_of(model),
+    base = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    about = {"search": model.pool.search, "sentences": model.pool.sentences, "base": base,
              "sha256_of_base": digest_of_base(model)}
     about["sha256"] = digest(tensors.values(), about)
     temporary = Path(path).with_name(f".{Path(path).name}")
@@ -211,10 +212,6 @@ def load_patch(model: nn.Module, path) -> int:
         pool.values[slots] += rows
     pool.sentences += about["sentences"]
     return both
-
-
-def name_of(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
 
 
 # --- sentences ----------------------------------------------------------------------------------------------
@@ -283,9 +280,8 @@ def completed(model, tokenizer, sentences: list[str]) -> list[bool]:
 @torch.no_grad()
 def text_loss(model, tokens, length: int = 128, count: int = 8) -> float:
     """The mean loss in nats per token, on the first `count` windows of `length` tokens."""
-    tokens = torch.from_numpy(tokens[:count * length])
-    windows = tokens.split(length) if len(tokens) >= length else [tokens]
-    x = torch.stack([window for window in windows if len(window) == len(windows[0])])
+    length = min(length, len(tokens))
+    x = torch.from_numpy(tokens[:count * length]).unfold(0, length, length)  # (windows, length)
     with eval_mode(model):
         logits = edit.all_logits(model, x.to(model.device))[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1).float(), x[:, 1:].flatten().to(model.device)).item()
@@ -330,15 +326,15 @@ class TeachConfig(AskConfig):
     held_out: tuple[str, ...] = ()  # files of other text, to measure what is forgotten; none: source code
     save_to: str = "patch.safetensors"  # new file for the patch
     layers: tuple[int, ...] = ()  # blocks with a memory; empty: two, after a fifth and a half of the model
-    slots: int = 1000  # slots that may change; more learn more, and change other text more
+    slots: int = 0  # slots that may change; more harm other text. 0: 100 per sentence, at most 1,000
     steps: int = 0  # most steps; learning ends once all sentences are completed. 0: 200, or 12 rounds of all
     batch_size: int = 10  # sentences per step
     lr: float = 0.5  # learning rate of the rows
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(1, self, "slots", "batch_size")
-        at_least(0, self, "steps", "lr")
+        at_least(1, self, "batch_size")
+        at_least(0, self, "slots", "steps", "lr")
 
 
 @dataclass
@@ -441,6 +437,8 @@ def report(forgetting: Forgetting, prompts, max_new_tokens: int, groups: dict, c
         print_text(f"{prompt}\n    before: {before}\n    after:  {after}")
     for name, loss in old_losses.items():
         print(f"loss on {name}: {loss:.3f} before, {new_losses[name]:.3f} after")
+    if any(new_losses[name] > loss + 0.1 for name, loss in old_losses.items()):
+        print("this harms the rest of the model. Say each fact in six sentences, or choose fewer --slots")
     for label, before in old_right.items():
         after = new_right[label]
         print(f"{label}: {sum(before)} of {len(before)} completed before, {sum(after)} after")
@@ -460,7 +458,8 @@ def learn_lines(model, tokenizer, lines: list[str], idf, config: TeachConfig) ->
     sentences, spans = zip(*map(find_subject, lines), strict=True)
     x, y, inside = make_batch(tokenizer, [f"{text}\n" for text in sentences], spans)
     steps = config.steps or max(200, 12 * len(lines) // config.batch_size)
-    edit.teach(model, x, y, idf, config.slots, steps, config.lr, "rowwise", config.batch_size,
+    slots = config.slots or min(1000, 100 * len(lines))
+    edit.teach(model, x, y, idf, slots, steps, config.lr, "rowwise", config.batch_size,
                tokens_that_learn(sentences, y, inside), lambda: all(completed(model, tokenizer, sentences)))
 
 
@@ -525,6 +524,8 @@ def erase_sentences(model, tokenizer, config: EraseConfig) -> None:
     x, y = end_batch(tokenizer, erased, [text.rindex(" ") + 1 for text in erased])
 
     def erase():
+        if not others:
+            return model.pool.values.data.zero_()  # nothing is left to know
         idf, before = forgetting.idf(), completed(model, tokenizer, others)
         idf[erase_words(model, x.to(model.device), y.to(model.device), idf)] = 0
         if sum(completed(model, tokenizer, others)) < sum(before):  # they are learnt again, in other rows

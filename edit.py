@@ -34,7 +34,7 @@ from evaluate import answer, answered, record_reads, validation_loss
 from model import GPT, eval_mode
 from pool import PoolOptimizer
 from runtime.checkpoint import Checkpoint, find_trained, is_checkpoint, load, newest_run, save_checkpoint
-from runtime.distributed import columns_group, find_device
+from runtime.distributed import columns_group
 
 PIECE = 16  # tokens in a piece of the training text, about a sentence
 CANDIDATES = 256  # slots among which choose_slots chooses
@@ -52,8 +52,7 @@ def all_logits(model, x):
 def make_batch(encoding, prompts: list[str], answers: list[str]):
     """x, y (B, T) for the model. y has the tokens of each answer, and -1 elsewhere."""
     x, y = [], []
-    for prompt, text in zip(prompts, answers, strict=True):
-        prompt, text = encoding.encode_ordinary(prompt), encoding.encode_ordinary(text)
+    for prompt, text in zip(*map(encoding.encode_ordinary_batch, (prompts, answers)), strict=True):
         x.append(torch.tensor(prompt + text[:-1]))
         y.append(torch.tensor(([-1] * (len(prompt) - 1) + text)[-len(x[-1]):]))
     return pad_sequence(x, batch_first=True), pad_sequence(y, batch_first=True, padding_value=-1)
@@ -358,7 +357,7 @@ def report(model: GPT, encoding, data: Dataset, shown: list[dict], groups: dict,
     new_texts, new_right, new_loss = measure()
     if not math.isfinite(new_loss):
         fail("the model has broken, and is not saved: choose a lower --lr")
-    print(f"changed {len(slots)} of {model.pool.num_values:,} slots: {first_few(slots)}")
+    print(f"changed {len(slots):,} of {model.pool.num_values:,} slots: {first_few(slots)}")
     print(f"validation loss: {old_loss:.3f} before, {new_loss:.3f} after")
     for question, before, after in zip(shown, old_texts, new_texts, strict=True):
         print_text(f"{question['prompt']} {before} -> {after}")
@@ -373,6 +372,10 @@ def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: lis
     text: a question about the first name; if it is empty, all questions about these names. erased: the
     questions whose answers were erased before, each with its name. What comes back is erased again.
     """
+    hint = "" if names else ". Whom is it about? Add --ask=NAME"
+    if len(names) > 1 and any(corpus.name_pattern(" ".join(names)).search(part["prompt"])
+                              for part in data.questions):
+        fail(f"--ask {' '.join(names)}: this is one name, so it needs quotes: --ask='{' '.join(names)}'")
     if text:
         question = read_question(model, encoding, text, data)
         if len(names) > 1:
@@ -391,7 +394,7 @@ def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: lis
             fail(f"--ask={name} is in {len(questions)} questions, about {', '.join(sorted(people))} and "
                  "others: ask for a whole name")
         if not lines(name):
-            fail(f"the training text does not contain the name {name}. Whom is it about? Add --ask=NAME")
+            fail(f"the training text does not contain the name {name}{hint}")
         print_text(f"erasing what is known about {name} (questions: {len(questions)})")
         asked += [{"name": name, "prompt": question["prompt"], "answers": accepted_answers(question)}
                   for question in questions]
@@ -460,10 +463,8 @@ def save_values(model: GPT, checkpoint: Checkpoint, save_to: Path, loss: float, 
     parts = {name: checkpoint.load_part(name) for name in ("model.pt", "optimizer.pt")}
     state = checkpoint.pool_columns(columns_group(model.pool))
     parts["pool_0of1.pt"] = state | {"values": model.pool.values.detach()}
-    names = "encoding", "measured", "corpus"
-    kept = {name: part for name, part in checkpoint.meta.items() if name in names}
     options = checkpoint.options | {"out_dir": str(save_to)}
-    meta = kept | {"config": options, "val_loss": loss, "erased": erased}
+    meta = checkpoint.meta | {"config": options, "val_loss": loss, "erased": erased}
     save_checkpoint(save_to, checkpoint.step, parts, meta, keep=1)
 
 
@@ -478,12 +479,11 @@ def main(argv: list[str] | None = None) -> None:
         if not config.dry_run and save_to.exists():
             fail(f"{save_to} must be a new folder: choose another with --save_to")
     checkpoint = find_trained(run)
-    model, encoding, trained = load(checkpoint)
+    model, encoding, trained = load(checkpoint, config.device)
     if model.pool is None:
         fail(f"the model in {run} has no memory layers")
     if word == "erase" and config.slots > model.pool.num_values:
         fail(f"--slots={config.slots} is too many: this model has {model.pool.num_values:,}")
-    model.to(find_device(config.device))
     data = corpus.load_dataset(trained["dataset"])
     checkpoint.check_corpus(data)
     if word == "find":

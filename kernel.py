@@ -65,14 +65,6 @@ def resolve_kernel(kernel: str, device: torch.device | str) -> str:
     return kernel
 
 
-def check_indices(indices, num_values: int) -> None:
-    """Raises an IndexError if an index is not a row of the pool. The CPU has to wait for a GPU here."""
-    if indices.numel():
-        low, high = (bound.item() for bound in indices.aminmax())
-        if low < 0 or high >= num_values:
-            raise IndexError(f"indices from {low} to {high} in a pool of {num_values} rows")
-
-
 def gather_sum(values, indices, weights, kernel: str = "auto") -> torch.Tensor:
     """Returns y (N, V) in the dtype of weights: y[n] = sum_j weights[n, j] * values[indices[n, j]]."""
     if resolve_kernel(kernel, values.device) == "triton":

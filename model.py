@@ -273,7 +273,7 @@ class GPT(nn.Module):
             with option(f"mem_num_keys={config.mem_num_keys}: the pool's "):
                 self.pool = pool_class(memories[0].num_values, config.n_embd,
                                        dtype=getattr(torch, config.mem_dtype), kernel=config.kernel)
-            self.pool.usage = type(self.pool.usage)(memories[0].num_slots)  # a slot of PEER has two rows
+            self.pool.usage.num_slots = memories[0].num_slots  # a slot of PEER has two rows
 
         # initialised as in GPT-2, but with the standard deviation 1/sqrt(C). GPT-2's 0.02 fits C = 2,500 and
         # is too small for narrow models. Output projections start smaller in deeper models, also as in GPT-2

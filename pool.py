@@ -17,7 +17,6 @@ micro-batches and layers, and requires_grad_(False) freezes it. Gradient clippin
 need the whole gradient: they raise an error.
 """
 
-import contextlib
 import functools
 import math
 import warnings
@@ -27,15 +26,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
 
-from kernel import (
-    check_indices,
-    check_kernel,
-    gather_dot,
-    gather_sum,
-    row_gradients,
-    scatter_update,
-    sort_reads,
-)
+from kernel import check_kernel, gather_dot, gather_sum, row_gradients, scatter_update, sort_reads
 
 MANY_READS = 500  # in one gradient: probably nobody clears it
 
@@ -58,7 +49,7 @@ class ValuePool(nn.Module):
             raise ValueError(f"num_values={num_values} must be between 1 and {2**31 - 1}: indices are int32")
         self.num_values, self.value_dim, self.kernel = num_values, value_dim, kernel
         self.values = nn.Parameter(torch.empty(num_values, value_dim, dtype=dtype, device=device))
-        self.usage = MemoryUsage(num_values, device)
+        self.usage = MemoryUsage(num_values)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -74,11 +65,7 @@ class ValuePool(nn.Module):
         """indices, weights (N, bag) -> weighted sums of rows (N, value_dim), in the dtype of weights."""
         indices = self.check(indices, weights, weights.shape)
         self.count(indices, weights)
-        learns = self.training and self.values.requires_grad
-        if learns and dist.is_initialized() and dist.get_world_size() > 1:
-            warn_once("each process now learns a ValuePool of its own: use ShardedPool from "
-                      "runtime/distributed.py, also with FSDP")
-        return GatherSum.apply(self.values, indices, weights, self.kernel)
+        return self.read(gather_sum, indices, weights)
 
     @torch.compiler.disable
     def dot(self, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -86,19 +73,28 @@ class ValuePool(nn.Module):
         indices (N, bag), x (N, value_dim) -> dot products of rows with x (N, bag), in the dtype of x. For
         PEER (baselines.py). It does not count as use, because PEER also reads the same slots with forward.
         """
-        indices = self.check(indices, x, (len(x), indices.size(-1)))
-        return GatherDot.apply(self.values, indices, x, self.kernel)
+        return self.read(gather_dot, self.check(indices, x, (len(x), indices.size(-1))), x)
+
+    def read(self, operation, indices, x) -> torch.Tensor:
+        """gather_sum or gather_dot of the values. In a ShardedPool, processes exchange tensors here."""
+        learns = self.training and self.values.requires_grad
+        if learns and dist.is_initialized() and dist.get_world_size() > 1:
+            warn_once("each process now learns a ValuePool of its own: use ShardedPool from "
+                      "runtime/distributed.py, also with FSDP")
+        return Gather.apply(operation, self.values, indices, x, self.kernel)
 
     def check(self, indices, other, shape) -> torch.Tensor:
-        """Returns the indices as int32. On a GPU, their range is not checked."""
+        """Returns the indices as int32. On a GPU, their range is not checked: the CPU would have to wait."""
         if indices.dim() != 2 or indices.shape != shape or not indices.size(1):
             raise ValueError(f"indices {tuple(indices.shape)} must be (N, bag) with bag >= 1, and fit "
                              f"the shape of the other argument, {tuple(other.shape)}")
         if indices.dtype not in (torch.int32, torch.int64) or not other.is_floating_point():
             raise ValueError(f"indices must be int32 or int64 and the other argument floating point, not "
                              f"{indices.dtype} and {other.dtype}")
-        if indices.is_cpu and has_numbers(indices):
-            check_indices(indices, self.num_values)
+        if indices.is_cpu and has_numbers(indices) and indices.numel():
+            low, high = (bound.item() for bound in indices.aminmax())
+            if low < 0 or high >= self.num_values:
+                raise IndexError(f"indices from {low} to {high} in a pool of {self.num_values} rows")
         return indices.int()
 
     def count(self, indices, weights) -> None:
@@ -135,55 +131,38 @@ def is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-class GatherSum(torch.autograd.Function):
-    """y[n] = sum_j weights[n, j] * values[indices[n, j]]"""
+class Gather(torch.autograd.Function):
+    """
+    operation: gather_sum (x: weights) or gather_dot, with gradients. Each is the gradient of the other.
+    share: what becomes of the gradient of the values, if many processes share them (ShardedPool).
+    """
 
     @staticmethod
-    def forward(ctx, values, indices, weights, kernel):
+    def forward(ctx, operation, values, indices, x, kernel, share=None):
         # with saved values, PyTorch raises an error if they change between forward and backward
-        ctx.save_for_backward(values, indices, weights)
-        ctx.kernel = kernel
-        return gather_sum(values, indices, weights, kernel)  # (N, V)
+        ctx.save_for_backward(values, indices, x)
+        ctx.operation, ctx.kernel, ctx.share = operation, kernel, share
+        return operation(values, indices, x, kernel)  # (N, V), or (N, bag)
 
     @staticmethod
     @torch.compiler.disable
     @once_differentiable
     def backward(ctx, dy):
-        values, indices, weights = ctx.saved_tensors
-        dy = dy.contiguous()
-        values_need_grad, _, weights_need_grad, _ = ctx.needs_input_grad
-        gradient = FactoredGradient(values, [copy_read(indices, weights, dy)]) if values_need_grad else None
-        dw = gather_dot(values, indices, dy, ctx.kernel) if weights_need_grad else None
-        return gradient, None, dw, None
-
-
-class GatherDot(torch.autograd.Function):
-    """dots[n, j] = <values[indices[n, j]], x[n]>. The gradient of x is a gather_sum."""
-
-    @staticmethod
-    def forward(ctx, values, indices, x, kernel):
-        ctx.save_for_backward(values, indices, x)
-        ctx.kernel = kernel
-        return gather_dot(values, indices, x, kernel)  # (N, bag)
-
-    @staticmethod
-    @torch.compiler.disable
-    @once_differentiable
-    def backward(ctx, d_dots):
         values, indices, x = ctx.saved_tensors
-        d_dots = d_dots.contiguous()
-        values_need_grad, _, x_needs_grad, _ = ctx.needs_input_grad
-        gradient = FactoredGradient(values, [copy_read(indices, d_dots, x)]) if values_need_grad else None
-        dx = gather_sum(values, indices, d_dots, ctx.kernel) if x_needs_grad else None
-        return gradient, None, dx, None
+        _, values_need_grad, _, x_needs_grad, *_ = ctx.needs_input_grad
+        dy, is_sum, gradient, dx = dy.contiguous(), ctx.operation is gather_sum, None, None
+        if values_need_grad:
+            # copies: autograd may change dy in place later, and you may change weights or indices
+            read = (part.detach().clone(memory_format=torch.contiguous_format)
+                    for part in ((indices, x, dy) if is_sum else (indices, dy, x)))
+            gradient = FactoredGradient(values, [tuple(read)])
+            gradient = ctx.share(gradient) if ctx.share else gradient
+        if x_needs_grad:
+            dx = (gather_dot if is_sum else gather_sum)(values, indices, dy, ctx.kernel)
+        return None, gradient, None, dx, None, None
 
 
 # --- the gradient -------------------------------------------------------------------------------------------
-
-def copy_read(*tensors) -> tuple:
-    """Copies: autograd may change dy in place later, and you may change weights or indices."""
-    return tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in tensors)
-
 
 class FactoredGradient(torch.Tensor):
     """
@@ -252,10 +231,8 @@ class FactoredGradient(torch.Tensor):
                 return None
         if operation is aten.new_empty_strided.default:  # backward() may copy a gradient into a new one
             return cls(args[0], [])
-        if operation is aten._to_copy.default:  # the reads keep their dtype
+        if operation in (aten.clone.default, aten._to_copy.default):  # the reads keep their dtype
             return cls(args[0], args[0].reads, kwargs.get("dtype"), kwargs.get("device"))
-        if operation is aten.clone.default:
-            return cls(args[0], args[0].reads)
         if operation is aten.detach.default:
             detached = cls(args[0], [])
             detached.reads = args[0].reads  # the same list, as detach() shares memory
@@ -297,9 +274,7 @@ class PoolOptimizer(torch.optim.Optimizer):
     square could overflow, the step is skipped: no value and no moment changes, and skipped_steps counts the
     step. On a GPU, the CPU does not wait for this test.
 
-    stochastic_rounding: for bfloat16 values. A new value is rounded up or down at random, more often to the
-    nearer number. Without it, small changes are lost. The random numbers depend on (seed, step, row, column).
-    kernel: see kernel.py.
+    stochastic_rounding, seed: for bfloat16 values, see scatter_update. kernel: see kernel.py.
     """
 
     def __init__(self, params, lr: float, kind: str = "rowwise", value_blocks: int = 8,
@@ -413,26 +388,22 @@ class PoolOptimizer(torch.optim.Optimizer):
 
 # --- how much is in use -------------------------------------------------------------------------------------
 
-class MemoryUsage(nn.Module):
+class MemoryUsage:
     """How much of a pool was used since `reset`. The measures are from Lample et al. 2019, section 4.2."""
 
-    total_weight: torch.Tensor
-
-    def __init__(self, num_slots: int, device=None):
-        super().__init__()
-        total_weight = torch.zeros(num_slots, dtype=torch.float32, device=device)
-        self.register_buffer("total_weight", total_weight, persistent=False)
-
-    def add(self, indices, weights) -> None:
-        if self.total_weight.is_meta:  # a checkpoint has the values of the pool, but no counts
-            self.total_weight = torch.zeros_like(self.total_weight, device=indices.device)
-        weights = weights.detach().abs().flatten()  # PEER has negative weights too
-        self.total_weight.index_add_(0, indices.flatten(), weights.to(self.total_weight))
+    def __init__(self, num_slots: int):
+        self.num_slots = num_slots
+        self.reset()
 
     def reset(self) -> None:
-        self.total_weight.zero_()
+        self.total_weight: torch.Tensor | None = None  # (num_slots,), float32; None: nothing was read
 
-    reset_parameters = reset  # to be called after to_empty()
+    def add(self, indices, weights) -> None:
+        if self.total_weight is None:
+            self.total_weight = torch.zeros(self.num_slots, dtype=torch.float32, device=indices.device)
+        self.total_weight = self.total_weight.to(indices.device)  # the model may have moved
+        weights = weights.detach().abs().flatten()  # PEER has negative weights too
+        self.total_weight.index_add_(0, indices.flatten(), weights.to(self.total_weight))
 
     def summary(self) -> tuple[float, float]:
         """
@@ -440,21 +411,8 @@ class MemoryUsage(nn.Module):
         uniform use, in nats. The divergence is 0 if all slots are used equally, and ln(num_slots) if only
         one slot is used. Returns (0, 0) if nothing was read.
         """
-        if not self.total_weight.is_meta:
-            used = self.total_weight[self.total_weight > 0].double()
-        if self.total_weight.is_meta or not len(used):
+        if self.total_weight is None or not self.total_weight.any():
             return 0.0, 0.0
+        used = self.total_weight[self.total_weight > 0].double()
         p = used / used.sum()
-        num_slots = len(self.total_weight)
-        return len(used) / num_slots, math.log(num_slots) + (p * p.log()).sum().item()
-
-    def _apply(self, fn, recurse=True):
-        """For to(): moves the counts to the device, but keeps float32. bfloat16 would lose small weights."""
-        before = self.total_weight
-        with contextlib.suppress(NotImplementedError):  # PyTorch cannot move a tensor without memory
-            super()._apply(fn, recurse)
-        if self.total_weight.dtype != before.dtype:
-            self.total_weight = before.to(self.total_weight.device)
-        if before.is_meta and not self.total_weight.is_meta:
-            self.reset()  # to_empty() leaves any numbers
-        return self
+        return len(used) / self.num_slots, math.log(self.num_slots) + (p * p.log()).sum().item()

@@ -26,7 +26,6 @@ from data.tokenizer import END
 from evaluate import answer, commonest_answers, record_reads, shares
 from model import GPT
 from runtime.checkpoint import find_trained, load, newest_run
-from runtime.distributed import find_device
 from runtime.log import recall_rows
 
 SLOTS_SHOWN = 4  # per token and memory layer, in a trace
@@ -108,8 +107,7 @@ def ask(model: GPT, encoding, questions: list[dict], trace: bool) -> list[str]:
             answers = answer(model, encoding, part)
         for question, tokens in zip(part, answers, strict=True):
             texts.append(decode_answer(encoding, tokens))
-            line = f"{question['prompt']} {texts[-1]}   [{verdict(question, texts[-1])}]"
-            print_text(line)
+            print_text(f"{question['prompt']} {texts[-1]}   [{verdict(question, texts[-1])}]")
             if trace:
                 print_reads(model, encoding, encoding.encode_ordinary(question["prompt"]) + tokens, reads)
     return texts
@@ -160,8 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(modes) > 1:
         fail(f"--{modes[0]} and --{modes[1]} exclude each other: choose one")
     checkpoint = find_trained(newest_run(Path(config.out_dir).expanduser()))
-    model, encoding, trained = load(checkpoint)
-    model.to(find_device(config.device))
+    model, encoding, trained = load(checkpoint, config.device)
     path = corpus.DATA / trained["dataset"] / "qa.jsonl"
     # by default: questions, if the corpus has any and no option is about continuing a text
     is_text = options.keys() & MODES["prompt"] - {"seed"} or not path.exists()

@@ -17,7 +17,7 @@ Only --preset=paper is Memory+ as published. In the others, the previous token a
 --mem_query, and query_sources in model.py.
 
 Ctrl-C saves a checkpoint and ends. A run leaves log.jsonl, loss.png and its checkpoints in --out_dir.
-From Python: model, measured = train(TrainConfig(max_steps=500)); model, encoding, _ = load("out/facts").
+From Python: model, measured = train(TrainConfig(max_steps=500)). See load in runtime/checkpoint.py, too.
 """
 
 import contextlib
@@ -32,34 +32,16 @@ from runtime.cli import at_least, build, command, fail, parse
 
 import torch
 
-from data import corpus
-from data.corpora import CORPORA, make_corpus
+from data.corpora import make_missing
 from data.corpus import Dataset, check_length, draw_batch, load_dataset
 from evaluate import evaluate
 from kernel import resolve_kernel
 from model import GPT, GPTConfig
 from pool import ValuePool
 from runtime import distributed, gpt2
-from runtime.checkpoint import (
-    Checkpoint,
-    find_start,
-    find_trained,
-    load,  # noqa: F401, for those who import train
-    own_folder,
-    parts_of,
-    pool_on_disk,
-    save_checkpoint,
-)
+from runtime.checkpoint import Checkpoint, find_trained, own_folder, parts_of, pool_on_disk, save_checkpoint
 from runtime.distributed import RANK, WORLD_SIZE, ShardedPool, all_reduce_sum, columns_group, data_parallel
-from runtime.log import (
-    RunLog,
-    keep_freed_memory,
-    one_line_errors,
-    print_measured,
-    print_once,
-    print_start,
-    stop_signals,
-)
+from runtime.log import RunLog, keep_freed_memory, one_line_errors, print_measured, print_once, stop_signals
 
 
 @dataclass
@@ -155,14 +137,6 @@ def check_options(config: TrainConfig, device: str) -> None:
         make_optimizers(config, make_model(config, None), None)
 
 
-def make_missing(name: str) -> None:
-    """Makes a corpus in CORPORA if it is missing. Machines that do not share a disk make their own copy."""
-    for has_turn in (RANK == 0, distributed.LOCAL_RANK == 0):
-        if has_turn and name in CORPORA and not (corpus.DATA / name / "meta.json").exists():
-            make_corpus(name)
-        distributed.gather_objects(None)  # waits for all processes
-
-
 def check_data(data: Dataset, config: TrainConfig) -> None:
     if config.init_from and data.encoding.name != "gpt2":
         fail(f"--init_from needs a corpus with GPT-2's tokens, and {data.name} has others: python -m "
@@ -247,8 +221,8 @@ def train(config: TrainConfig, given: dict | None = None) -> tuple[GPT, dict]:
     """
     out_dir = Path(config.out_dir)
     distributed.start(config.device)
-    with contextlib.nullcontext() if config.eval_only else own_folder(out_dir):
-        checkpoint = find_trained(out_dir) if config.eval_only else find_start(out_dir, config.resume)
+    with (contextlib.nullcontext(find_trained(out_dir)) if config.eval_only else
+          own_folder(out_dir, config.resume)) as checkpoint:
         if checkpoint and given is not None:
             config = build(TrainConfig, checkpoint.options | given
                            | {"out_dir": config.out_dir, "export_hf": config.export_hf})
@@ -264,13 +238,16 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None, same_text: bool) -> 
     """What `train` does, in a folder that no other run uses. same_text: see Checkpoint.check_corpus."""
     device, out_dir = distributed.find_device(config.device), Path(config.out_dir)
     check_options(config, device)
-    make_missing(config.dataset)
+    for has_turn in (RANK == 0, distributed.LOCAL_RANK == 0):  # without a shared disk, each machine makes it
+        if has_turn:
+            make_missing(config.dataset)
+        distributed.gather_objects(None)  # waits for all processes
     data = load_dataset(config.dataset)
+    changed = checkpoint.check_corpus(data, same_text) if checkpoint else []
     check_data(data, config)
     config = replace(config, vocab_size=config.vocab_size or data.encoding.n_vocab)
-    start, measured, changed = 0, {}, []
+    start, measured = 0, {}
     if checkpoint:
-        changed = checkpoint.check_corpus(data, same_text)
         check_resumed(config, checkpoint)
         start, measured = checkpoint.step, checkpoint.measured
 
@@ -290,7 +267,7 @@ def run(config: TrainConfig, checkpoint: Checkpoint | None, same_text: bool) -> 
     # init_sync=False: the weights are already equal
     parallel = data_parallel(compiled, init_sync=False, gradient_as_bucket_view=True)
     log = RunLog(out_dir, config.max_steps, config.batch_size * config.block_size, model, optimizers, start)
-    print_start(config.dataset, len(data.train), device, model, log, checkpoint)
+    log.print_start(config.dataset, len(data.train), device, model, checkpoint)
 
     with stop_signals() as signals:
         stopping = False

@@ -50,8 +50,10 @@ class Dataset:
     def __init__(self, name: str):
         self.name, folder = name, DATA / name
         if not (folder / "meta.json").exists():
-            fail(f"no data in {folder}; make it: python -m data.prepare {shlex.quote(name)}; or from "
-                 f"your own text: python -m data.prepare text --name={shlex.quote(name)} --input FILE ...")
+            there = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json")))
+            fail(f"no corpus in {folder}; there are: {there or 'none'}. From your own text: python -m "
+                 f"data.prepare text --name={shlex.quote(name)} --input FILE ...; others: "
+                 "python -m data.prepare --help")
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             self.encoding_json, self.encoding = meta["encoding"], encoding_from_json(meta["encoding"])
@@ -247,17 +249,23 @@ UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p
 SPACED = rf"[^\W{UNSPACED}]"  # a letter or digit of the other scripts
 
 
+APOSTROPHES = "'’ʼ"
+
+
 def name_pattern(name: str) -> regex.Pattern:
     """
-    Finds a name in any case, and with each accent as one character or two. It must be a whole word, and Jean
-    is not found in Jean-Luc. In scripts without spaces it may stand anywhere: 小明 is found in 小明在哪里.
+    Finds a name in any case, with any apostrophe, and with each accent as one character or two. It must be a
+    whole word, and Jean is not found in Jean-Luc. In scripts without spaces it may stand anywhere: 小明 is
+    found in 小明在哪里.
     """
     name = unicodedata.normalize("NFC", " ".join(name.split()))
     if not name:
-        fail("--ask= must be a name")
+        fail("name whom or what, as in --ask='Ann Lee'")
     letters = []
     for letter in regex.findall(r"\X", name):  # with its accents
         forms = dict.fromkeys(regex.escape(unicodedata.normalize(form, letter)) for form in ("NFC", "NFD"))
+        if letter in APOSTROPHES:
+            forms = dict.fromkeys(APOSTROPHES)
         letters.append(f"(?:{'|'.join(forms)})")
     before = "" if regex.match(f"[{UNSPACED}]", name) else rf"(?<!{SPACED}-?)"
     after = r"(?!\p{M})" if regex.search(rf"[{UNSPACED}]\Z", name) else rf"(?!-?{SPACED}|[+#])"  # C++
@@ -265,7 +273,7 @@ def name_pattern(name: str) -> regex.Pattern:
 
 
 # capitalised words, but not the first of a sentence: "Is Ann O'Neill or Eve Lu-Roe in?" has two names
-CAPITALISED = r"\p{Lu}\w+(?:-\w+| (?:\p{Lu}['’])?\p{Lu}\w+)*"
+CAPITALISED = r"(?:\p{Lu}['’])?\p{Lu}\w+(?:-\w+| (?:\p{Lu}['’])?\p{Lu}\w+)*"
 NAME = regex.compile(rf"(?<=[\p{{Ll}}\p{{M}},] ){CAPITALISED}")
 
 
@@ -283,9 +291,8 @@ def restore_names(text: str, questions: list[dict]) -> str:
     Writes the names of the questions as these do: "Is ann lee in?" -> "Is Ann Lee in?". In another case they
     have other tokens. Names of one word stay: "the" may be the airport THE.
     """
-    lower = text.lower()
     for name in names_in(questions):
-        if " " in name and name.lower() in lower and name not in text:
+        if " " in name and name not in text and name_pattern(name).search(text):
             print_text(f"the corpus writes {name}")
             text = name_pattern(name).sub(lambda _, name=name: name, text)
     return text
@@ -303,6 +310,8 @@ def unknown_names(prompt: str, data: Dataset) -> list[str]:
 
 def questions_about(name: str, questions: list[dict]) -> list[dict]:
     about = name_pattern(name)
+    if not questions:
+        fail(f"--ask={name}: the corpus has no questions (docs/airports.md tells how to write some)")
     found = [question for question in questions if about.search(question["prompt"])]
     if not found:
         names = {" ".join(sorted(known.lower().split())): known for known in sorted(names_in(questions))}

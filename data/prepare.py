@@ -13,8 +13,11 @@ questions, qa.jsonl to the folder data/NAME. docs/data.md has more.
     python -m data.prepare facts --help               the options of a corpus
 """
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
+
+if not __package__:
+    raise SystemExit("error: start this in the folder of nanoPKM as a module: python -m data.prepare")
 
 from runtime.cli import build, command, first_word, parse
 
@@ -24,11 +27,9 @@ from data.corpora import CORPORA
 @command
 def main(argv: list[str] | None = None) -> None:
     name, arguments = first_word(argv, CORPORA, __doc__, "a corpus")
-    make, config = CORPORA[name]
-    changes = asdict(config).items() - asdict(type(config)()).items()  # as of facts-2000 from facts
-    by_default = "".join(f"\n--{key}={value} by default" for key, value in sorted(changes))
-    _, options = parse(type(config), arguments, None, f"{name}: {make.__doc__}{by_default}", name)
-    make(build(partial(replace, config), options))
+    config = CORPORA[name]
+    _, options = parse(config, arguments, None, f"{name}: {config.__doc__}", name)
+    build(partial(replace, config), options).make()
 
 
 if __name__ == "__main__":

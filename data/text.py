@@ -24,9 +24,16 @@ def find_files(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_file():
         return [path]
-    paths = path.rglob("*.txt") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    if path.is_dir():
+        return sorted(filter(is_text, path.rglob("*"))) or fail(
+            f"--input {name}: this folder has no .txt files. Name files, or a pattern in quotes: '{path}/*'")
+    paths = map(Path, glob.glob(str(path), recursive=True))
     return sorted(filter(Path.is_file, paths)) or fail(
-        f"--input {name}: no such file, or a folder without .txt files (save a stream to a file first)")
+        f"--input {name}: no such file" + " (save a stream to a file first)" * path.exists())
+
+
+def is_text(path: Path) -> bool:
+    return path.is_file() and path.name.lower().endswith((".txt", ".txt.gz"))
 
 
 def read_blocks(path: Path) -> Iterator[str]:

@@ -27,14 +27,15 @@ BLOCK_SIZE = 128  # the default of train.py, which imports PyTorch
 LIMITS = {  # the smallest and the largest value of an option
     "vocab_size": (257, 2**20),  # 256 bytes and END
     "people": (1, 10**6), "documents": (1, 10**9), "pairs": (1, 10**4), "asks": (1, 10**4),
-    "exposures": (1, 10**6), "zipf": (0, 100), "ask": (0, 1), "held_out": (0, 1), "val_share": (0, 1),
-    "code_tokens": (1, 3), "seed": (0, 2**32), "longest_fact": (0, 10**6),
+    "exposures": (1, 10**6), "zipf": (0, 100), "ask": (0, 1), "held_out": (0, 1),
+    "val_share": (0.0001, 0.9999), "code_tokens": (1, 3), "seed": (0, 2**32), "longest_fact": (0, 10**6),
 }
 
 
 @dataclass
 class Corpus:
-    """The options of all corpora. Each corpus also has a `name`."""
+    """The options of all corpora."""
+    name: str = ""  # the folder under data/
     tokenizer: str = ""  # that of a corpus, or one to download, such as gpt2; none: build one from the corpus
     vocab_size: int = 4096  # most tokens of a tokenizer that is built from the corpus
     overwrite: bool = False  # replace a corpus of the same name that was made with other options
@@ -46,10 +47,9 @@ class Corpus:
                 raise ValueError(f"{name}={value} must be between {low} and {high}")
 
 
-def options_of(options: Corpus) -> dict:
-    """The options that decide what a corpus contains, as meta.json has them."""
-    values = asdict(options)
-    del values["overwrite"]
+def options_of(options, left_out=("overwrite",)) -> dict:
+    """The options that decide what a corpus contains, or what a run is, as JSON has them."""
+    values = {name: value for name, value in asdict(options).items() if name not in left_out}
     return json.loads(json.dumps(values))
 
 

@@ -45,16 +45,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 import attach
 import edit
 from data.corpus import draw_batch
 from data.facts import CITIES, JOBS, SUBJECTS, make_names
 from experiments import results
-from experiments.facts_edited import LowRank
+from experiments.facts_edited import add_low_rank
 from experiments.models import choose_models
-from experiments.results import commit
 from pool import PoolOptimizer
 
 INSTRUMENTS = """accordion banjo bagpipe cello clarinet drum flute guitar harp lute oboe organ piano trumpet
@@ -138,12 +136,6 @@ def together(persons: list[dict]) -> dict[str, list[str]]:
 
 # --- other searches -----------------------------------------------------------------------------------------
 
-def read_previous_token(layer, args):
-    """A forward pre-hook of a memory layer, for the left half of each query. x (B, T, C)."""
-    x, pool = args
-    return x, pool, F.pad(x, (0, 0, 1, -1))
-
-
 def learn_search(model, layers, background, seed: int) -> None:
     """Trains the whole memory on the background text. Then the rows are forgotten, and the search stays."""
     values = model.pool.values
@@ -184,13 +176,6 @@ def add_adapter(model) -> list[nn.Parameter]:
     return [p for adapter in adapters for p in adapter.parameters()]
 
 
-def add_low_rank(model, rank: int) -> list[nn.Parameter]:
-    for block in model.model.layers:
-        for linear in (block.self_attn.q_proj, block.self_attn.v_proj):
-            parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank, scale=2.0))
-    return [p for name, p in model.named_parameters() if name.endswith((".up", ".down"))]
-
-
 def learn_rows(model, idf, changed: dict, run: dict, texts: list[str], steps: int, x, y, inside) -> int:
     """x, y, inside: see attach.make_batch. Returns how many numbers could change."""
     at = {"names": inside[:, :-1], "all": y >= 0,
@@ -222,9 +207,9 @@ def start(model, run: dict, background):
         layers = [part for part in model.modules() if isinstance(part, attach.AttachedMemory)]
         if changed["search"] == "learnt":
             learn_search(model, layers, background, run["seed"])
-        elif changed["search"] == "two tokens":
+        elif changed["search"] == "two tokens":  # the left half of a query comes from the previous token
             for layer in layers:
-                layer.register_forward_pre_hook(read_previous_token)
+                layer.register_forward_pre_hook(lambda _, args: (*args, F.pad(args[0], (0, 0, 1, -1))))
         idf = edit.inverse_document_frequency(model, background, attach.PIECES)
         return partial(learn_rows, model, idf, changed, run)
     torch.manual_seed(run["seed"])
@@ -233,7 +218,9 @@ def start(model, run: dict, background):
     elif run["method"] == "adapter":
         parameters = add_adapter(model)
     else:
-        parameters = add_low_rank(model, int(run["method"].split()[1]))
+        linears = [linear for block in model.model.layers
+                   for linear in (block.self_attn.q_proj, block.self_attn.v_proj)]
+        parameters = add_low_rank(linears, int(run["method"].split()[1]), scale=2.0)
     return partial(learn_parameters, model, parameters, run)
 
 
@@ -306,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
             print(time.strftime("%H:%M"), json.dumps(run), flush=True)
             base = base or attach.load_model(config.model, "cpu")
             row = do_run(run, copy.deepcopy(base[0]), base[1])
-            results.append_row(path, {"run": run, "commit": commit()} | row)
+            results.append_row(path, {"run": run, "commit": results.commit()} | row)
     print_table(path)
 
 

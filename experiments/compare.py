@@ -31,7 +31,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import time
 import zlib
@@ -45,10 +44,12 @@ from runtime.cli import at_least, build, command, fail, first_word, parse
 import torch
 
 from data import corpus
+from data.corpora import make_missing
+from data.write import options_of
 from evaluate import exposure_bin
 from experiments import facts_edited, results
 from experiments.models import EXPERIMENTS, SUMMARY, Experiment, choose_models, costs, train_command
-from experiments.results import ROOT, commit, mean_and_deviation, options_of, read_rows
+from experiments.results import ROOT, commit, mean_and_deviation, read_rows
 
 
 @dataclass
@@ -82,12 +83,10 @@ class CompareConfig(RunsConfig):
 
 def prepare_corpus(experiment: Experiment, rows: list[dict]) -> None:
     """Makes the corpus if it does not exist. Fails if the runs in `rows` had another corpus."""
-    make, config = experiment.corpus
-    folder = corpus.DATA / experiment.options["dataset"]
-    if not (folder / "meta.json").exists():
-        make(config)
+    config, folder = experiment.corpus, corpus.DATA / experiment.options["dataset"]
+    make_missing(folder.name)
     meta = json.loads((folder / "meta.json").read_text())
-    options = options_of(type(config)()) | meta["options"]  # an older corpus lacks options
+    options = options_of(type(config)(config.name)) | meta["options"]  # an older corpus lacks options
     # the same options can give another corpus: code depends on the installed packages
     if options != options_of(config) or any(row["train_tokens"] != meta["train_tokens"] for row in rows):
         fail(f"{folder} is another corpus than that of this experiment or its finished runs: move it away, "
@@ -149,7 +148,6 @@ def make_row(experiment: Experiment, run: tuple, out_dir: Path, code: str) -> di
 def run_all(name: str, experiment: Experiment, config: CompareConfig) -> None:
     models, path = choose_models(config.models, experiment.models), results.rows_path(name, config.results)
     prepare_corpus(experiment, read_rows(path, experiment))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: stops the runs too
     running, code = {}, commit()  # running: {run: (process, folder)}
     try:
         while True:

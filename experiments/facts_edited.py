@@ -1,21 +1,14 @@
 """
-Erasing and teaching facts, measured: `python -m experiments.compare erase` and `teach`.
+Erasing and teaching facts, measured: `python -m experiments.compare erase` and `teach`. docs/editing.md
+explains the methods of teach, and has the results.
 
 erase: empties growing numbers of slots of 40 people, one person at a time, and asks about the person, in the
 words of the corpus and in other words, and about others. "one fact": only the slots of one answer; then the
 person's other answers count apart.
 
-teach: tells a trained model three statements of each of four facts about 100 new people, one person after the
-other, a few steps each. Then it asks new questions about all of them, and old questions. The methods:
-
-    sparse    sparse memory finetuning: teach of edit.py, for each person
-    all read  the same for all slots that the statements read
-    lora      AdamW on low-rank changes of all Linear layers (Hu et al. 2021, arXiv 2106.09685). The rank is
-              the smallest with which as many numbers may change as in the rows of the sparse method
-    full      AdamW and PoolOptimizer on everything, as in training
-    ..., shuffled    the same number of steps, but the statements of all people are mixed. This is easier
-
-Seed 1 has runs with all learning rates. The other seeds have runs with the one that was best then.
+teach: tells a trained model three statements of each of four facts about 100 new people. Then it asks new
+questions about all of them, and old questions. Seed 1 has runs with all learning rates. The other seeds have
+runs with the one that was best then.
 """
 
 import contextlib
@@ -146,7 +139,7 @@ def new_people(questions: list[dict], count: int, rng) -> list[tuple[list[str], 
 class LowRank(nn.Module):
     """weight + scale * up @ down, which starts as weight."""
 
-    def __init__(self, weight, rank: int, scale: float = 1.0):
+    def __init__(self, weight, rank: int, scale: float):
         super().__init__()
         self.scale = scale
         self.up = nn.Parameter(torch.zeros(weight.size(0), rank))
@@ -156,13 +149,12 @@ class LowRank(nn.Module):
         return weight + self.scale * self.up @ self.down
 
 
-def add_low_rank(model, numbers: int) -> list[nn.Parameter]:
-    """Gives all Linear layers low-rank changes of at least so many numbers, and returns their parameters."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    rank = -(-numbers // sum(sum(layer.weight.shape) for layer in layers))
-    for layer in layers:
-        parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
-    return [p for name, p in model.named_parameters() if name.endswith((".up", ".down"))]
+def add_low_rank(layers: list[nn.Linear], rank: int, scale: float = 1.0) -> list[nn.Parameter]:
+    """Gives Linear layers low-rank changes, and returns the parameters of these."""
+    changes = [LowRank(layer.weight, rank, scale) for layer in layers]
+    for layer, change in zip(layers, changes, strict=True):
+        parametrize.register_parametrization(layer, "weight", change)
+    return [p for change in changes for p in change.parameters()]
 
 
 def shuffled(told: list[list[str]], rng):
@@ -182,7 +174,9 @@ def learn(model, encoding, told: list[list[str]], method: str, lr: float, idf, c
             edit.teach(model, *edit.text_batch(encoding, statements), idf, slots, STEPS, lr)
         return
     if method.startswith("lora"):
-        optimizers = [torch.optim.AdamW(add_low_rank(model, SLOTS * values.size(1)), lr=lr, weight_decay=0)]
+        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        rank = -(-SLOTS * values.size(1) // sum(sum(layer.weight.shape) for layer in layers))
+        optimizers = [torch.optim.AdamW(add_low_rank(layers, rank), lr=lr, weight_decay=0)]
     else:
         optimizers = model.optimizers(lr, lr * config.value_lr / config.lr, weight_decay=0, betas=(0.9, 0.99))
     dense = [p for group in optimizers[0].param_groups for p in group["params"]]

@@ -38,7 +38,6 @@ from evaluate import answer, validation_loss
 from experiments import results
 from model import eval_mode, shift
 from runtime.checkpoint import find_trained, load, newest_run
-from runtime.distributed import find_device
 
 
 @dataclass
@@ -70,23 +69,14 @@ def changed_reads(model, change):
         yield
 
 
-# keys: tokens with equal numbers are averaged
-
-def all_tokens(x):
-    return torch.zeros_like(x).flatten()
-
-
-def this_token(x):
-    return x.flatten()
-
-
 def two_tokens(x):
     previous = shift(x, torch.full_like(x[:, :1], -1))  # -1: the first token has none
     return ((previous + 1) * 2**32 + x).flatten()
 
 
-# if the training text lacks two tokens, the mean of this token counts; if it lacks this token, that of all
-KEYS = [all_tokens, this_token, two_tokens]
+# the reads of tokens with the same key are averaged. If the training text lacks two tokens, the mean of this
+# token counts; if it lacks this token, that of all
+KEYS = {"mean": lambda x: 0 * x.flatten(), "this token": torch.flatten, "two tokens": two_tokens}
 
 
 class Means:
@@ -106,30 +96,30 @@ class Means:
 
 @torch.no_grad()
 def collect(model, data, config: LexicalConfig, batch_size: int) -> dict:
-    """{key: [Means of each layer]}, of what is read in the training text."""
+    """{name in KEYS: [Means of each layer]}, of what is read in the training text."""
     keys, reads = {key: [] for key in KEYS}, [[] for _ in model.config.mem_layers]
 
     def keep(layer, x, y):
         reads[layer].append(y)
         if layer == 0:
-            for key, parts in keys.items():
-                parts.append(key(x))
+            for name, parts in keys.items():
+                parts.append(KEYS[name](x))
 
     with eval_mode(model), changed_reads(model, keep):
         for i in range(config.train_batches):
             x, _ = draw_batch(data.train, batch_size, model.config.block_size, 0, 2, i)
             model(x.to(model.wte.weight.device))
     reads = [torch.cat(parts) for parts in reads]
-    return {key: [Means(torch.cat(parts), read) for read in reads] for key, parts in keys.items()}
+    return {name: [Means(torch.cat(parts), read) for read in reads] for name, parts in keys.items()}
 
 
-def looked_up(means: dict, key, table: str = "means"):
+def looked_up(means: dict, name: str, table: str = "means"):
     """For changed_reads: what tokens with the same key read."""
     def change(layer, x, y):
-        found = y
-        for each in KEYS[:KEYS.index(key) + 1]:
-            found = means[each][layer].look_up(each(x), found, table)
-        return found
+        for each, key in KEYS.items():
+            y = means[each][layer].look_up(key(x), y, table)
+            if each == name:
+                return y
     return change
 
 
@@ -143,10 +133,9 @@ def print_losses(model, data: Dataset, config: LexicalConfig, batch_size: int) -
 
     measure("as trained", lambda layer, x, y: y)
     measure("zero", lambda layer, x, y: torch.zeros_like(y))
-    measure("mean", looked_up(means, all_tokens))
-    measure("this token", looked_up(means, this_token))
-    measure("two tokens", looked_up(means, two_tokens))
-    measure("one other place", looked_up(means, this_token, "last"))
+    for name in KEYS:
+        measure(name, looked_up(means, name))
+    measure("one other place", looked_up(means, "this token", "last"))
     torch.manual_seed(0)
     model.pool.values.data = model.pool.values.data[torch.randperm(model.pool.num_values)]
     measure("shuffled rows", lambda layer, x, y: y)
@@ -211,8 +200,7 @@ def print_confidence(model, data: Dataset, config: LexicalConfig, batch_size: in
 def main(argv: list[str] | None = None) -> None:
     config = build(LexicalConfig, parse(LexicalConfig, argv, description=__doc__)[1])
     checkpoint = find_trained(newest_run(Path(config.out_dir).expanduser()))
-    model, _, trained = load(checkpoint)
-    model.to(find_device(config.device))
+    model, _, trained = load(checkpoint, config.device)
     data, batch_size = corpus.load_dataset(trained["dataset"]), trained["batch_size"]
     checkpoint.check_corpus(data)
     has_people = data.questions and all(NAME.search(question["prompt"]) for question in data.questions)

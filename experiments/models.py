@@ -6,7 +6,6 @@ that its models share, and the models. The options here are explicit, so another
 change a model.
 """
 
-import json
 import sys
 from dataclasses import asdict, dataclass
 
@@ -15,6 +14,7 @@ from runtime.cli import fail
 import torch
 
 from data.corpora import CORPORA
+from data.write import Corpus, options_of
 from model import GPT
 from train import TrainConfig
 
@@ -29,8 +29,7 @@ class Experiment:
     models: dict[str, dict]  # name: the options of each model, in addition
 
     @property
-    def corpus(self) -> tuple:
-        """The function that makes the corpus, and its options."""
+    def corpus(self) -> Corpus:
         return CORPORA[self.options["dataset"]]
 
     def config(self, model: str, **changes) -> TrainConfig:
@@ -38,15 +37,7 @@ class Experiment:
 
     def identity(self, model: str) -> dict:
         """What a line of results has of a model: the options of its corpus and of train.py."""
-        return {"corpus": options_of(self.corpus[1]), "options": options_of(self.config(model))}
-
-
-def options_of(config) -> dict:
-    """The options that decide what a corpus or a run is, as JSON has them."""
-    options = {name: value for name, value in asdict(config).items() if name != "overwrite"}
-    if isinstance(config, TrainConfig):
-        options = {name: value for name, value in options.items() if name not in NOT_IN_LINES}
-    return json.loads(json.dumps(options))
+        return {"corpus": options_of(self.corpus), "options": options_of(self.config(model), NOT_IN_LINES)}
 
 
 def train_command(config: TrainConfig) -> list[str]:
@@ -99,6 +90,7 @@ MODELS = {
     "shifted-plain": dict(mem_layers=(0,), mem_swilu=False, mlp_width=288),  # one memory layer, no gate
     "shifted-unscaled": UNSCALED,
     "memory+-scaled": PUBLISHED | dict(scale_embeddings=True),
+    "dense-scaled": dict(mem_layers=(), mlp_width=276),
     "hash-scaled": dict(mem_kind="hash", mlp_width=572),
     "hash-narrow": UNSCALED | dict(mem_kind="hash"),  # the MLP of `tokens`, so fewer multiply-adds
     # an expert of PEER has two rows
@@ -155,6 +147,8 @@ EXPERIMENTS["code-short"] = Experiment(  # a fifth of the tokens, and more model
     SIX_BLOCK_MODELS | {
         "memory+-4x": dict(mem_num_keys=256, mem_key_dim=16, mlp_width=256),
         "memory+-scaled": dict(mlp_width=240, scale_embeddings=True),
+        "dense-scaled": dict(mem_layers=(), mlp_width=256, scale_embeddings=True),
+        "moe-scaled": SIX_BLOCK_MODELS["moe"] | dict(scale_embeddings=True),
         "value_lr=15e-3": dict(mlp_width=240, value_lr=15e-3),
         "value_lr=24e-2": dict(mlp_width=240, value_lr=24e-2),
         "mem_mode=add": dict(mem_mode="add", mlp_width=160),

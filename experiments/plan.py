@@ -6,7 +6,6 @@ Estimates the memory and the traffic that a model needs on each of many GPUs. No
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from runtime.cli import build, command, parse
 
@@ -14,20 +13,12 @@ from experiments.models import costs
 from model import GPTConfig
 
 MEMORY = 80e9  # bytes of memory of a GPU
+LARGEST = dict(vocab_size=128_256, block_size=4096, n_layer=24, n_head=16, n_embd=2048, mem_num_keys=8192,
+               mem_layers=(4, 12, 20), mem_knn=32, mem_key_dim=1024, mem_dtype="bfloat16")  # of Berges et al.
 
 
 @dataclass
 class PlanConfig(GPTConfig):
-    vocab_size: int = 128_256  # tokens in the vocabulary
-    block_size: int = 4096  # longest context, in tokens
-    n_layer: int = 24  # Transformer blocks
-    n_head: int = 16  # attention heads
-    n_embd: int = 2048  # width of the model
-    mem_layers: tuple[int, ...] = (4, 12, 20)  # blocks with a memory layer, counted from 0
-    mem_num_keys: int = 8192  # half-keys for each half of a query; the pool has mem_num_keys**2 slots
-    mem_knn: int = 32  # slots that each head reads per token
-    mem_key_dim: int = 1024  # width of a query, both halves together
-    mem_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # dtype of the pool's values
     gpus: int = 64  # number of GPUs, one process each
     mem_group_size: int = 0  # GPUs that split the pool's columns between them; 0: all of them
     tokens: int = 16_384  # tokens per step and GPU
@@ -91,7 +82,8 @@ def plan(c: PlanConfig) -> dict[str, float]:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    build(plan, dict(c=build(PlanConfig, parse(PlanConfig, argv, description=__doc__)[1])))
+    options = parse(PlanConfig(**LARGEST), argv, description=__doc__)[1]
+    build(plan, dict(c=build(PlanConfig, LARGEST | options)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from statistics import fmean, mean, stdev
 
 from runtime.cli import read_json_lines
 
-from experiments.models import EDITED, Experiment, options_of
+from data.write import options_of
+from experiments.models import EDITED, NOT_IN_LINES, Experiment
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +44,8 @@ def read_rows(path: Path, experiment: Experiment) -> list[dict]:
     rows, order = {}, list(experiment.models)
     identities = {model: experiment.identity(model) for model in order}
     # a line that is older than an option lacks it: the run had the default
-    corpus, options = options_of(type(experiment.corpus[1])()), options_of(TrainConfig())
+    corpus = options_of(type(experiment.corpus)(experiment.corpus.name))
+    options = options_of(TrainConfig(), NOT_IN_LINES)
     for row in read_json_lines(path):
         identity = {"corpus": corpus | row["corpus"], "options": options | row["options"]}
         if identity == identities.get(row["model"]):

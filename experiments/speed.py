@@ -120,8 +120,7 @@ def search_step(queries, half_keys, d_scores, knn: int, side: str) -> None:
 
 def measure_search(config: SearchConfig, options: dict):
     """A `step` is the forward and the backward pass. `choose` is the forward pass without dot products."""
-    if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        fail("the search in Triton needs a GPU")
+    build(kernel.resolve_kernel, dict(kernel="triton", device=DEVICE))
     N, H, D = config.tokens, config.heads, config.key_dim
     for S, K in itertools.product(config.num_keys, config.knn):
         queries = torch.randn(N, H, 2, D // 2, device=DEVICE, requires_grad=True)
@@ -138,8 +137,7 @@ def measure_search(config: SearchConfig, options: dict):
         for name, seconds in times.items():
             faster = median(times[name.replace("triton", "torch")]) / median(seconds)
             print(f"  {name:16}{median_and_range(seconds)}, {faster:.1f} times as fast as torch", flush=True)
-            yield dict(bench="search", method=name, tokens=N, heads=H, num_keys=S, knn=K, key_dim=D,
-                       device=DEVICE_NAME, times=seconds, seconds=median(seconds))
+            yield dict(method=name, tokens=N, heads=H, num_keys=S, knn=K, key_dim=D, times=seconds)
 
 
 # --- layer and step -----------------------------------------------------------------------------------------
@@ -180,8 +178,8 @@ def make_layer_step(kind: str, num_values: int, tokens: int, config: LayerConfig
     return step
 
 
-def read_with_embedding_bag(values, indices, weights):
-    return F.embedding_bag(indices, values, per_sample_weights=weights, mode="sum")
+def read_with_embedding_bag(values, indices, weights, sparse: bool = False):
+    return F.embedding_bag(indices, values, per_sample_weights=weights, mode="sum", sparse=sparse)
 
 
 def measure_layer(config: LayerConfig, options: dict):
@@ -200,8 +198,7 @@ def measure_layer(config: LayerConfig, options: dict):
         for name, seconds in times.items():
             slower = f"{median(seconds) / median(times['nanoPKM']):.2f} times as long as nanoPKM"
             print(f"  {name:32}{median_and_range(seconds)}, {slower}", flush=True)
-            yield dict(bench="layer", method=name, rows=rows, tokens=tokens, V=config.value_dim,
-                       device=DEVICE_NAME, times=seconds, seconds=median(seconds))
+            yield dict(method=name, rows=rows, tokens=tokens, V=config.value_dim, times=seconds)
 
 
 def make_step(kind: str, num_values: int, indices, weights, dy):
@@ -222,8 +219,7 @@ def make_step(kind: str, num_values: int, indices, weights, dy):
         elif kind == "indexing, AdamW":
             y = torch.einsum("nk,nkv->nv", weights, pool.values[indices])
         else:
-            y = F.embedding_bag(indices, pool.values, per_sample_weights=weights, mode="sum",
-                                sparse=is_sparse)
+            y = read_with_embedding_bag(pool.values, indices, weights, is_sparse)
         y.backward(dy)
         optimizer.step()
         optimizer.zero_grad()
@@ -248,8 +244,8 @@ def measure_step(config: StepConfig, options: dict):
             faster = ", ".join(f"{median(times[peer]) / median(seconds):.1f} times as fast as {peer}"
                                for peer in peers if peer in times and name in OURS)
             print(f"  {name:30}{median_and_range(seconds)}  {faster}", flush=True)
-            yield dict(bench="step", method=name, rows=num_values, tokens=N, reads=reads, V=V,
-                       dtype=config.dtype, device=DEVICE_NAME, times=seconds, seconds=median(seconds))
+            yield dict(method=name, rows=num_values, tokens=N, reads=reads, V=V, dtype=config.dtype,
+                       times=seconds)
 
 
 # --- model --------------------------------------------------------------------------------------------------
@@ -287,7 +283,10 @@ def choose_configs(models: list[str], size: dict) -> dict[str, TrainConfig]:
             width = 4 * configs[model].n_embd
             macs, twice = (costs(replace(configs[model], mlp_width=w))[0] for w in (width, 2 * width))
             units = (target - macs) / ((twice - macs) / width)
-            configs[model].mlp_width = width + 2 * round(units / 2)  # even: moe uses two experts per token
+            width += 2 * round(units / 2)  # even: moe uses two experts per token
+            if width < 1:
+                fail(f"--models={model} costs more than memory+, also without MLPs: choose a larger --n_embd")
+            configs[model].mlp_width = width
     return configs
 
 
@@ -308,8 +307,7 @@ def measure_model(config: ModelConfig, options: dict) -> list[dict]:
             steps[name]()
         print(f"\na step of {name}:\n" + profiler.key_averages().table(
             sort_by=f"self_{'device' if DEVICE == 'cuda' else 'cpu'}_time_total", row_limit=20))
-    return [dict(bench="model", method=name, device=DEVICE_NAME, macs=macs[name], seconds=median(seconds))
-            for name, seconds in times.items()]
+    return [dict(method=name, macs=macs[name], times=seconds) for name, seconds in times.items()]
 
 
 # --- operations ---------------------------------------------------------------------------------------------
@@ -350,9 +348,8 @@ def measure_one_size(repeats: int, num_values: int, V: int, dtype: torch.dtype, 
         share = speed / speeds["copy"]
         print(f"  {name:16}{median_and_range(times[name])}, {speed / 1e9:,.0f} GB/s, {share:.0%} of a copy",
               flush=True)
-        yield dict(bench="operations", method=name, rows=num_values, V=V, dtype=str(dtype)[6:],
-                   reads=reads, touched=touched, device=DEVICE_NAME, bytes_per_second=speed,
-                   share_of_copy=share, seconds=median(times[name]))
+        yield dict(method=name, rows=num_values, V=V, dtype=str(dtype)[6:], reads=reads, touched=touched,
+                   bytes_per_second=speed, share_of_copy=share, times=times[name])
 
 
 MEASUREMENTS = {"search": (measure_search, SearchConfig), "layer": (measure_layer, LayerConfig),
@@ -366,8 +363,11 @@ def main(argv: list[str] | None = None) -> None:
     measurement, config_class = MEASUREMENTS[name]
     _, options = parse(config_class, rest, None, __doc__, name)
     config = build(config_class, options)
-    with open(config.json or os.devnull, "w", encoding="utf-8") as file:
-        for row in measurement(config, options):
+    with open(config.json or os.devnull, "a", encoding="utf-8") as file:
+        for number, row in enumerate(measurement(config, options)):
+            if config.json and not number:  # only now: a mistake loses no older results
+                file.truncate(0)
+            row |= {"bench": name, "device": DEVICE_NAME, "seconds": median(row["times"])}
             print(json.dumps(row), file=file, flush=True)
 
 

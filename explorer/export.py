@@ -16,7 +16,7 @@ import base64
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from runtime.cli import at_least, build, command, fail, parse
@@ -28,7 +28,7 @@ from data.corpus import QUESTION, accepted_answers, decode_answer, find_name, lo
 from data.facts import ATTRIBUTES
 from data.tokenizer import SPLIT
 from evaluate import answer, recall, record_reads
-from model import GPT, GPTConfig
+from model import GPT
 from runtime.checkpoint import Checkpoint, checkpoints, find_trained, load, read_checkpoint
 
 LARGEST = 4 * 2**20  # bytes of a page
@@ -87,8 +87,7 @@ def model_data(model: GPT, values: torch.Tensor, scales: torch.Tensor) -> dict:
         if name != "pool.values":
             parts.append(tensor.detach().float().flatten().numpy())
             tensors.append([name, end, end := end + tensor.numel()])
-    options = {field.name for field in fields(GPTConfig)} - {"kernel"}
-    return {"config": {name: value for name, value in asdict(model.config).items() if name in options},
+    return {"config": {name: value for name, value in asdict(model.config).items() if name != "kernel"},
             "tensors": tensors, "weights": to_base64(np.concatenate(parts)),
             "pool": {"values": to_base64(values.numpy()), "scales": to_base64(scales.numpy())}}
 
@@ -214,8 +213,7 @@ def fill_template(data: dict) -> str:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    _, options = parse(ExportConfig, argv, description=__doc__)
-    config = build(ExportConfig, options)
+    config = build(ExportConfig, parse(ExportConfig, argv, description=__doc__)[1])
     out_dir = Path(config.out_dir).expanduser()
     page = Path(config.page).expanduser() if config.page else out_dir / "explorer.html"
     if page.exists() and page.read_bytes()[:15].lower() != b"<!doctype html>":
@@ -239,8 +237,9 @@ def main(argv: list[str] | None = None) -> None:
         "run": {name: part for name, part in newest.meta.items() if name not in NOT_IN_PAGES}}
     html = fill_template(data | {"sha256": digest_of_page(data)}).encode()
     page.write_bytes(html)
-    print(f"wrote {page}: {len(html) / 2**20:.1f} MB, with {len(data['training']['steps'])} checkpoints. "
-          "Open it in a browser")
+    steps = len(data["training"]["steps"])
+    what = f"with {steps} checkpoints" if steps else "without the training: the corpus has no questions"
+    print(f"wrote {page}: {len(html) / 2**20:.1f} MB, {what}. Open it in a browser")
     if before is not None:
         after = recall(model, encoding, corpus.questions)["all"]
         print(f"recall {before:.3f}; with the values of the page, which are int8, {after:.3f}")

@@ -21,8 +21,7 @@ from runtime.cli import build, command, fail, one_line, parse
 import numpy as np
 import torch
 
-from data import corpus
-from data.corpora import CORPORA, make_corpus
+from data.corpora import make_missing
 from data.tokenizer import END
 from explorer.export import digest_of_page
 from model import GPT, GPTConfig
@@ -35,12 +34,10 @@ class UnpackConfig:
     out_dir: str = "out/demo"  # new folder for the checkpoint
 
 
-STORED = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
-
-
 def read_page(path: Path) -> dict:
     """The data in a page. Raises a ValueError if the page has none, or has changed since it was written."""
-    found = STORED.search(path.read_text(encoding="utf-8"))
+    pattern = r'<script type="application/json" id="data">(.*?)</script>'
+    found = re.search(pattern, path.read_text(encoding="utf-8"), re.DOTALL)
     data = json.loads(found[1] if found else "{}")
     if "sha256" not in data or data.pop("sha256") != digest_of_page(data):
         raise ValueError("it is no page of explorer.export, or has changed since it was written")
@@ -80,13 +77,10 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"--page={page}: {one_line(error) or error}")
     model, run = model_of_page(data), data["run"]
     fresh = model.optimizers(lr=0.0, value_lr=0.0, weight_decay=0.0, betas=(0.0, 0.0))  # train.py sets these
-    step = run.pop("step")
     run["config"]["out_dir"] = str(out_dir)
     meta = run | {"encoding": encoding_of_page(data["tokenizer"])}
-    save_checkpoint(out_dir, step, parts_of(model, fresh), meta, keep=1)
-    name = run["config"]["dataset"]
-    if name in CORPORA and not (corpus.DATA / name / "meta.json").exists():
-        make_corpus(name)
+    save_checkpoint(out_dir, run["step"], parts_of(model, fresh), meta, keep=1)
+    make_missing(run["config"]["dataset"])
     print(f"wrote {out_dir}. Ask it: python sample.py --out_dir={shlex.quote(str(out_dir))}")
 
 

@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 from data.tokenizer import encoding_from_json
 from model import GPT, GPTConfig
 from pool import ValuePool
-from runtime.distributed import RANK, WORLD_SIZE, Group, columns_group, gather_objects, replicas_group
+from runtime.distributed import RANK, WORLD_SIZE, Group, columns_group, find_device, gather_objects
 
 FORMAT = 5  # add 1 when the files change
 OF_THE_MACHINE = dict(kernel="auto", mem_group_size=0, mem_on_disk=False)  # any machine can load the model
@@ -55,14 +55,17 @@ def checkpoints(out_dir: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def own_folder(out_dir: Path):
+def own_folder(out_dir: Path, resume: bool):
     """
     Makes out_dir. In the `with` block, no other run may write there: the first process locks the file .lock.
-    The lock ends with the process, even if that is killed. Called by all processes.
+    The lock ends with the process, even if that is killed. Yields the checkpoint to continue from; None for a
+    new run, which needs a folder without checkpoints. Called by all processes.
     """
     lock, is_new = FileLock(out_dir / ".lock", timeout=0), not out_dir.exists()
     if is_checkpoint(out_dir):
         fail(f"--out_dir={out_dir} has the name of a checkpoint: name the folder of the run")
+    if out_dir.exists() and not out_dir.is_dir():
+        fail(f"--out_dir={out_dir} is a file: name a folder")
     if RANK == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -73,7 +76,13 @@ def own_folder(out_dir: Path):
         for left in out_dir.glob(".tmp_*"):  # by a killed process, or by open files on NFS
             shutil.rmtree(left, ignore_errors=True)
     try:
-        yield
+        if not resume and (existing := checkpoints(out_dir)):
+            fail(f"{existing[-1]} already exists: continue from it with --resume, or choose another "
+                 "--out_dir")
+        checkpoint = find_checkpoint(out_dir) if resume else None
+        if resume and not checkpoint and not is_new and RANK == 0:
+            print(f"no checkpoint in {out_dir} yet: starts a new run, with the options given now", flush=True)
+        yield checkpoint
     finally:
         if RANK == 0 and is_new and [path.name for path in out_dir.iterdir()] == [".lock"]:
             shutil.rmtree(out_dir)  # a mistake leaves nothing
@@ -94,7 +103,7 @@ def save_checkpoint(out_dir: Path, step: int, parts: dict[str, dict], meta: dict
         digests = gather_objects({name: write_part(temporary / name, part) for name, part in parts.items()})
         if RANK == 0:
             files = {name: digest for of_process in digests for name, digest in of_process.items()}
-            meta = {"format": FORMAT, "step": step, "files": files} | meta
+            meta = meta | {"format": FORMAT, "step": step, "files": files}
             path = temporary / "meta.json"
             path.write_text(json.dumps(meta | {"sha256": digest_of(meta)}), encoding="utf-8")
             sync(path)
@@ -123,7 +132,7 @@ def parts_of(model: GPT, optimizers: list) -> dict[str, dict]:
     if RANK == 0:
         state = {name: part for name, part in model.state_dict().items() if name != "pool.values"}
         parts = {"model.pt": state, "optimizer.pt": optimizers[0].state_dict()}
-    if model.pool is not None and replicas_group(model.pool).rank == 0:
+    if model.pool is not None and getattr(model.pool, "replicas_group", Group()).rank == 0:
         # several processes may have the same columns: only the first of them writes
         group, values = columns_group(model.pool), model.pool.values
         state = optimizers[1].state.get(values, {})
@@ -261,7 +270,6 @@ class Checkpoint:
                 state["pool.values"] = stored = self.pool_columns(columns_group(model.pool))["values"]
                 if values_file:
                     state["pool.values"] = on_disk(stored, values_file).copy_(stored)
-                model.pool.usage.to_empty(device="cpu")  # a checkpoint has no counts
             model.load_state_dict(state, assign=True)
         return model
 
@@ -315,15 +323,6 @@ def find_checkpoint(out_dir: Path) -> Checkpoint | None:
     return None
 
 
-def find_start(out_dir: Path, resume: bool) -> Checkpoint | None:
-    """The checkpoint to continue from; None for a new run, which needs a folder without checkpoints."""
-    if resume:
-        return find_checkpoint(out_dir)
-    if existing := checkpoints(out_dir):
-        fail(f"{existing[-1]} already exists: continue from it with --resume, or choose another --out_dir")
-    return None
-
-
 def find_trained(out_dir: Path) -> Checkpoint:
     """The newest checkpoint, which must exist. out_dir: the folder of a run, or one checkpoint in it."""
     return find_checkpoint(out_dir) or fail(
@@ -341,16 +340,17 @@ def newest_run(out_dir: Path) -> Path:
     return max(newest, key=lambda folder: folder.stat().st_mtime).parent if newest else out_dir
 
 
-def load(out_dir: Path | str | Checkpoint):
+def load(out_dir: Path | str | Checkpoint, device: str = "cpu"):
     """
-    Loads the newest checkpoint of a run, or the checkpoint that is given. Returns the model (on the CPU, in
-    evaluation mode), the encoding, and the options of the run as a dict.
+    Loads the newest checkpoint of a run, or the checkpoint that is given. Returns the model in evaluation
+    mode, the encoding, and the options of the run as a dict. device: cpu, cuda or auto.
     """
     if WORLD_SIZE > 1:
         fail("only train.py runs on many processes: start this program without torchrun")
     checkpoint = out_dir if isinstance(out_dir, Checkpoint) else find_trained(Path(out_dir).expanduser())
     print(f"loaded {checkpoint.folder}", flush=True)
-    return checkpoint.load_model().eval(), checkpoint.encoding, checkpoint.options | OF_THE_MACHINE
+    model = checkpoint.load_model().eval().to(find_device(device))
+    return model, checkpoint.encoding, checkpoint.options | OF_THE_MACHINE
 
 
 def take_columns(parts: list[torch.Tensor], group: Group) -> torch.Tensor:

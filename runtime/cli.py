@@ -67,15 +67,13 @@ def one_line(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def handle_signals(handler, *names: str):
+def handle_signals(handler, *numbers: int):
     """
     In the `with` block, handler(number, frame) handles these signals. An ignored SIGHUP stays ignored: nohup
     says so. Python handles signals only in its main thread, so in other threads nothing changes.
     """
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
-    old_handlers = {number: signal.getsignal(number) for number in numbers}
+    is_main = threading.current_thread() is threading.main_thread()
+    old_handlers = {number: signal.getsignal(number) for number in numbers if is_main}
     for number, old in old_handlers.items():
         if old is not signal.SIG_IGN or number == signal.SIGINT:  # a shell's background jobs ignore SIGINT
             signal.signal(number, handler)
@@ -129,7 +127,7 @@ def command(main):
         is_first = os.environ.get("LOCAL_RANK") in (None, "", "0")
         try:
             try:
-                with handle_signals(end, "SIGTERM", "SIGHUP"):
+                with handle_signals(end, signal.SIGTERM, signal.SIGHUP):
                     return main(*arguments, **options)
             finally:
                 sys.stdout.flush()  # here, because an error at exit would be a traceback
@@ -204,7 +202,8 @@ def first_word(argv: list[str] | None, words, doc: str, kind: str) -> tuple[str,
         print(doc.strip())
         raise SystemExit
     if not argv or argv[0] not in words:
-        fail(f"name {kind}, then its options: {'|'.join(words)}; --help explains them")
+        wrong = f"{argv[0]} is not {kind}: " if argv and not argv[0].startswith("-") else ""
+        fail(f"{wrong}name {kind}, then its options: {'|'.join(words)}; --help explains them")
     return argv[0], argv[1:]
 
 
@@ -226,8 +225,8 @@ def _help_of(cls) -> dict[str, tuple[str, str]]:
 def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = None, description: str = "",
           word: str = ""):
     """
-    Reads the command line's options, which are the fields of the dataclass `cls`. Returns two dicts: the
-    values of the preset, and the values that the user gave.
+    Reads the command line's options, which are the fields of the dataclass `cls`. It may also be an object
+    with the defaults. Returns two dicts: the values of the preset, and the values that the user gave.
 
     presets: {name: {field: value}}. --preset=NAME chooses one; the default is the first.
     Types: int, float, str, bool, Literal, tuple[int, ...] (--name=1,2) and tuple[str, ...] (--name a b).
@@ -243,7 +242,8 @@ def parse(cls, argv: list[str] | None = None, presets: dict[str, dict] | None = 
     usage = " ".join(filter(None, ("%(prog)s", word, "[--name=value ...]")))
     parser = _Parser(usage=usage, description=description, allow_abbrev=False,
                      argument_default=argparse.SUPPRESS, formatter_class=layout, parents=[first])
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)} | preset
+    defaults = {field.name: getattr(cls, field.name) for field in dataclasses.fields(cls)} | preset
+    cls = cls if isinstance(cls, type) else type(cls)
     kinds, helps = typing.get_type_hints(cls), _help_of(cls)
     groups: dict[str, typing.Any] = {"options": parser}
     for name, kind in kinds.items():

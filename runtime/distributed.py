@@ -28,7 +28,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pool import FactoredGradient, GatherDot, GatherSum, MemoryUsage, ValuePool
+from kernel import gather_sum
+from pool import FactoredGradient, Gather, MemoryUsage, ValuePool
 
 # torchrun sets these in the environment
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
@@ -124,11 +125,6 @@ class Group:
     def __deepcopy__(self, memo):
         return self  # a copy of a model talks to the same processes
 
-    def __reduce__(self):
-        if self.handle is not None:
-            raise ValueError("a pool that many processes share cannot be pickled: save its state_dict()")
-        return Group, (self.size, self.rank)
-
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
         """x (G, ...), block i for process i -> (G, ...), block i from process i."""
         return x if self.size == 1 else _AllToAll.apply(x, self.handle)
@@ -171,19 +167,6 @@ def make_groups(group_size: int) -> tuple[Group, Group]:
 
 # --- a pool on many processes -------------------------------------------------------------------------------
 
-class _ShareReads(torch.autograd.Function):
-    """Returns values. Its gradient, a FactoredGradient, becomes share(gradient)."""
-
-    @staticmethod
-    def forward(ctx, values, share):
-        ctx.share = share
-        return values
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.share(gradient), None
-
-
 class ShardedPool(ValuePool):
     """
     A ValuePool that is split by columns: each of G processes holds value_dim / G columns of every row, in
@@ -210,7 +193,7 @@ class ShardedPool(ValuePool):
         super().__init__(num_values, value_dim // group_size, dtype, kernel, device="meta")  # no values yet
         self.columns_group, self.replicas_group = make_groups(group_size)
         self.value_dim = value_dim
-        self.usage = ShardedUsage(num_values, device)
+        self.usage = ShardedUsage(num_values)
         self.values = nn.Parameter(torch.empty_like(self.values, device=device or torch.get_default_device()))
         self.reset_parameters()
 
@@ -223,23 +206,13 @@ class ShardedPool(ValuePool):
             whole = torch.randn(len(rows), self.value_dim, device=rows.device) * self.value_dim**-0.5
             rows.copy_(whole.chunk(self.columns_group.size, dim=1)[self.columns_group.rank])
 
-    @torch.compiler.disable
-    def forward(self, indices, weights):
-        group = self.columns_group
-        indices = self.check(indices, weights, weights.shape)
-        self.count(indices, weights)
-        values = _ShareReads.apply(self.values, self._share_reads)
-        y = GatherSum.apply(values, group.all_gather(indices), group.all_gather(weights), self.kernel)
-        return group.columns_to_tokens(y)  # (G*N, V/G) -> (N, V)
-
-    @torch.compiler.disable
-    def dot(self, indices, x):
-        group = self.columns_group
-        indices = self.check(indices, x, (len(x), indices.size(-1)))
-        values = _ShareReads.apply(self.values, self._share_reads)
-        x = group.tokens_to_columns(x)  # (G*N, V/G)
-        dots = GatherDot.apply(values, group.all_gather(indices), x, self.kernel)  # (G*N, bag), these columns
-        return group.reduce_scatter(dots)  # (N, bag)
+    def read(self, operation, indices, x):
+        group, is_sum = self.columns_group, operation is gather_sum
+        indices = group.all_gather(indices)  # (G*N, bag)
+        x = group.all_gather(x) if is_sum else group.tokens_to_columns(x)  # (G*N, bag) or (G*N, V/G)
+        y = Gather.apply(operation, self.values, indices, x, self.kernel, self._share_reads)
+        # (G*N, V/G) -> (N, V), or dot products of these columns (G*N, bag) -> of all columns (N, bag)
+        return group.columns_to_tokens(y) if is_sum else group.reduce_scatter(y)
 
     def _share_reads(self, gradient: FactoredGradient) -> FactoredGradient:
         """The reads of all processes with these columns. The loss is their mean, so dy is divided."""
@@ -255,19 +228,15 @@ class ShardedUsage(MemoryUsage):
     """Each process counts what its own tokens read. summary() adds up all processes, so all must call it."""
 
     def summary(self) -> tuple[float, float]:
-        everywhere = MemoryUsage(len(self.total_weight), self.total_weight.device)
-        everywhere.total_weight = all_reduce_sum(self.total_weight.clone())
+        everywhere = MemoryUsage(self.num_slots)
+        if self.total_weight is not None:  # the same in all processes: they read equally often
+            everywhere.total_weight = all_reduce_sum(self.total_weight.clone())
         return everywhere.summary()
 
 
 def columns_group(pool: ValuePool) -> Group:
     """The processes that share the columns of the pool."""
     return pool.columns_group if isinstance(pool, ShardedPool) else Group()
-
-
-def replicas_group(pool: ValuePool) -> Group:
-    """The processes that hold the same columns of the pool as this one."""
-    return pool.replicas_group if isinstance(pool, ShardedPool) else Group()
 
 
 def data_parallel(model: nn.Module, **options) -> nn.Module:
@@ -284,14 +253,13 @@ def data_parallel(model: nn.Module, **options) -> nn.Module:
     ignored = set()
     for name, module in model.named_modules():
         if isinstance(module, ValuePool):
-            groups = columns_group(module), replicas_group(module)
-            if groups[0].size * groups[1].size != world_size():
+            replicas = getattr(module, "replicas_group", Group())
+            if columns_group(module).size * replicas.size != world_size():
                 raise ValueError(f"{name or 'the model'} must be a ShardedPool that was made after the "
                                  "processes were connected")
-            if options.get("init_sync", True) and groups[1].size > 1:  # as DDP does with all other parameters
-                dist.broadcast(module.values.detach(), group_src=0, group=groups[1].handle)
-            prefix = f"{name}." if name else ""
-            ignored |= {f"{prefix}values", f"{prefix}usage.total_weight"}
+            if options.get("init_sync", True) and replicas.size > 1:  # as DDP does with all other parameters
+                dist.broadcast(module.values.detach(), group_src=0, group=replicas.handle)
+            ignored.add(f"{name}.values" if name else "values")
     if not any(p.requires_grad for name, p in model.named_parameters() if name not in ignored):
         return model
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from kernel import resolve_kernel
-from runtime.checkpoint import Checkpoint, best_checkpoint, checkpoints
+from runtime.checkpoint import best_checkpoint, checkpoints
 from runtime.distributed import RANK, WORLD_SIZE
 
 stop_requests: list[int] = []  # signals that asked the run to end
@@ -38,10 +38,6 @@ def print_once(line: str) -> None:
             if not stop_requests:
                 raise
             drop_output()
-
-
-def duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))  # 0:01:30
 
 
 def peak_memory(device: str) -> int:
@@ -75,7 +71,7 @@ def stop_signals():
         if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun sends two SIGINTs
             signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C again stops at once
 
-    with handle_signals(on_signal, "SIGINT", "SIGTERM", "SIGHUP"):
+    with handle_signals(on_signal, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         yield stop_requests
 
 
@@ -131,6 +127,20 @@ class RunLog:
         self.began = self.since = time.perf_counter()
         self.done = start  # when the last line was printed; self.since is its time, moved on by pauses
 
+    def print_start(self, dataset: str, train_tokens: int, device: str, model, checkpoint) -> None:
+        """checkpoint: the one that the run resumed from, or None."""
+        config, counts = model.config, model.count_parameters()
+        layers = ",".join(map(str, config.mem_layers)) or "none"
+        print_once(f"{dataset}: {train_tokens:,} tokens to train on; {self.max_steps:,} steps with "
+                   f"{self.tokens_per_step:,} tokens each; device: {device}; processes: {WORLD_SIZE}\n"
+                   f"GPT with {config.n_layer} blocks; memory layers: {layers}; "
+                   f"kernel: {resolve_kernel(config.kernel, device)}\n"
+                   f"{counts['dense']:,} dense parameters, {counts['memory']:,} in the pool; a token uses "
+                   f"{counts['active']:,} of them, and {model.macs_per_token():,} multiply-adds")
+        if checkpoint:
+            end = ", the end of this run: choose a larger --max_steps to train longer"
+            print_once(f"resumed from {checkpoint.folder}" + end * (self.start >= self.max_steps))
+
     def write(self, **line) -> None:
         if RANK == 0:
             with open(self.path, "a", encoding="utf-8") as f:
@@ -169,8 +179,8 @@ class RunLog:
                            "gradient was not finite. A lower --lr or --value_lr may help")
                 line["skipped_steps"] = self.skipped = skipped
         self.write(**line)
-        left = (now - self.began) / (done - self.start) * (self.max_steps - done)
-        self.print_line(done, f"loss {loss:.3f}{slots}  {speed / 1000:.1f}k tokens/s  {duration(left)} left")
+        left = timedelta(seconds=round((now - self.began) / (done - self.start) * (self.max_steps - done)))
+        self.print_line(done, f"loss {loss:.3f}{slots}  {speed / 1000:.1f}k tokens/s  {left} left")
 
     def end(self, device: str, note: str, keep_best: bool) -> None:
         """Draws the figure, and prints the time and the memory that the run took."""
@@ -182,7 +192,7 @@ class RunLog:
         except Exception as error:  # the run itself is fine
             print(f"loss.png was not drawn: {' '.join(str(error).split())}")
         best = best_checkpoint(checkpoints(out_dir)) if keep_best else None
-        took = duration(time.perf_counter() - self.began)
+        took = timedelta(seconds=round(time.perf_counter() - self.began))  # 0:01:30
         print(f"took {took}; peak memory {peak_memory(device) / 2**30:.3f} GiB; the log, loss.png and the "
               f"checkpoints are in {out_dir}. Ask the model:\n"
               f"    python sample.py --out_dir={shlex.quote(str(best or out_dir))}", flush=True)
@@ -196,23 +206,7 @@ def evenness(measured: dict) -> float:
     return math.exp(-measured["kl_from_uniform"]) if measured["slots_used"] else math.nan
 
 
-# --- the first and the last lines ---------------------------------------------------------------------------
-
-def print_start(dataset: str, train_tokens: int, device: str, model, log: RunLog,
-                checkpoint: Checkpoint | None) -> None:
-    config, counts = model.config, model.count_parameters()
-    layers = ",".join(map(str, config.mem_layers)) or "none"
-    print_once(f"{dataset}: {train_tokens:,} tokens to train on; {log.max_steps:,} steps with "
-               f"{log.tokens_per_step:,} tokens each; device: {device}; processes: {WORLD_SIZE}\n"
-               f"GPT with {config.n_layer} blocks; memory layers: {layers}; "
-               f"kernel: {resolve_kernel(config.kernel, device)}\n"
-               f"{counts['dense']:,} dense parameters, {counts['memory']:,} in the pool; a token uses "
-               f"{counts['active']:,} of them, and {model.macs_per_token():,} multiply-adds")
-    if checkpoint:
-        is_end = log.start >= log.max_steps
-        print_once(f"resumed from {checkpoint.folder}"
-                   + (", the end of this run: choose a larger --max_steps to train longer" if is_end else ""))
-
+# --- the last lines -----------------------------------------------------------------------------------------
 
 def print_measured(measured: dict, data) -> None:
     """Prints the results of an evaluation. data: the Dataset."""

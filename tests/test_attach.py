@@ -312,7 +312,8 @@ def test_the_loss_is_that_of_transformers(folder):
 def test_a_user_teaches_asks_and_erases(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "facts.txt").write_text("ada lu was born in Oslo\n\nbo ek was born in Lima\r\n")
-    here = [f"--model={folder}", "--device=cpu"]
+    here, taught, teach = [f"--model={folder}", "--device=cpu"], [], edit.teach
+    monkeypatch.setattr(edit, "teach", lambda *given: taught.append(given[4]) or teach(*given))
 
     def run(*words):
         program.main([*words, *here])
@@ -320,7 +321,7 @@ def test_a_user_teaches_asks_and_erases(folder, tmp_path, capsys, monkeypatch):
     printed = run("teach", "--file=facts.txt", "--statement=The [art] was in Oslo", "--layers=0,2",
                   "--lr=0.3", "--save_to=my facts.safetensors", "--prompt=ada lu was born in")
     assert "sentences about art (1), no name (2)" in printed and "    after:  Oslo" in printed
-    assert " of 3 completed before, 3 after" in printed
+    assert " of 3 completed before, 3 after" in printed and taught == [300]
     assert f"--model='{folder}' --patch='my facts.safetensors'" in printed
     printed = run("ask", "--patch=my facts.safetensors", "--prompt=bo ek was born in")
     assert "bo ek was born in Lima" in printed
@@ -345,6 +346,8 @@ def test_a_user_teaches_asks_and_erases(folder, tmp_path, capsys, monkeypatch):
     assert "--patch=more-erased.safetensors" in printed
     printed = run("ask", "--patch=more-erased.safetensors", "--prompt=The art was in")
     assert not printed.splitlines()[1].startswith("The art was in Oslo")
+    printed = run("erase", "--patch=my facts.safetensors", "--prompt", "ada lu", "bo ek", "The art")
+    assert "saved 0 rows" in printed, "nothing is left to know"
 
 
 @pytest.mark.parametrize("words, message", [

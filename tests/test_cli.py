@@ -212,7 +212,8 @@ def test_a_program_that_is_told_to_end_tidies_up(script, number):
 def test_nohup_is_left_alone():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with cli.handle_signals(lambda *arguments: pytest.fail("SIGHUP was ignored"), "SIGHUP", "SIGTERM"):
+        with cli.handle_signals(lambda *arguments: pytest.fail("SIGHUP was ignored"), signal.SIGHUP,
+                                signal.SIGTERM):
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
             signal.raise_signal(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

@@ -143,8 +143,8 @@ torch.testing.assert_close(twin(x), model(x))
 try:
     pickle.dumps(model)
     assert world == 1
-except ValueError as error:
-    assert "save its state_dict()" in str(error)
+except TypeError as error:
+    assert "cannot pickle" in str(error)
 model.layers.requires_grad_(False), model.experts.requires_grad_(False)
 model.zero_grad()
 data_parallel(model)(x.chunk(world)[RANK]).sum().backward()  # nothing is left for DDP; the pools still learn

@@ -386,13 +386,14 @@ def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypat
     for words, message in [
         ([], "find|erase|teach"),
         (["find", here], "name a question: --question="),
-        (["erase", here], "must be a name"),
+        (["erase", here], "name whom or what, as in --ask="),
         (["find", here, "--question=" + "x " * 21], "block_size"),  # without room for an answer
         (["find", f"--out_dir={dense}", "--question=x?"], "has no memory layers"),
         (["erase", here, "--ask=Nobody Known"], "no question of the corpus contains this name"),
         (["erase", here, f"--ask={name}n"], f"similar: {name}"),
+        (["erase", here, "--ask", *name.split()], f"needs quotes: --ask='{name}'"),
         (["erase", here, "--question=who is it?"], "Add --ask=NAME"),
-        (["erase", here, "--question=Who is Nobody?", "--ask=Nobody"], "does not contain the name Nobody"),
+        (["erase", here, "--question=Who is Nobody?", "--ask=Nobody"], "does not contain the name Nobody\n"),
         (["erase", here, "--question=Who is Ann?", f"--ask={name}"], f"does not have the name {name}"),
         (["erase", here, "--slots=-1"], "--slots=-1 must not be negative"),
         (["erase", here, f"--ask={name}", "--slots=65"], "--slots=65 is too many: this model has 64"),

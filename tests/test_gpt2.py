@@ -15,6 +15,7 @@ from data.tokenizer import END, SPLIT
 from model import GPT, GPTConfig
 from runtime import gpt2
 from runtime.checkpoint import checkpoints
+from runtime.checkpoint import load as load_run
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.disable_progress_bar()  # a mistake is one line
@@ -206,7 +207,7 @@ def test_a_run_starts_at_the_loss_of_the_weights_and_resumes_without_them(start,
 
 def test_only_a_memory_learns_and_the_weights_stay(start, theirs):
     start("--train_only=memory")
-    model = train.load(start.out)[0]
+    model = load_run(start.out)[0]
     weights = dict(gpt2.parameters_of(theirs.transformer))
     weights["wpe.weight"] = weights["wpe.weight"][:32]
     ours = dict(model.named_parameters())
@@ -219,7 +220,7 @@ def test_a_run_and_a_checkpoint_are_exported(start, tmp_path, capsys):
     start("--mem_layers=", f"--export_hf={hf[0]}")
     assert f"wrote {hf[0]}" in capsys.readouterr().out
     train.main(["--eval_only", f"--out_dir={start.out}", f"--export_hf={hf[1]}"])
-    ours = train.load(start.out)[0]
+    ours = load_run(start.out)[0]
     for exported in hf:
         assert_same_logits(ours, transformers.GPT2LMHeadModel.from_pretrained(exported), **EXACT)
     train.main(["--eval_only", f"--out_dir={start.out}"])  # does not export again

@@ -14,13 +14,11 @@ from experiments import lexical
 from experiments.lexical import (
     LexicalConfig,
     Means,
-    all_tokens,
     changed_reads,
     collect,
     confidence,
     invent,
     looked_up,
-    this_token,
     told_before,
     two_tokens,
 )
@@ -42,7 +40,7 @@ def test_means_equal_brute_force():
 
 def test_keys_tell_tokens_and_pairs_apart():
     x = torch.tensor([[0, 0, 1], [2, 0, 1]])
-    assert this_token(x).tolist() == [0, 0, 1, 2, 0, 1]
+    assert lexical.KEYS["this token"](x).tolist() == [0, 0, 1, 2, 0, 1]
     *others, last = two_tokens(x).tolist()
     assert others[2] == last and len(set(others)) == 5, "the first token of a window has no previous one"
 
@@ -61,11 +59,11 @@ def test_two_tokens_are_all_that_tokens_reads(trained_once, facts_folder, monkey
 
     same = loss(lambda layer, x, y: y)
     assert same == validation_loss(model, data.train, 2, 8), "hooks alone change nothing"
-    assert loss(looked_up(means, two_tokens)) == pytest.approx(same, abs=1e-4)
-    assert abs(loss(looked_up(means, this_token)) - same) > 1e-4
-    mean = means[all_tokens][0].means
+    assert loss(looked_up(means, "two tokens")) == pytest.approx(same, abs=1e-4)
+    assert abs(loss(looked_up(means, "this token")) - same) > 1e-4
+    mean = means["mean"][0].means
     assert mean.shape == (1, 16)
-    assert loss(looked_up(means, all_tokens)) == loss(lambda layer, x, y: mean.expand_as(y))
+    assert loss(looked_up(means, "mean")) == loss(lambda layer, x, y: mean.expand_as(y))
     zero = loss(lambda layer, x, y: 0 * y)
     model.pool.values.data.zero_()
     assert validation_loss(model, data.train, 2, 8) == zero

@@ -314,7 +314,7 @@ def test_generate_leaves_the_mode_of_every_submodule_as_it_was(fails):
     with pytest.raises(KeyboardInterrupt) if fails else contextlib.nullcontext():
         model.generate(tokens(2, 4), 3)
     assert modes(model) == before and not any(any(mode.values()) for mode in during) and during
-    assert not model.pool.usage.total_weight.any(), "generation does not count as use"
+    assert model.pool.usage.summary() == (0, 0), "generation does not count as use"
 
 
 # --- the pool, gradients and optimisers ---------------------------------------------------------------------

@@ -42,7 +42,7 @@ def test_the_plan_says_what_fits_and_refuses_what_is_impossible(capsys):
     plan.main([])
     printed = capsys.readouterr().out
     assert "67,108,864 slots x 2,048 = 137.4B" in printed and "gradients of the weights" in printed
-    total = plan.plan(plan.PlanConfig())
+    total = plan.plan(plan.PlanConfig(**plan.LARGEST))
     pool = 8192**2 * 2048 / 64
     places = 64 * 16_384 * 128  # per layer
     reads = 3 * (places * 8 + 64 * 16_384 * 2048 / 64 * 4)  # indices, weights and dy

@@ -232,8 +232,8 @@ def test_a_longer_text_can_keep_its_tokenizer(data):
 # --- nothing gets lost --------------------------------------------------------------------------------------
 
 def test_what_was_read_and_a_text_that_is_too_small_are_reported(data, capsys):
-    for name in ("a.txt", "b.txt", "c.md", "d.text", "e.md", "f.md"):
-        (data / name).write_text("some words\n" * 9 * (name != "b.txt"))
+    for name in ("a.txt", "B.TXT", "c.md", "d.text", "e.md", "f.md"):
+        (data / name).write_text("some words\n" * 9 * (name != "B.TXT"))
     main(["text", "--input", str(data)])
     text = capsys.readouterr().out
     assert ": files: 2; with text: 1; left out, because they are not .txt: 4 (c.md, d.t" in text
@@ -243,8 +243,10 @@ def test_what_was_read_and_a_text_that_is_too_small_are_reported(data, capsys):
     assert "files: 1; with text: 1\n" in capsys.readouterr().out
 
 
-def test_a_name_that_is_taken_is_not_overwritten(data, capsys):
+def test_a_name_that_is_taken_is_not_overwritten(data, capsys, tmp_path_factory):
     (data / "words").write_text("some words\n" * 200)
+    empty = tmp_path_factory.mktemp("other") / "empty"
+    empty.write_text("")
     make = ["text", "--name=mine", "--input", str(data / "words")]
     main(make)
     (data / "mine" / "qa.jsonl").write_text("")
@@ -254,7 +256,7 @@ def test_a_name_that_is_taken_is_not_overwritten(data, capsys):
     for mistake, message in (([*make, "--vocab_size=300"], "made with other options"),
                              (["facts", "--name=mine"], "made with other options"),
                              ([*make, "--tokenizer=gtp2", "--overwrite"], "It downloads gpt2"),
-                             ([*make, "--val_share=0", "--overwrite"], "val.bin would be empty"),
+                             (["text", "--name=mine", "--input", str(empty), "--overwrite"], "be empty"),
                              (["mqar", "--tokenizer=gtp2"], "It downloads gpt2")):
         assert_fails(lambda mistake=mistake: main(mistake), message, capsys)
         assert files_in(data / "mine") == before
@@ -352,6 +354,7 @@ def test_a_signal_leaves_the_old_corpus(data, monkeypatch, number):
 
 @pytest.mark.parametrize("argv, message", [
     ([], "name a corpus"),
+    (["fact"], "fact is not a corpus: name a corpus, then its options: facts|"),
     (["text"], "data.prepare text --input FILE ..."),
     (["text", "--input", "nowhere.txt"], "--input nowhere.txt: no such file"),
     (["text", "--input", "EMPTY"], "too short"),
@@ -361,6 +364,7 @@ def test_a_signal_leaves_the_old_corpus(data, monkeypatch, number):
     (["text", "--input", "ZEROS"], "zero bytes"),
     (["text", "--input", "BROKEN"], "broken.gz: Not a gzipped file"),
     (["text", "--input", "CUT"], "cut.gz: Compressed file ended"),
+    (["text", "--input", "FOLDER"], "folder: this folder has no .txt files. Name files, or a pattern"),
     (["text", "--input", "STREAM"], "save a stream to a file"),
     (["code", "--input", "nowhere"], "--input nowhere: no such folder"),
     (["facts", "--tokenizer=gtp2"], "It downloads gpt2"),
@@ -368,10 +372,11 @@ def test_a_signal_leaves_the_old_corpus(data, monkeypatch, number):
     (["facts-2000", "--people=0"], "--people=0 must be between"),
     (["facts", "--zipf=nan"], "--zipf=nan must be between 0 and"),
     (["mqar", "--keys=3"], "--pairs=4 needs as many --keys"),
-    (["stdlib", "--val_share=1"], "too short, train.bin would be empty"),
+    (["stdlib", "--val_share=1"], "--val_share=1.0 must be between"),
 ])
 def test_a_mistake_is_one_line_and_status_2(data, argv, message, capsys, monkeypatch):
     os.mkfifo(data / "stream")
+    (data / "folder").mkdir()
     for file, content in {"latin": b"caf\xe9 " * 9, "zeros": "no mark".encode("utf-16-le"), "empty": b"",
                           "broken.gz": b"no gzip", "cut.gz": gzip.compress(b"text " * 99)[:-9],
                           "some": b"some words\n" * 99, "prepare.py": b"not a folder"}.items():

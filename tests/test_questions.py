@@ -137,10 +137,11 @@ def test_a_question_that_may_be_one_of_several_is_refused():
 
 @pytest.mark.parametrize("text, prompt", [
     ("was ann lee old", "was Ann Lee old"), ("Is Zoe\n or  OLGA smith-jones at bgo?", None),
-    ("ANN  LEE or ann leer?", "Ann Lee or ann leer?")])
+    ("ANN  LEE or ann leer?", "Ann Lee or ann leer?"), ("is d'arcy lu in", "is D’Arcy Lu in")])
 def test_a_new_question_has_names_as_the_corpus_writes_them(text, prompt, capsys):
     questions = [dict(prompt=corpus.QUESTION.format(text), answer="x")
-                 for text in ("Who is Ann Lee?", "Is Olga Smith-Jones in?", "What is BGO?")]
+                 for text in ("Who is Ann Lee?", "Is Olga Smith-Jones in?", "What is BGO?",
+                              "Is D’Arcy Lu in?")]
     prompt = prompt or "Is Zoe or Olga Smith-Jones at bgo?"
     assert corpus.find_question(text, questions) == {"prompt": f"Question: {prompt} Answer:", "answers": []}
     assert capsys.readouterr().out.startswith("the corpus writes ")
@@ -160,6 +161,8 @@ def test_only_names_are_offered(name, similar):
     ("C", "Who made C?", True), ("C", "Who made C++?", False), ("C++", "Who made C++?", True),
     ("Jean", "Who is Jean-Luc?", False), ("luc", "Who is Jean-Luc?", False), ("Jean", "Jean - or not", True),
     ("jean-luc", "In Jean-Luc's", True), ("Jean-Luc", "Who is Jean-Luc?", True),
+    ("D'Arcy Lu", "Is D’Arcy Lu in?", True), ("D’Arcy", "Is D'Arcy in?", True),
+    ("DArcy", "Is D’Arcy in?", False),
     ("Zu\u0308rich", "In ZÜRICH?", True), ("Zürich", "In Zu\u0308rich?", True),
     ("Jose", "Is Jose\u0301 in?", False), ("José", "Is Jose\u0301s in?", False),
     ("Ng\u00f4 \u1ea5", "Ngo\u0302 a\u0302\u0301?", True),

@@ -59,7 +59,9 @@ def test_a_layer_is_compared_with_others_and_drawn(tmp_path, capsys, monkeypatch
     assert "times as long as nanoPKM" in capsys.readouterr().out
     plots.main([str(path)])
     assert path.with_suffix(".png").stat().st_size > 10_000
-    assert_fails(lambda: speed.main(["layer", "--rows=300", *sizes.split()]), "such as 289", capsys)
+    wrong, before = ["layer", "--rows=300", *sizes.split(), f"--json={path}"], path.read_bytes()
+    assert_fails(lambda: speed.main(wrong), "such as 289", capsys)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.skipif(kernel.triton is None, reason="no Triton here")
@@ -74,7 +76,7 @@ def test_the_search_is_measured_as_on_a_gpu(tmp_path, monkeypatch, capsys):
     assert "times as fast as torch" in capsys.readouterr().out
     if speed.DEVICE == "cpu":
         monkeypatch.delenv("TRITON_INTERPRET")
-        assert_fails(lambda: speed.main(["search"]), "the search in Triton needs a GPU", capsys)
+        assert_fails(lambda: speed.main(["search"]), "--kernel=triton needs a GPU", capsys)
 
 
 def test_models_in_another_size_cost_the_same():
@@ -98,6 +100,7 @@ def test_operations_are_measured_as_on_a_gpu(capsys):
     ([], "name a measurement"),
     (["operations", "--rows=64"], "unknown option --rows"),
     (["model", "--models=moa"], "--models=moa must be one of dense"),
+    (["model", "--models=shifted-16x", "--n_embd=16", "--n_head=2"], "--models=shifted-16x costs more than"),
     (["model", "--n_embd=70"], "--n_embd=70 must"),
 ])
 def test_a_mistake_is_one_line_and_status_2(argv, message, capsys):

@@ -26,7 +26,7 @@ from data import corpora, corpus, prepare, tokenizer
 from data.tokenizer import END, SPLIT, word_encoding
 from model import GPT
 from pool import PoolOptimizer
-from runtime.checkpoint import checkpoints, step_of
+from runtime.checkpoint import checkpoints, load, step_of
 
 
 @pytest.mark.parametrize("options", [
@@ -56,7 +56,9 @@ def test_resuming_equals_not_stopping_bit_for_bit(run, options):
 
 
 def test_resume_can_train_longer_and_starts_where_there_is_nothing(run, capsys):
+    run.out.mkdir()  # as a run leaves it that was stopped early
     run("--resume", "--max_steps=2")
+    assert "starts a new run, with the options given now" in capsys.readouterr().out
     run("--resume", "--max_steps=4")
     assert "resumed from" in capsys.readouterr().out
     assert [line["step"] for line in log(run.out) if "loss" in line] == [1, 2, 3, 4]
@@ -133,7 +135,7 @@ def test_each_optimizer_gets_its_own_learning_rate(run, monkeypatch):
 def test_with_train_only_memory_nothing_else_changes(run, options):
     """Bit for bit. Weight decay would shrink a parameter that has no gradient, but is in AdamW's list."""
     run("--train_only=memory", "--weight_decay=0.5", "--grad_clip=0.1", *options)
-    early, late = (train.load(path)[0] for path in checkpoints(run.out))
+    early, late = (load(path)[0] for path in checkpoints(run.out))
     for (name, old), new in zip(early.named_parameters(), late.parameters(), strict=True):
         assert torch.equal(old, new) != (".memory." in name or name == "pool.values"), name
         assert new.requires_grad, "what was frozen can learn in another run"
@@ -224,8 +226,7 @@ def test_the_defaults_are_the_first_preset_and_paper_is_the_published_layer():
 
 def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
     monkeypatch.setattr(corpus, "DATA", tmp_path / "data")
-    few = corpora.FactsConfig(people=8, exposures=2)
-    monkeypatch.setitem(corpora.CORPORA, "facts", (corpora.facts, few))
+    monkeypatch.setitem(corpora.CORPORA, "facts", corpora.FactsConfig("facts", people=8, exposures=2))
     run("--max_steps=1")
     assert (tmp_path / "data" / "facts" / "qa.jsonl").exists()
 
@@ -243,6 +244,7 @@ def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
     (["--mem_layers=", "--train_only=memory"], "--train_only=memory needs memory layers"),
     (["--mem_layers=", "--mem_on_disk"], "--mem_on_disk needs --device=cpu and a pool"),
     (["--kernel=cuda"], "--kernel: invalid choice: 'cuda'"),
+    (["--out_dir=/dev/null"], "--out_dir=/dev/null is a file: name a folder"),
     (["--out_dir=/dev/null/x"], "/dev/null/x: Not a directory"),
     (["--out_dir=out/step_5"], "--out_dir=out/step_5 has the name of a checkpoint"),
     (["--out_dir="], "--out_dir= must name a folder"),
@@ -285,7 +287,7 @@ def test_a_run_is_never_overwritten_nor_changed(ended, unchanged, capsys):
 def test_a_vocabulary_larger_than_the_corpus_s(run, capsys):
     """Guards decoding: an untrained model produces tokens that the corpus does not have."""
     run("--vocab_size=4096", "--max_steps=1")
-    model = GPT(train.load(run.out)[0].config)
+    model = GPT(load(run.out)[0].config)
     encoding = corpus.Dataset("facts").encoding
     answers = evaluate.answer(model, encoding, [dict(prompt=f"{i}?", answer="x" * 30) for i in range(100)])
     assert max(map(max, answers)) >= encoding.n_vocab, "otherwise this test shows nothing"
@@ -386,7 +388,7 @@ def test_a_mistake_from_python_is_a_value_error_and_leaves_nothing_open(run, sma
 
 def test_resuming_from_python(half, unchanged, small):
     """Also once the run is at its end: what it measured is in its last checkpoint."""
-    whole = train.load(unchanged)[0]
+    whole = load(unchanged)[0]
     for _ in range(2):
         resumed, measured = train.train(small("--resume"))
         assert measured["val_loss"] == log(unchanged)[-1]["val_loss"]
@@ -396,7 +398,7 @@ def test_resuming_from_python(half, unchanged, small):
 def test_load_gives_the_model_that_was_trained(run, small):
     config = small("--mem_dtype=bfloat16", "--kernel=torch")
     model, measured = train.train(config)
-    loaded, encoding, options = train.load(str(run.out))
+    loaded, encoding, options = load(str(run.out))
     assert not any(module.training for module in loaded.modules())
     assert not any(x.is_meta for x in [*loaded.parameters(), *loaded.buffers()])
     assert torch.equal(logits(model), logits(loaded)) and loaded.pool.values.requires_grad
@@ -406,7 +408,7 @@ def test_load_gives_the_model_that_was_trained(run, small):
     loaded.train()(*torch.arange(40).view(2, 1, 20))[1].backward()  # it can learn on
     assert loaded.pool.values.grad is not None and loaded.pool.usage.summary()[0] > 0
     with pytest.raises(ValueError, match="no checkpoint in"):
-        train.load(run.out / "nothing")
+        load(run.out / "nothing")
 
 
 def test_a_skipped_step_is_printed_with_the_next_log_line_and_counted_over_a_resume(run, monkeypatch, capsys):
@@ -428,7 +430,7 @@ def test_a_skipped_step_is_printed_with_the_next_log_line_and_counted_over_a_res
 
 
 def test_recorded_reads_are_what_the_pool_was_asked(unchanged):
-    model = train.load(unchanged)[0]
+    model = load(unchanged)[0]
     with evaluate.record_reads(model.pool) as reads:
         logits(model)
     (indices, weights), = reads
@@ -454,7 +456,7 @@ OTHER_RUN = """
 import sys, time
 from pathlib import Path
 from runtime.checkpoint import own_folder
-with own_folder(Path(sys.argv[1])):
+with own_folder(Path(sys.argv[1]), True):
     print("locked", flush=True)
     time.sleep(60)
 """

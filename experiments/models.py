@@ -136,6 +136,7 @@ SIX_BLOCK_MODELS = {
     "dense": dict(mem_layers=(), mlp_width=256),
     "memory+": dict(mlp_width=240),
     "memory+-16x": dict(mem_num_keys=512, mem_key_dim=16, mlp_width=192),
+    "memory+-scaled": dict(mlp_width=240, scale_embeddings=True),
     "tokens": dict(mem_query="tokens", mlp_width=240),
     "shifted": dict(mem_query="shifted", mlp_width=240),
     "hash": dict(mem_kind="hash", mlp_width=320),
@@ -146,7 +147,6 @@ EXPERIMENTS["code-short"] = Experiment(  # a fifth of the tokens, and more model
     SIX_BLOCKS | dict(max_steps=2930, eval_interval=586),
     SIX_BLOCK_MODELS | {
         "memory+-4x": dict(mem_num_keys=256, mem_key_dim=16, mlp_width=256),
-        "memory+-scaled": dict(mlp_width=240, scale_embeddings=True),
         "dense-scaled": dict(mem_layers=(), mlp_width=256, scale_embeddings=True),
         "moe-scaled": SIX_BLOCK_MODELS["moe"] | dict(scale_embeddings=True),
         "value_lr=15e-3": dict(mlp_width=240, value_lr=15e-3),

@@ -438,7 +438,7 @@ def report(forgetting: Forgetting, prompts, max_new_tokens: int, groups: dict, c
     for name, loss in old_losses.items():
         print(f"loss on {name}: {loss:.3f} before, {new_losses[name]:.3f} after")
     if any(new_losses[name] > loss + 0.1 for name, loss in old_losses.items()):
-        print("this harms the rest of the model. Say each fact in six sentences, or choose fewer --slots")
+        print("this harms the rest of the model: teach each fact in six sentences, or with fewer --slots")
     for label, before in old_right.items():
         after = new_right[label]
         print(f"{label}: {sum(before)} of {len(before)} completed before, {sum(after)} after")

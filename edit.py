@@ -375,7 +375,7 @@ def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: lis
     hint = "" if names else ". Whom is it about? Add --ask=NAME"
     if len(names) > 1 and any(corpus.name_pattern(" ".join(names)).search(part["prompt"])
                               for part in data.questions):
-        fail(f"--ask {' '.join(names)}: this is one name, so it needs quotes: --ask='{' '.join(names)}'")
+        fail(f"this is one name, so it needs quotes: --ask={shlex.quote(' '.join(names))}")
     if text:
         question = read_question(model, encoding, text, data)
         if len(names) > 1:

@@ -173,7 +173,7 @@ CORPORA = {  # the corpora with their default options
     "facts-large": FactsConfig("facts-large", people=200_000, exposures=8.0, zipf=1.0, questions=256),
     "airports": AirportsConfig("airports"),
     "reference": ReferenceConfig("reference"),
-    "reference-facts": ReferenceConfig("reference-facts", "reference", longest_fact=100),
+    "reference-facts": ReferenceConfig("reference-facts", tokenizer="reference", longest_fact=100),
     "stdlib": StdlibConfig("stdlib"),
     "code": CodeConfig("code"),
     "mqar": MqarConfig("mqar"),

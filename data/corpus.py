@@ -263,9 +263,8 @@ def name_pattern(name: str) -> regex.Pattern:
         fail("name whom or what, as in --ask='Ann Lee'")
     letters = []
     for letter in regex.findall(r"\X", name):  # with its accents
-        forms = dict.fromkeys(regex.escape(unicodedata.normalize(form, letter)) for form in ("NFC", "NFD"))
-        if letter in APOSTROPHES:
-            forms = dict.fromkeys(APOSTROPHES)
+        forms = APOSTROPHES if letter in APOSTROPHES else dict.fromkeys(
+            regex.escape(unicodedata.normalize(form, letter)) for form in ("NFC", "NFD"))
         letters.append(f"(?:{'|'.join(forms)})")
     before = "" if regex.match(f"[{UNSPACED}]", name) else rf"(?<!{SPACED}-?)"
     after = r"(?!\p{M})" if regex.search(rf"[{UNSPACED}]\Z", name) else rf"(?!-?{SPACED}|[+#])"  # C++
@@ -291,8 +290,12 @@ def restore_names(text: str, questions: list[dict]) -> str:
     Writes the names of the questions as these do: "Is ann lee in?" -> "Is Ann Lee in?". In another case they
     have other tokens. Names of one word stay: "the" may be the airport THE.
     """
+    def plain(text):
+        return text.lower().translate(dict.fromkeys(map(ord, APOSTROPHES), "'"))
+
+    lower = plain(text)  # finds most names faster than their patterns do
     for name in names_in(questions):
-        if " " in name and name not in text and name_pattern(name).search(text):
+        if " " in name and name not in text and plain(name) in lower and name_pattern(name).search(text):
             print_text(f"the corpus writes {name}")
             text = name_pattern(name).sub(lambda _, name=name: name, text)
     return text

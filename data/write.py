@@ -53,14 +53,19 @@ def options_of(options, left_out=("overwrite",)) -> dict:
     return json.loads(json.dumps(values))
 
 
+def with_defaults(options: Corpus, stored: dict) -> dict:
+    """The options of a corpus, as stored in a file. It may be older than an option, which had its default."""
+    return options_of(type(options)(options.name)) | stored
+
+
 def corpus_folder(options: Corpus) -> Path:
     """The folder for a corpus. Fails if another corpus is there, which must not get lost."""
     if Path(options.name).name != options.name or options.name in ("", ".."):
         fail(f"--name={options.name} must be a plain name: data/NAME is where the corpus goes")
     folder = corpus.DATA / options.name
     if (folder / "train.bin").exists() and not options.overwrite:
-        # meta.json is one line; there is none if the file is damaged. An older corpus may lack newer options
-        made_with = [options_of(type(options)()) | meta["options"]
+        # meta.json is one line; there is none if the file is damaged
+        made_with = [with_defaults(options, meta["options"])
                      for meta in read_json_lines(folder / "meta.json")]
         if made_with != [options_of(options)]:
             fail(f"{folder} has a corpus that was made with other options: choose another --name, "

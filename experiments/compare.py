@@ -45,7 +45,7 @@ import torch
 
 from data import corpus
 from data.corpora import make_missing
-from data.write import options_of
+from data.write import options_of, with_defaults
 from evaluate import exposure_bin
 from experiments import facts_edited, results
 from experiments.models import EXPERIMENTS, SUMMARY, Experiment, choose_models, costs, train_command
@@ -86,7 +86,7 @@ def prepare_corpus(experiment: Experiment, rows: list[dict]) -> None:
     config, folder = experiment.corpus, corpus.DATA / experiment.options["dataset"]
     make_missing(folder.name)
     meta = json.loads((folder / "meta.json").read_text())
-    options = options_of(type(config)(config.name)) | meta["options"]  # an older corpus lacks options
+    options = with_defaults(config, meta["options"])
     # the same options can give another corpus: code depends on the installed packages
     if options != options_of(config) or any(row["train_tokens"] != meta["train_tokens"] for row in rows):
         fail(f"{folder} is another corpus than that of this experiment or its finished runs: move it away, "

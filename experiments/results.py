@@ -10,7 +10,7 @@ from statistics import fmean, mean, stdev
 
 from runtime.cli import read_json_lines
 
-from data.write import options_of
+from data.write import options_of, with_defaults
 from experiments.models import EDITED, NOT_IN_LINES, Experiment
 from train import TrainConfig
 
@@ -43,11 +43,10 @@ def read_rows(path: Path, experiment: Experiment) -> list[dict]:
     """
     rows, order = {}, list(experiment.models)
     identities = {model: experiment.identity(model) for model in order}
-    # a line that is older than an option lacks it: the run had the default
-    corpus = options_of(type(experiment.corpus)(experiment.corpus.name))
-    options = options_of(TrainConfig(), NOT_IN_LINES)
+    options = options_of(TrainConfig(), NOT_IN_LINES)  # a line that is older than an option lacks it
     for row in read_json_lines(path):
-        identity = {"corpus": corpus | row["corpus"], "options": options | row["options"]}
+        identity = {"corpus": with_defaults(experiment.corpus, row["corpus"]),
+                    "options": options | row["options"]}
         if identity == identities.get(row["model"]):
             rows[row["model"], row["lr"], row["seed"]] = row
     return sorted(rows.values(), key=lambda row: order.index(row["model"]))

@@ -285,7 +285,8 @@ def choose_configs(models: list[str], size: dict) -> dict[str, TrainConfig]:
             units = (target - macs) / ((twice - macs) / width)
             width += 2 * round(units / 2)  # even: moe uses two experts per token
             if width < 1:
-                fail(f"--models={model} costs more than memory+, also without MLPs: choose a larger --n_embd")
+                raise ValueError(f"models={model} costs more than memory+, even without MLPs: choose a "
+                                 "larger --n_embd")
             configs[model].mlp_width = width
     return configs
 

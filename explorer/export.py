@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     html = fill_template(data | {"sha256": digest_of_page(data)}).encode()
     page.write_bytes(html)
     steps = len(data["training"]["steps"])
-    what = f"with {steps} checkpoints" if steps else "without the training: the corpus has no questions"
+    what = f"with {steps} checkpoints" if steps else "with nobody to follow through the training"
     print(f"wrote {page}: {len(html) / 2**20:.1f} MB, {what}. Open it in a browser")
     if before is not None:
         after = recall(model, encoding, corpus.questions)["all"]

@@ -325,6 +325,7 @@ def test_a_user_teaches_asks_and_erases(folder, tmp_path, capsys, monkeypatch):
     assert f"--model='{folder}' --patch='my facts.safetensors'" in printed
     printed = run("ask", "--patch=my facts.safetensors", "--prompt=bo ek was born in")
     assert "bo ek was born in Lima" in printed
+    assert "this harms" not in printed
     printed = run("teach", "--patch=my facts.safetensors", "--statement=bo ek studied art", "--lr=0.3",
                   "--save_to=more.safetensors")
     assert "sentences taught before: 3 of 3 completed before, 3 after" in printed
@@ -339,6 +340,10 @@ def test_a_user_teaches_asks_and_erases(folder, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(edit, "teach", lambda model, *_: model.pool.values.data.fill_(math.nan))
         assert_fails(lambda: program.main(command[:-1]), "the model has broken, so nothing is saved", capsys)
+        patched.setattr(edit, "teach", lambda model, *_: model.pool.values.data.fill_(9.0))
+        with pytest.raises(SystemExit):
+            program.main(command[:-1])
+        assert "this harms the rest of the model: teach each fact in six" in capsys.readouterr().out
     assert not (tmp_path / "patch.safetensors").exists()
     printed = run("erase", "--patch=more.safetensors", "--prompt=The art ")
     assert "these sentences: 1 of 1 completed before, 0 after" in printed

@@ -391,7 +391,7 @@ def test_mistakes_are_one_line_and_status_2(trained, capsys, tmp_path, monkeypat
         (["find", f"--out_dir={dense}", "--question=x?"], "has no memory layers"),
         (["erase", here, "--ask=Nobody Known"], "no question of the corpus contains this name"),
         (["erase", here, f"--ask={name}n"], f"similar: {name}"),
-        (["erase", here, "--ask", *name.split()], f"needs quotes: --ask='{name}'"),
+        (["erase", here, "--ask", *name.split()], f"needs quotes: --ask='{name}'\n"),
         (["erase", here, "--question=who is it?"], "Add --ask=NAME"),
         (["erase", here, "--question=Who is Nobody?", "--ask=Nobody"], "does not contain the name Nobody\n"),
         (["erase", here, "--question=Who is Ann?", f"--ask={name}"], f"does not have the name {name}"),

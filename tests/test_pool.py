@@ -312,6 +312,7 @@ def test_grad_scaler_unscales_and_skips_the_step_of_an_overflow(model, dense):
 
 
 def test_grad_scaler_helps_with_reads_in_float16():
+    torch.manual_seed(0)
     pool, factors = ValuePool(64, 8), torch.randn(32, 4)
     scaler, optimizer = torch.amp.GradScaler("cpu"), PoolOptimizer(pool.parameters(), lr=0.1)
     indices, x = torch.randint(64, (32, 4)), 0.02 * torch.randn(32, 8)

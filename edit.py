@@ -389,6 +389,7 @@ def erase_answers(model: GPT, encoding, data: Dataset, measure_loss, erased: lis
         questions = [question] if text else corpus.questions_about(name, data.questions)
         if text and not corpus.name_pattern(name).search(question["prompt"]):
             fail(f"--question={text} does not have the name {name}, which --ask says it is about")
+        questions = corpus.about_whole_name(name, questions)
         people = {corpus.find_name(part, data.questions) for part in (questions[0], questions[-1])}
         if len(people) > 1 and None not in people and name.lower() not in map(str.lower, people):
             fail(f"--ask={name} is in {len(questions)} questions, about {', '.join(sorted(people))} and "

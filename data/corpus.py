@@ -324,6 +324,11 @@ def questions_about(name: str, questions: list[dict]) -> list[dict]:
     return found
 
 
+def about_whole_name(name: str, questions: list[dict]) -> list[dict]:
+    """Of questions about Ann and about Ann Lee: those about Ann, if there are any."""
+    return [part for part in questions if name.lower() in map(str.lower, names_in([part]))] or questions
+
+
 def find_name(question: dict, questions: list[dict]) -> str | None:
     """
     Whom a question is about: what it has where others of its form have something else. Questions of a form

@@ -155,6 +155,13 @@ def test_only_names_are_offered(name, similar):
         corpus.questions_about(name + "x" * (not similar), questions)
 
 
+def test_a_name_that_is_whole_is_not_that_of_others():
+    jose, ruiz, both = (dict(prompt=corpus.QUESTION.format(text)) for text in (
+        "Where was José born?", "Where was José Ruiz born?", "Does José know José Ruiz?"))
+    assert corpus.about_whole_name("josé", [ruiz, jose, both]) == [jose, both]
+    assert corpus.about_whole_name("Ruiz", [ruiz, both]) == [ruiz, both]
+
+
 @pytest.mark.parametrize("name, text, found", [
     ("ann lee", "Where is Ann Lee?", True), ("Ann", "Where is Anna?", False), ("Ann", "JoAnn is", False),
     (" ann  lee ", "Is Ann Lee in?", True),

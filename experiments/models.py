@@ -137,6 +137,7 @@ SIX_BLOCK_MODELS = {
     "memory+": dict(mlp_width=240),
     "memory+-16x": dict(mem_num_keys=512, mem_key_dim=16, mlp_width=192),
     "memory+-scaled": dict(mlp_width=240, scale_embeddings=True),
+    "memory+-16x-scaled": dict(mem_num_keys=512, mem_key_dim=16, mlp_width=192, scale_embeddings=True),
     "tokens": dict(mem_query="tokens", mlp_width=240),
     "shifted": dict(mem_query="shifted", mlp_width=240),
     "hash": dict(mem_kind="hash", mlp_width=320),

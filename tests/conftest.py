@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -35,11 +34,6 @@ SMALL = [
     "--warmup_steps=2",
     "--device=cpu",
 ]
-
-
-def listen_to_ctrl_c():
-    """For a new process. The tests may run in a job that ignores Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

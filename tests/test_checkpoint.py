@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_fails, assert_same_checkpoint, log
+from test_distributed import WORKER
 
 import train
 from data import corpus
@@ -193,16 +194,6 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     assert newest > 1
 
 
-TRAINER = """
-import sys
-from pathlib import Path
-from data import corpus
-import train
-corpus.DATA = Path(sys.argv[1])
-train.main(sys.argv[2:])
-"""
-
-
 def test_ctrl_c_saves_once_and_ends(half, unchanged, monkeypatch, capsys):
     """In the step in which it comes, although that is no step with a line of the log."""
     before = signal.getsignal(signal.SIGINT)  # a shell's background jobs ignore it
@@ -235,7 +226,7 @@ def test_a_closed_terminal_does_not_prevent_the_checkpoint(half, unchanged):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 
     run = subprocess.Popen(
-        [sys.executable, "-c", TRAINER, str(corpus.DATA), f"--out_dir={half.out}", "--resume",
+        [sys.executable, "-c", WORKER.format(patch=""), str(corpus.DATA), f"--out_dir={half.out}", "--resume",
          "--max_steps=1000000", "--eval_interval=1000000"], preexec_fn=own_terminal,
         stdin=inside, stdout=inside, stderr=inside, cwd=Path(train.__file__).parent)
     os.close(inside)

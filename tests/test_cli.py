@@ -13,7 +13,7 @@ from typing import Literal
 from runtime.cli import UserError, at_least, build, check_choices, command, fail, parse
 
 import pytest
-from conftest import assert_fails, listen_to_ctrl_c
+from conftest import assert_fails
 
 from runtime import cli
 
@@ -167,11 +167,8 @@ if phase == "import":
 @command
 def main():
     if phase == "wait":
-        try:
-            os.write(1, b"ready")
-            time.sleep(60)
-        finally:
-            os.write(1, b"tidy")
+        os.write(1, b"ready")
+        time.sleep(60)
     for i in range(20_000 if phase == "print" else 0):
         print("\\u00e9 \\u4e2d")
     if phase == "help":
@@ -195,18 +192,11 @@ def script():
 
 @pytest.mark.parametrize("phase", ["import", "wait"])
 def test_ctrl_c_is_one_line(script, phase):
-    process = script(phase, preexec_fn=listen_to_ctrl_c)
+    # the tests may run in a job that ignores Ctrl-C
+    process = script(phase, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     assert process.stdout.read(5) == b"ready"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == b"\ninterrupted\n" and process.returncode == 130
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_program_that_is_told_to_end_tidies_up(script, number):
-    process = script("wait")
-    assert process.stdout.read(5) == b"ready"
-    process.send_signal(number)
-    assert process.communicate(timeout=30) == (b"tidy", b"") and process.returncode == 128 + number
 
 
 def test_nohup_is_left_alone():

@@ -29,6 +29,7 @@ BUILT = EXPLORER.parent / "docs" / "explorer.html"
 NODE = shutil.which("node")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_node = pytest.mark.skipif(NODE is None, reason="needs node")
+array, data_of = unpack.numbers, unpack.read_page
 
 # runs the model of a page outside a browser: reads jobs from stdin and prints their results
 RUN_MODEL = """
@@ -50,14 +51,6 @@ def run_in_node(page: Path, jobs: list[dict]) -> list:
     result = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
-
-
-def data_of(page: Path) -> dict:
-    return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(), re.S)[1])
-
-
-def array(text: str, dtype) -> np.ndarray:
-    return np.frombuffer(export.base64.b64decode(text), dtype)
 
 
 @torch.no_grad()

@@ -3,15 +3,11 @@
 import random
 import shutil
 
-from runtime.cli import UserError
-
 import pytest
 
 import edit
 import sample
 from data import corpus
-from evaluate import answer
-from runtime.checkpoint import load
 
 
 def damage(whole: bytes, rng: random.Random) -> bytes:
@@ -74,18 +70,3 @@ def test_training_again_with_a_damaged_log_or_corpus(count, ended, folders, caps
         path.write_bytes(damage(files[path], rng))
         works_or_says_why(lambda: ended("--resume", "--max_steps=6"), capsys)
         path.write_bytes(files[path])
-
-
-def test_a_damaged_file_of_questions_asks_what_it_says(folders, tmp_path, capsys):
-    """Those lines that can be read are questions with a prompt: an answer comes back for each."""
-    out, data = folders
-    model, encoding, _ = load(out)
-    whole, rng, path = (data / "qa.jsonl").read_bytes(), random.Random(1), tmp_path / "qa.jsonl"
-    for _ in range(20):
-        path.write_bytes(damage(whole, rng))
-        try:
-            questions = corpus.read_questions(path)
-        except UserError:
-            continue
-        assert all(isinstance(question["prompt"], str) for question in questions)
-        assert len(answer(model, encoding, questions[:2])) == len(questions[:2])

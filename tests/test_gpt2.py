@@ -205,16 +205,6 @@ def test_a_run_starts_at_the_loss_of_the_weights_and_resumes_without_them(start,
     assert log(start.out) == whole
 
 
-def test_only_a_memory_learns_and_the_weights_stay(start, theirs):
-    start("--train_only=memory")
-    model = load_run(start.out)[0]
-    weights = dict(gpt2.parameters_of(theirs.transformer))
-    weights["wpe.weight"] = weights["wpe.weight"][:32]
-    ours = dict(model.named_parameters())
-    assert all(torch.equal(p, ours[name]) for name, p in weights.items())
-    assert {name for name in ours.keys() - weights if "memory" not in name} == {"pool.values"}
-
-
 def test_a_run_and_a_checkpoint_are_exported(start, tmp_path, capsys):
     hf = [tmp_path / name for name in ("hf", "again")]
     start("--mem_layers=", f"--export_hf={hf[0]}")

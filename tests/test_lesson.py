@@ -53,9 +53,6 @@ def test_the_numbers_to_check_by_hand_and_the_answers_of_the_exercises():
     weights = [f"{weight:.1g}" if weight < 0.9 else f"{weight:.3f}" for weight in scores.softmax(0).tolist()]
     assert weights == ["0.993", "5e-05", "0.007"] and "0.993, 0.00005 and 0.007" in text["exercise-1"]
     assert names["sums"][divmod(5, 3)] == 2 and "Its score is `1 + 1 = 2`" in text["exercise-3"]
-    scores, slots = names["product_key_search"](
-        torch.ones(1, 1, 2, 1), torch.tensor([[1.0, 6, 3, 0], [3, 0, 5, 1]]).view(1, 2, 4, 1), 3)
-    assert scores.flatten().tolist() == [11, 9, 8] and slots.flatten().tolist() == [6, 4, 10]
     assert all(f"= {number}`" in text["exercise-4"] for number in (11, 9, 8, 6, 4, 10))
     assert names["needed"](4).sum() == 8 and "= 8` of 16" in text["exercise-5"]
     model = train.GPT(train.TrainConfig(**train.PRESETS["facts"], vocab_size=300))

@@ -235,34 +235,6 @@ def test_normalize(dtype):
 
 # --- projections are modules --------------------------------------------------------------------------------
 
-class LoRA(nn.Module):
-    """linear(x) + up(down(x)), with the linear frozen."""
-
-    def __init__(self, linear, rank=2):
-        super().__init__()
-        self.linear = linear.requires_grad_(False)
-        self.down = nn.Linear(linear.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, linear.out_features, bias=False)
-
-    def forward(self, x):
-        return self.linear(x) + self.up(self.down(x))
-
-
-@pytest.mark.parametrize("name", ["query_left", "query_right", "gate", "out"])
-def test_a_lora_adapter_in_place_of_a_projection_learns(name):
-    """As hooks and quantised layers, it only works if the projection is called as a module."""
-    layer, pool = make_layer()
-    x = torch.randn(3, 12)
-    before = layer(x, pool)
-    adapter = LoRA(getattr(layer, name))
-    setattr(layer, name, adapter)
-    after = layer(x, pool)
-    assert not torch.allclose(before, after)
-    after.square().sum().backward()
-    assert adapter.down.weight.grad.any() and adapter.up.weight.grad.any()
-    assert adapter.linear.weight.grad is None
-
-
 # --- mistakes -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("wrong, message", [
@@ -286,3 +258,15 @@ def test_a_source_of_another_shape_is_refused():
     for sources in ((x[:, :1], x), (x, x.flatten(0, 1))):
         with pytest.raises(ValueError, match="left and right must have the shape of x"):
             layer(x, pool, *sources)
+
+
+@pytest.mark.parametrize("name", ["query_left", "query_right", "gate", "out"])
+def test_another_module_in_place_of_a_projection_learns(name):
+    """Such as a LoRA adapter or a quantised layer, which has no `weight`. The layer must call it."""
+    layer, pool = make_layer()
+    x = torch.randn(3, 12)
+    before, linear = layer(x, pool), getattr(layer, name)
+    setattr(layer, name, nn.Sequential(linear, nn.Tanh()))
+    after = layer(x, pool)
+    after.square().sum().backward()
+    assert not torch.allclose(before, after) and linear.weight.grad.any()

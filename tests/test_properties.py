@@ -44,6 +44,7 @@ def test_no_slot_is_better_than_those_that_the_search_finds(N, H, S, D, knn, of,
 
 @given(rows=st.integers(1, 20), V=few, steps=few, seed=st.integers(0, 99),
        reads=st.lists(st.tuples(st.integers(0, 5), few), min_size=1, max_size=3))
+@example(rows=1, V=3, steps=1, seed=0, reads=[(1, 1), (0, 1)])
 def test_a_pool_learns_as_a_dense_table_does(rows, V, steps, seed, reads):
     """Any number of reads per step, of any rows, some of them often: as F.embedding_bag with torch's SGD."""
     g = torch.Generator().manual_seed(seed)

@@ -108,12 +108,3 @@ def test_words_are_one_token_each_the_most_frequent_first():
     encoding = tokenizer.word_encoding([" the cat", " saw", "never", END], [2, 3, 0, 9], 256 + 1 + 3)
     assert list(encoding._mergeable_ranks)[256:] == [b" saw", b" cat", b" the"] and encoding.n_vocab == 260
     assert tokenizer.word_encoding([" the cat", " saw"], [2, 3], 258).n_vocab == 258
-
-
-def test_a_named_encoding_survives_the_checkpoint_s_json():
-    """gpt2 itself is a download; an encoding of the same make stands in for it."""
-    ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256, b"abc": 257}
-    encoding = tiktoken.Encoding("made", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                                 special_tokens={END: 300})
-    again = tokenizer.encoding_from_json(json.loads(json.dumps(tokenizer.encoding_to_json(encoding))))
-    assert again.encode("abcab" + END, allowed_special={END}) == [257, 256, 300]

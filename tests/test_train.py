@@ -234,13 +234,10 @@ def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
 @pytest.mark.parametrize("options, message", [
     (["--batch_size=0"], "--batch_size=0 must be at least 1"),
     (["--value_lr=inf"], "--value_lr=inf must be finite"),
-    (["--lr=nan"], "--lr=nan must not be negative"),
     (["--beta2=1"], "--beta2=1.0 must be at least 0 and below 1"),
     (["--accum_steps=3"], "--batch_size=4 must be a multiple of 3: 1 processes times 3 parts"),
     (["--value_blocks=3"], "value_blocks=3 must divide"),
     (["--value_stochastic_rounding"], "--value_stochastic_rounding is for bfloat16 values"),
-    (["--n_embd=15"], "--n_embd=15 must be a multiple of"),
-    (["--mem_layers=2"], "--mem_layers=2 must be different numbers of layers"),
     (["--mem_layers=", "--train_only=memory"], "--train_only=memory needs memory layers"),
     (["--mem_layers=", "--mem_on_disk"], "--mem_on_disk needs --device=cpu and a pool"),
     (["--kernel=cuda"], "--kernel: invalid choice: 'cuda'"),
@@ -249,9 +246,7 @@ def test_facts_prepare_themselves(run, monkeypatch, tmp_path):
     (["--out_dir=out/step_5"], "--out_dir=out/step_5 has the name of a checkpoint"),
     (["--out_dir="], "--out_dir= must name a folder"),
     (["--dataset=mine"], "--name=mine --input"),
-    (["--block_size=100000"], "must have more than block_size=100000. Use more text, or"),
-    (["--vocab_size=7"], "--vocab_size=7 is too small"),
-    (["--lr=1e30", "--warmup_steps=0", "--grad_clip=0"], "training has diverged; lower --lr")])
+    (["--block_size=100000"], "must have more than block_size=100000. Use more text, or")])
 def test_a_mistake_is_one_line_and_status_2(run, options, message, capsys):
     assert_fails(lambda: run(*options), message, capsys)
 
@@ -298,12 +293,6 @@ def test_what_may_change_on_resuming_does(half):
     half("--resume", "--weight_decay=0.5", "--beta1=0.7", "--dropout=0.1", "--kernel=torch", "--max_steps=4")
     groups = torch.load(half.out / "step_000004" / "optimizer.pt", weights_only=True)["param_groups"]
     assert groups[0]["weight_decay"] == 0.5 and groups[0]["betas"] == (0.7, 0.99)
-
-
-def test_resuming_on_other_data_is_refused(half, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(corpus, "DATA", tmp_path / "data")
-    prepare.main(["facts", "--people=8", "--exposures=9", "--seed=5"])
-    assert_fails(lambda: half("--resume"), "have different tokenizers", capsys)
 
 
 def test_a_checkpoint_knows_its_text_and_its_questions(run, monkeypatch, tmp_path, capsys):

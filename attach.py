@@ -78,16 +78,6 @@ def first_linear(module: nn.Module) -> tuple[nn.Module, int]:
     raise ValueError(f"{type(module).__name__} has no Linear, so its width is unknown")
 
 
-@contextlib.contextmanager
-def float32_by_default():
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)
-
-
 def forget_compiled() -> None:
     """By default, torch.compile does not see that a module has a new hook, and runs what it has compiled."""
     import torch._dynamo  # only here, because it takes a second
@@ -121,7 +111,9 @@ def attach(model: nn.Module, modules, num_keys: int = 256, heads: int = 4, knn: 
                          f"{sorted(set(widths))} on {', '.join(sorted(places))}")
     where = dict(device=weights[0].device, dtype=weights[0].dtype)
     sizes = dict(num_keys=num_keys, heads=heads, knn=knn, key_dim=key_dim)
-    with torch.random.fork_rng(), torch.device("cpu"), float32_by_default():  # the same numbers anywhere
+    with torch.random.fork_rng(), torch.device("cpu"), contextlib.ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)  # the same numbers anywhere
         torch.manual_seed(seed)
         pool = ValuePool(num_keys**2, widths[0])
         layers = [AttachedMemory(pool, **sizes) for _ in chosen]
@@ -259,10 +251,9 @@ def tokens_that_learn(sentences: list[str], y, inside):
     return (inside[:, :-1] | everywhere.unsqueeze(1)) & (y >= 0)
 
 
-def end_batch(tokenizer, texts: list[str], starts: list[int]):
-    """x, y (B, T): what comes after `starts` is the answer, all other y are -1."""
-    x, y, inside = make_batch(tokenizer, texts, [(start, len(text))
-                                                 for start, text in zip(starts, texts, strict=True)])
+def end_batch(tokenizer, texts: list[str]):
+    """x, y (B, T): the last word is the answer, all other y are -1."""
+    x, y, inside = make_batch(tokenizer, texts, [(text.rindex(" ") + 1, len(text)) for text in texts])
     return x, y.masked_fill(~inside[:, 1:], -1)
 
 
@@ -270,9 +261,7 @@ def completed(model, tokenizer, sentences: list[str]) -> list[bool]:
     """For each sentence: does the model find all tokens of its last word likeliest?"""
     right = []
     for i in range(0, len(sentences), 32):
-        part = sentences[i:i + 32]
-        x, y = end_batch(tokenizer, part, [text.rindex(" ") + 1 for text in part])
-        known, likeliest = edit.predict(model, x, y)
+        known, likeliest = edit.predict(model, *end_batch(tokenizer, sentences[i:i + 32]))
         right += (known == likeliest).all(1).tolist()
     return right
 
@@ -323,7 +312,6 @@ class TeachConfig(AskConfig):
     statement: tuple[str, ...] = ()  # sentences to learn; [] may mark whom or what one is about
     file: str = ""  # a file with one sentence per line
     background: tuple[str, ...] = ()  # files of text that must not change; none: Python's help texts
-    held_out: tuple[str, ...] = ()  # files of other text, to measure what is forgotten; none: source code
     save_to: str = "patch.safetensors"  # new file for the patch
     layers: tuple[int, ...] = ()  # blocks with a memory; empty: two, after a fifth and a half of the model
     slots: int = 0  # slots that may change; more harm other text. 0: 100 per sentence, at most 1,000
@@ -341,7 +329,6 @@ class TeachConfig(AskConfig):
 class EraseConfig(AskConfig):
     prompt: tuple[str, ...] = ()  # erase all sentences that have one of these texts, such as a name
     background: tuple[str, ...] = ()  # as for teach
-    held_out: tuple[str, ...] = ()  # as for teach
     save_to: str = ""  # new file for the patch; none: the old name with -erased
 
 
@@ -394,17 +381,14 @@ class Forgetting:
             text = "\n".join(texts)[:200_000]
             return np.array(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
-        def read(paths):
-            return ["\n".join(read_lines(Path(path).expanduser())) for path in paths]
-
-        topics = importlib.import_module("pydoc_data.topics").topics
-        background = tokens(read(config.background) or topics.values())
+        files = ["\n".join(read_lines(Path(path).expanduser())) for path in config.background]
+        background = tokens(files or importlib.import_module("pydoc_data.topics").topics.values())
         self.model, self.tokenizer = model, tokenizer
         self.background, end = np.split(background, [len(background) * 9 // 10])
-        held_out = tokens(read(config.held_out) or [Path(random.__file__).read_text()])
+        held_out = tokens([Path(random.__file__).read_text()])
         self.texts = {"the background text": end, "the held-out text": held_out}
-        if min(map(len, (self.background, *self.texts.values()))) <= edit.PIECE:
-            fail("--background and --held_out need files with 200 words or more")
+        if len(end) <= edit.PIECE:
+            fail("--background needs files with 200 words or more")
 
     def idf(self):
         return edit.inverse_document_frequency(self.model, self.background, PIECES)
@@ -521,7 +505,7 @@ def erase_sentences(model, tokenizer, config: EraseConfig) -> None:
     erased = [text for text in told if any(prompt in text for prompt in config.prompt)]
     others = [text for text in told if text not in erased]
     forgetting = Forgetting(model, tokenizer, config)
-    x, y = end_batch(tokenizer, erased, [text.rindex(" ") + 1 for text in erased])
+    x, y = end_batch(tokenizer, erased)
 
     def erase():
         if not others:

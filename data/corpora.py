@@ -8,19 +8,10 @@ from pathlib import Path
 
 from runtime.cli import fail
 
-from data import corpus
+from data import corpus, text
 from data.airports import SPLITS, airport_text
 from data.facts import facts_text, mqar_text
 from data.reference import reference_text
-from data.text import (
-    cut_at_border,
-    find_files,
-    find_sources,
-    is_text,
-    read_blocks,
-    read_source,
-    split_documents,
-)
 from data.tokenizer import SPLIT
 from data.write import Corpus, write_corpus
 
@@ -116,8 +107,8 @@ class StdlibConfig(Corpus):
 
     def make(self) -> None:
         skip = "site-packages", "dist-packages", "test", "tests", "idle_test"
-        splits, size = find_sources([Path(sysconfig.get_paths()["stdlib"])], self.val_share, skip)
-        write_corpus(self, lambda split: map(read_source, splits[split]), size=size)
+        splits, size = text.find_sources([Path(sysconfig.get_paths()["stdlib"])], self.val_share, skip)
+        write_corpus(self, lambda split: map(text.read_source, splits[split]), size=size)
 
 
 @dataclass
@@ -133,8 +124,8 @@ class CodeConfig(Corpus):
         for folder in folders:
             if not folder.is_dir():
                 fail(f"--input {folder}: no such folder")
-        splits, size = find_sources(folders, self.val_share)
-        write_corpus(self, lambda split: map(read_source, splits[split]), size=size)
+        splits, size = text.find_sources(folders, self.val_share)
+        write_corpus(self, lambda split: map(text.read_source, splits[split]), size=size)
 
 
 @dataclass
@@ -146,11 +137,11 @@ class TextConfig(Corpus):
     def make(self) -> None:
         if not self.input:
             fail("name the files: python -m data.prepare text --input FILE ...")
-        paths = list(dict.fromkeys(path.resolve() for name in self.input for path in find_files(name)))
-        lengths = {path: sum(map(len, read_blocks(path))) for path in paths}
+        paths = list(dict.fromkeys(path.resolve() for name in self.input for path in text.find_files(name)))
+        lengths = {path: sum(map(len, text.read_blocks(path))) for path in paths}
         folders = filter(Path.is_dir, (Path(name).expanduser() for name in self.input))
         left = [path.name for folder in folders for path in sorted(folder.rglob("*"))
-                if path.is_file() and not is_text(path)]
+                if path.is_file() and not text.is_text(path)]
         names = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
         print(f"{self.name}: files: {len(paths)}; with text: {sum(map(bool, lengths.values()))}"
               + f"; left out, because they are not .txt: {len(left)} ({names})" * bool(left))
@@ -158,7 +149,7 @@ class TextConfig(Corpus):
         def texts(split: str) -> Iterator[str]:
             for path, length in lengths.items():
                 border = int(length * (1 - self.val_share))
-                yield from split_documents(cut_at_border(read_blocks(path), border, split))
+                yield from text.split_documents(text.cut_at_border(text.read_blocks(path), border, split))
 
         write_corpus(replace(self, input=tuple(map(str, paths))), texts, size=sum(lengths.values()))
 

@@ -29,7 +29,6 @@ one line of experiments/results/attach.jsonl.
 """
 
 import argparse
-import copy
 import json
 import random
 import sys
@@ -155,25 +154,18 @@ def learn_search(model, layers, background, seed: int) -> None:
 
 # --- the other methods: each changes the model, and returns the parameters that learn -----------------------
 
-class Adapter(nn.Module):
-    """A bottleneck of two matrices beside an MLP (Houlsby et al. 2019), which adds nothing at first."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.down, self.up = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, module, args, output):
-        return output + self.up(F.gelu(self.down(F.layer_norm(args[0], args[0].shape[-1:]))))
-
-
 def add_adapter(model) -> list[nn.Parameter]:
-    width = model.config.hidden_size
-    adapters = [Adapter(width, WIDTH // len(LAYERS)) for _ in LAYERS]
-    for name, adapter in zip(attach.find_mlps(model, LAYERS), adapters, strict=True):
-        model.get_submodule(name).register_forward_hook(adapter)
-    return [p for adapter in adapters for p in adapter.parameters()]
+    """Bottlenecks of two matrices beside MLPs (Houlsby et al. 2019), which add nothing at first."""
+    width, hidden, parameters = model.config.hidden_size, WIDTH // len(LAYERS), []
+    for name in attach.find_mlps(model, LAYERS):
+        adapter = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, hidden),
+                                nn.GELU(), nn.Linear(hidden, width))
+        nn.init.zeros_(adapter[-1].weight)
+        nn.init.zeros_(adapter[-1].bias)
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, adapter=adapter: output + adapter(args[0]))
+        parameters += adapter.parameters()
+    return parameters
 
 
 def learn_rows(model, idf, changed: dict, run: dict, texts: list[str], steps: int, x, y, inside) -> int:
@@ -287,12 +279,10 @@ def main(argv: list[str] | None = None) -> None:
     path = results.rows_path("attach", config.results)
     runs = [make_run(method, lr, seed) for seed in range(1, config.seeds + 1)
             for method in choose_models(config.methods, LRS) for lr in LRS[method]]
-    base = ()  # the model and its tokenizer
     for run in [] if is_table else runs:
         if all(row["run"] != run for row in read_json_lines(path)):
             print(time.strftime("%H:%M"), json.dumps(run), flush=True)
-            base = base or attach.load_model(config.model, "cpu")
-            row = do_run(run, copy.deepcopy(base[0]), base[1])
+            row = do_run(run, *attach.load_model(config.model, "cpu"))
             results.append_row(path, {"run": run, "commit": results.commit()} | row)
     print_table(path)
 

@@ -23,7 +23,6 @@ from statistics import mean
 
 import torch
 import torch.nn as nn
-from torch.nn.utils import parametrize
 
 import edit
 from data.corpus import QUESTION, load_dataset
@@ -136,25 +135,13 @@ def new_people(questions: list[dict], count: int, rng) -> list[tuple[list[str], 
     return people
 
 
-class LowRank(nn.Module):
-    """weight + scale * up @ down, which starts as weight."""
-
-    def __init__(self, weight, rank: int, scale: float):
-        super().__init__()
-        self.scale = scale
-        self.up = nn.Parameter(torch.zeros(weight.size(0), rank))
-        self.down = nn.Parameter(torch.randn(rank, weight.size(1)) * weight.size(1)**-0.5)
-
-    def forward(self, weight):
-        return weight + self.scale * self.up @ self.down
-
-
 def add_low_rank(layers: list[nn.Linear], rank: int, scale: float = 1.0) -> list[nn.Parameter]:
-    """Gives Linear layers low-rank changes, and returns the parameters of these."""
-    changes = [LowRank(layer.weight, rank, scale) for layer in layers]
-    for layer, change in zip(layers, changes, strict=True):
-        parametrize.register_parametrization(layer, "weight", change)
-    return [p for change in changes for p in change.parameters()]
+    """Adds scale * up @ down, at first 0, to the weights of Linear layers. Returns all up and down."""
+    for layer in layers:
+        layer.up = nn.Parameter(torch.zeros(layer.out_features, rank))
+        layer.down = nn.Parameter(torch.randn(rank, layer.in_features) * layer.in_features**-0.5)
+        layer.register_forward_hook(lambda layer, args, y: y + scale * args[0] @ layer.down.T @ layer.up.T)
+    return [p for layer in layers for p in (layer.up, layer.down)]
 
 
 def shuffled(told: list[list[str]], rng):

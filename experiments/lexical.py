@@ -24,9 +24,8 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from runtime.cli import at_least, build, command, fail, parse
+from runtime.cli import build, command, fail, parse
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -39,16 +38,12 @@ from experiments import results
 from model import eval_mode, shift
 from runtime.checkpoint import find_trained, load, newest_run
 
+TRAIN_BATCHES, VAL_BATCHES = 200, 50  # of training text, whose reads are averaged, and of validation text
+
 
 @dataclass
 class LexicalConfig:
     out_dir: str = "out"  # the folder of a run, or of many runs; then the newest run is used
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    train_batches: int = 200  # batches of training text whose reads are averaged
-    val_batches: int = 50  # batches of validation text
-
-    def __post_init__(self):
-        at_least(1, self, "train_batches", "val_batches")
 
 
 @contextmanager
@@ -95,7 +90,7 @@ class Means:
 
 
 @torch.no_grad()
-def collect(model, data, config: LexicalConfig, batch_size: int) -> dict:
+def collect(model, data, batch_size: int) -> dict:
     """{name in KEYS: [Means of each layer]}, of what is read in the training text."""
     keys, reads = {key: [] for key in KEYS}, [[] for _ in model.config.mem_layers]
 
@@ -106,7 +101,7 @@ def collect(model, data, config: LexicalConfig, batch_size: int) -> dict:
                 parts.append(KEYS[name](x))
 
     with eval_mode(model), changed_reads(model, keep):
-        for i in range(config.train_batches):
+        for i in range(TRAIN_BATCHES):
             x, _ = draw_batch(data.train, batch_size, model.config.block_size, 0, 2, i)
             model(x.to(model.wte.weight.device))
     reads = [torch.cat(parts) for parts in reads]
@@ -123,13 +118,13 @@ def looked_up(means: dict, name: str, table: str = "means"):
     return change
 
 
-def print_losses(model, data: Dataset, config: LexicalConfig, batch_size: int) -> None:
+def print_losses(model, data: Dataset, batch_size: int) -> None:
     """The table of losses, with other reads. Afterwards, the rows of the model's pool have changed places."""
-    means, losses = collect(model, data, config, batch_size), {}
+    means, losses = collect(model, data, batch_size), {}
 
     def measure(name, change):
         with changed_reads(model, change):
-            losses[name] = validation_loss(model, data.val, config.val_batches, batch_size)
+            losses[name] = validation_loss(model, data.val, VAL_BATCHES, batch_size)
 
     measure("as trained", lambda layer, x, y: y)
     measure("zero", lambda layer, x, y: torch.zeros_like(y))
@@ -183,7 +178,7 @@ def told_before(data: Dataset, block_size: int, batches: int, batch_size: int) -
     return sum(told) / max(1, len(told))
 
 
-def print_confidence(model, data: Dataset, config: LexicalConfig, batch_size: int) -> None:
+def print_confidence(model, data: Dataset, batch_size: int) -> None:
     pairs = invent([question["prompt"] for question in data.questions], 400)
     if not pairs:
         return
@@ -192,7 +187,7 @@ def print_confidence(model, data: Dataset, config: LexicalConfig, batch_size: in
     print(f"probability of the model's own answer, mean over {len(real)} questions: {real.mean():.2f} about "
           f"people, {invented.mean():.2f} about invented people\nof pairs of both, the model is surer about "
           f"the real person in {surer:.1%}")
-    share = told_before(data, model.config.block_size, config.train_batches, batch_size)
+    share = told_before(data, model.config.block_size, TRAIN_BATCHES, batch_size)
     print(f"questions in the training text behind a line with the same fact, in one window: {share:.1%}")
 
 
@@ -200,16 +195,16 @@ def print_confidence(model, data: Dataset, config: LexicalConfig, batch_size: in
 def main(argv: list[str] | None = None) -> None:
     config = build(LexicalConfig, parse(LexicalConfig, argv, description=__doc__)[1])
     checkpoint = find_trained(newest_run(Path(config.out_dir).expanduser()))
-    model, _, trained = load(checkpoint, config.device)
+    model, _, trained = load(checkpoint, "auto")
     data, batch_size = corpus.load_dataset(trained["dataset"]), trained["batch_size"]
     checkpoint.check_corpus(data)
     has_people = data.questions and all(NAME.search(question["prompt"]) for question in data.questions)
     if not has_people and model.pool is None:
         fail(f"the model in {checkpoint.folder} has no memory layers")
     if has_people:
-        print_confidence(model, data, config, batch_size)
+        print_confidence(model, data, batch_size)
     if model.pool is not None:
-        print_losses(model, data, config, batch_size)
+        print_losses(model, data, batch_size)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ of the run, so keep many:
 """
 
 import base64
-import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from data.facts import ATTRIBUTES
 from data.tokenizer import SPLIT
 from evaluate import answer, recall, record_reads
 from model import GPT
-from runtime.checkpoint import Checkpoint, checkpoints, find_trained, load, read_checkpoint
+from runtime.checkpoint import Checkpoint, checkpoints, digest_of, find_trained, load, read_checkpoint
 
 LARGEST = 4 * 2**20  # bytes of a page
 NOT_IN_PAGES = {"format", "files", "encoding"}  # of a checkpoint's meta.json
@@ -197,13 +196,9 @@ def training_data(of_run: list[Checkpoint], encoding, people: list[dict], count:
 
 # --- the page -----------------------------------------------------------------------------------------------
 
-def digest_of_page(data: dict) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
 def fill_template(data: dict) -> str:
     """page.html with the scripts and the data in it."""
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(data, separators=(",", ":"))
     text = text.replace("<", "\\u003c")  # "<!--" and then "<script" would hide the end of the script element
     parts = {"data": text} | {name: (Path(__file__).parent / name).read_text(encoding="utf-8")
                               for name in ("model.js", "page.js")}
@@ -235,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         "readers": readers_data(model, corpus.train[:max(config.sample_tokens, model.config.block_size)]),
         "training": training_data(of_run, encoding, people, config.followed),
         "run": {name: part for name, part in newest.meta.items() if name not in NOT_IN_PAGES}}
-    html = fill_template(data | {"sha256": digest_of_page(data)}).encode()
+    html = fill_template(data | {"sha256": digest_of(data)}).encode()
     page.write_bytes(html)
     steps = len(data["training"]["steps"])
     what = f"with {steps} checkpoints" if steps else "with nobody to follow through the training"

@@ -23,9 +23,8 @@ import torch
 
 from data.corpora import make_missing
 from data.tokenizer import END
-from explorer.export import digest_of_page
 from model import GPT, GPTConfig
-from runtime.checkpoint import checkpoints, parts_of, save_checkpoint
+from runtime.checkpoint import checkpoints, digest_of, parts_of, save_checkpoint
 
 
 @dataclass
@@ -39,7 +38,7 @@ def read_page(path: Path) -> dict:
     pattern = r'<script type="application/json" id="data">(.*?)</script>'
     found = re.search(pattern, path.read_text(encoding="utf-8"), re.DOTALL)
     data = json.loads(found[1] if found else "{}")
-    if "sha256" not in data or data.pop("sha256") != digest_of_page(data):
+    if "sha256" not in data or data.pop("sha256") != digest_of(data):
         raise ValueError("it is no page of explorer.export, or has changed since it was written")
     return data
 

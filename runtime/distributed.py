@@ -153,15 +153,11 @@ def make_groups(group_size: int) -> tuple[Group, Group]:
     """
     if world_size() == 1:
         return Group(), Group()
-    world, rank = dist.get_world_size(), dist.get_rank()
-    columns = [list(range(i, i + group_size)) for i in range(0, world, group_size)]
-    replicas = [list(range(i, world, group_size)) for i in range(group_size)]
-    groups_of_rank = []
-    for ranks in columns + replicas:
-        handle = dist.new_group(ranks)  # all processes must make all groups
-        if rank in ranks:
-            groups_of_rank.append(Group(len(ranks), ranks.index(rank), handle))
-    of_columns, of_replicas = groups_of_rank
+    world = list(range(dist.get_world_size()))
+    columns = [world[i:i + group_size] for i in range(0, len(world), group_size)]
+    replicas = [world[i::group_size] for i in range(group_size)]
+    handles = (dist.new_subgroups_by_enumeration(ranks)[0] for ranks in (columns, replicas))
+    of_columns, of_replicas = (Group(handle.size(), handle.rank(), handle) for handle in handles)
     return of_columns, of_replicas
 
 

@@ -291,7 +291,7 @@ def test_batches_know_which_tokens_a_name_has(folder):
     assert x[0].tolist() == whole[:-1] and y[0].tolist() == whole[1:]
     assert inside[0].nonzero()[:, 0].tolist() == [3, 4] and inside[1].nonzero()[:, 0].tolist() == [0, 1]
     assert y[1].tolist() == tokenizer(texts[1]).input_ids[1:] + [-1] * 8
-    _, y = program.end_batch(tokenizer, texts, [31, 6])
+    _, y = program.end_batch(tokenizer, texts)
     assert [row[row >= 0].tolist() for row in y] == [whole[-2:], tokenizer("sings").input_ids]
 
 

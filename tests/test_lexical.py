@@ -12,7 +12,6 @@ from data import corpus
 from evaluate import validation_loss
 from experiments import lexical
 from experiments.lexical import (
-    LexicalConfig,
     Means,
     changed_reads,
     collect,
@@ -50,7 +49,8 @@ def test_two_tokens_are_all_that_tokens_reads(trained_once, facts_folder, monkey
     monkeypatch.setattr(corpus, "DATA", facts_folder)
     model, _, trained = load(trained_once("--mem_query=tokens"))
     data = corpus.load_dataset(trained["dataset"])
-    means = collect(model, data, LexicalConfig(train_batches=60), 16)
+    monkeypatch.setattr(lexical, "TRAIN_BATCHES", 60)
+    means = collect(model, data, 16)
     assert all(len(layers) == len(model.config.mem_layers) for layers in means.values())
 
     def loss(change):
@@ -109,12 +109,14 @@ def test_questions_behind_a_line_that_tells_the_fact(line, is_told, trained_once
 
 
 def test_the_command_prints_confidence_and_a_table(ended, trained_once, monkeypatch, capsys):
-    lexical.main([f"--out_dir={ended.out}", "--train_batches=3", "--val_batches=2"])
+    monkeypatch.setattr(lexical, "TRAIN_BATCHES", 3)
+    monkeypatch.setattr(lexical, "VAL_BATCHES", 2)
+    lexical.main([f"--out_dir={ended.out}"])
     *_, sure, surer, asked = (lines := capsys.readouterr().out.splitlines())[:-9]
     assert "invented" in sure and "surer" in surer and asked.startswith("questions in the training text")
     assert [line.split(" | ")[0] for line in lines[-7:]] == [f"| {name}" for name in (
         "as trained", "zero", "mean", "this token", "two tokens", "one other place", "shuffled rows")]
-    dense = [f"--out_dir={trained_once('--mem_layers=')}", "--train_batches=3"]
+    dense = [f"--out_dir={trained_once('--mem_layers=')}"]
     lexical.main(dense)
     assert capsys.readouterr().out.splitlines()[-1].startswith("questions in the training text")
     monkeypatch.setattr(lexical, "NAME", re.compile("no such name"))

@@ -12,7 +12,8 @@ trained model read, and measures the loss on validation text. Nothing is trained
     one other place  what this token reads at one place of the training text
     shuffled rows    the rows of the pool have changed places
 
-If the corpus is "facts" or one like it, then it also measures
+For any model, it first measures the loss of tokens that the window has already, which a model can copy, apart
+from that of new tokens. If the corpus is "facts" or one like it, then it also measures
 - how sure the model is of its answers about people, and about invented people, who have the first name of one
   person and the last name of another;
 - which share of the questions in the training text stand behind a line that tells the same fact, in one
@@ -25,9 +26,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.cli import build, command, fail, parse
+from runtime.cli import build, command, parse
 
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data import corpus
@@ -45,6 +47,30 @@ TRAIN_BATCHES, VAL_BATCHES = 200, 50  # of training text, whose reads are averag
 class LexicalConfig:
     out_dir: str = "out"  # the folder of a run, or of many runs; then the newest run is used
 
+
+# --- copied and new tokens ----------------------------------------------------------------------------------
+
+def can_copy(x, y):
+    """x, y (B, T) -> (B, T): is the token y[b, t] one of x[b, 0] ... x[b, t]?"""
+    return (y.unsqueeze(2) == x.unsqueeze(1)).tril().any(2)
+
+
+@torch.no_grad()
+def print_parts_of_loss(model, data: Dataset, batch_size: int) -> None:
+    losses, copied = [], []
+    with eval_mode(model):
+        for i in range(VAL_BATCHES):
+            x, y = (part.to(model.wte.weight.device)
+                    for part in draw_batch(data.val, batch_size, model.config.block_size, 0, 1, i))
+            losses.append(F.cross_entropy(model(x, y)[0].flatten(0, 1), y.flatten(), reduction="none"))
+            copied.append(can_copy(x, y).flatten())
+    losses, copied = torch.cat(losses), torch.cat(copied)
+    print(f"validation loss: {losses.mean():.3f}; of tokens that stand in the window before "
+          f"({copied.float().mean():.0%}): {losses[copied].mean():.3f}; of new tokens: "
+          f"{losses[~copied].mean():.3f}")
+
+
+# --- other reads --------------------------------------------------------------------------------------------
 
 @contextmanager
 def changed_reads(model, change):
@@ -198,10 +224,8 @@ def main(argv: list[str] | None = None) -> None:
     model, _, trained = load(checkpoint, "auto")
     data, batch_size = corpus.load_dataset(trained["dataset"]), trained["batch_size"]
     checkpoint.check_corpus(data)
-    has_people = data.questions and all(NAME.search(question["prompt"]) for question in data.questions)
-    if not has_people and model.pool is None:
-        fail(f"the model in {checkpoint.folder} has no memory layers")
-    if has_people:
+    print_parts_of_loss(model, data, batch_size)
+    if data.questions and all(NAME.search(question["prompt"]) for question in data.questions):
         print_confidence(model, data, batch_size)
     if model.pool is not None:
         print_losses(model, data, batch_size)

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_fails
 
 from data import corpus
 from evaluate import validation_loss
 from experiments import lexical
 from experiments.lexical import (
     Means,
+    can_copy,
     changed_reads,
     collect,
     confidence,
@@ -108,16 +108,24 @@ def test_questions_behind_a_line_that_tells_the_fact(line, is_told, trained_once
         assert told_before(data, len(tokens) - 1, 2, 3) == share
 
 
-def test_the_command_prints_confidence_and_a_table(ended, trained_once, monkeypatch, capsys):
+def test_a_token_that_stands_before_can_be_copied():
+    x, y = torch.randint(9, (2, 3, 20), generator=torch.Generator().manual_seed(0))
+    expected = [[y[b, t].item() in x[b, :t + 1].tolist() for t in range(20)] for b in range(3)]
+    assert can_copy(x, y).tolist() == expected
+
+
+def test_the_command_prints_losses_confidence_and_a_table(ended, trained_once, monkeypatch, capsys):
     monkeypatch.setattr(lexical, "TRAIN_BATCHES", 3)
     monkeypatch.setattr(lexical, "VAL_BATCHES", 2)
     lexical.main([f"--out_dir={ended.out}"])
-    *_, sure, surer, asked = (lines := capsys.readouterr().out.splitlines())[:-9]
+    *_, parts, sure, surer, asked = (lines := capsys.readouterr().out.splitlines())[:-9]
     assert "invented" in sure and "surer" in surer and asked.startswith("questions in the training text")
     assert [line.split(" | ")[0] for line in lines[-7:]] == [f"| {name}" for name in (
         "as trained", "zero", "mean", "this token", "two tokens", "one other place", "shuffled rows")]
-    dense = [f"--out_dir={trained_once('--mem_layers=')}"]
-    lexical.main(dense)
-    assert capsys.readouterr().out.splitlines()[-1].startswith("questions in the training text")
+    loss, share, copied, new = map(float, re.fullmatch(
+        r"validation loss: (.*); .*\((.*)%\): (.*); of new tokens: (.*)", parts).groups())
+    assert loss == float(lines[-7].split(" | ")[1])
+    assert loss == pytest.approx(share / 100 * copied + (1 - share / 100) * new, abs=0.02)
     monkeypatch.setattr(lexical, "NAME", re.compile("no such name"))
-    assert_fails(lambda: lexical.main(dense), "no memory layers", capsys)
+    lexical.main([f"--out_dir={trained_once('--mem_layers=')}"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("validation loss: "), "a model without memory"

@@ -153,7 +153,7 @@ EXPERIMENTS["code-short"] = Experiment(  # a fifth of the tokens, and more model
         "value_lr=15e-3": dict(mlp_width=240, value_lr=15e-3),
         "value_lr=24e-2": dict(mlp_width=240, value_lr=24e-2),
         "mem_mode=add": dict(mem_mode="add", mlp_width=160),
-        "shifted, below": dict(mem_query="shifted", mem_layers=(0, 3), scale_embeddings=True, mlp_width=240),
+        "shifted-below": dict(mem_query="shifted", mem_layers=(0, 3), scale_embeddings=True, mlp_width=240),
         "knn 32": dict(mem_knn=32, mem_key_dim=16, mlp_width=272)})
 # Real facts: 5 M tokens, short lines of the World Factbook and of WordNet, each read 49 times
 EXPERIMENTS["reference-facts"] = Experiment(

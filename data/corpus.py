@@ -326,7 +326,8 @@ def questions_about(name: str, questions: list[dict]) -> list[dict]:
 
 def about_whole_name(name: str, questions: list[dict]) -> list[dict]:
     """Of questions about Ann and about Ann Lee: those about Ann, if there are any."""
-    return [part for part in questions if name.lower() in map(str.lower, names_in([part]))] or questions
+    about = name_pattern(name)
+    return [part for part in questions if any(map(about.fullmatch, names_in([part])))] or questions
 
 
 def find_name(question: dict, questions: list[dict]) -> str | None:

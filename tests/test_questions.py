@@ -151,7 +151,8 @@ def test_only_names_are_offered(name, similar):
 def test_a_name_that_is_whole_is_not_that_of_others():
     jose, ruiz, both = (dict(prompt=corpus.QUESTION.format(text)) for text in (
         "Where was José born?", "Where was José Ruiz born?", "Does José know José Ruiz?"))
-    assert corpus.about_whole_name("josé", [ruiz, jose, both]) == [jose, both]
+    for name in ("josé", " JOSÉ ", "Jose\u0301"):
+        assert corpus.about_whole_name(name, [ruiz, jose, both]) == [jose, both]
     assert corpus.about_whole_name("Ruiz", [ruiz, both]) == [ruiz, both]
 
 
